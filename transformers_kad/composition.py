@@ -1,0 +1,232 @@
+"""Rules that are no mask, and the table of all rules by name.
+
+These rules return the target distribution r directly. For them the deferral mass and the share of a token
+that is owed to the proxy are undefined.
+"""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+
+from .deferral import (
+    CascadeDeferral,
+    ConfidenceBetDeferral,
+    DeferralRule,
+    DualDeferral,
+    ExactDeferral,
+    NudgingDeferral,
+    PrimalDeferral,
+    as_probabilities,
+    check_number,
+    deferral_mass,
+    mix,
+)
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """Reweigh the base by what alignment changed in the proxy: r ∝ p (q / q0)^beta.
+
+    q0 is the proxy before alignment (for a LoRA proxy: its adapter switched off). Computed in log space.
+    q_v = 0 gives r_v = 0 (for beta > 0); where that leaves no token, r = p.
+
+    Papers: Liu et al., "Tuning Language Models by Proxy", COLM 2024; Mitchell et al., "An Emulator for
+    Fine-tuning Large Language Models using Small Language Models", ICLR 2024.
+
+    Args:
+        beta: strength of the reward, >= 0.
+
+    >>> p, q, q0 = torch.tensor([0.6, 0.4]), torch.tensor([0.2, 0.8]), torch.tensor([0.4, 0.6])
+    >>> ImplicitReward(beta=1.0)(p, q, q0)
+    tensor([0.3600, 0.6400])
+    """
+
+    needs_reference: ClassVar[bool] = True
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(self, "beta", 0, float("inf"))
+
+    def __call__(
+        self,
+        base_probs: torch.Tensor,
+        proxy_probs: torch.Tensor,
+        reference_probs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The target distribution r, float32, all shapes `(..., V)`."""
+        p = as_probabilities("base_probs", base_probs)
+        q = as_probabilities("proxy_probs", proxy_probs, like=p)
+        q0 = as_probabilities("reference_probs", reference_probs, like=p)
+        if self.beta == 0:
+            return p
+        tiny = torch.finfo(torch.float32).tiny  # a reference probability that underflowed is not a zero
+        log_r = p.log() + self.beta * (q.log() - q0.clamp(min=tiny).log())
+        nothing_left = (log_r == -torch.inf).all(-1, keepdim=True)
+        return torch.where(nothing_left, p, log_r.softmax(-1))
+
+
+@dataclass(frozen=True)
+class Ensemble:
+    """A static mixture of the two models: r = weight p + (1 - weight) q.
+
+    Args:
+        weight: the base's share, in [0, 1].
+
+    >>> Ensemble(weight=0.75)(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]))
+    tensor([0.7500, 0.2500])
+    """
+
+    needs_reference: ClassVar[bool] = False
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_number(self, "weight", 0, 1)
+
+    def __call__(
+        self,
+        base_probs: torch.Tensor,
+        proxy_probs: torch.Tensor,
+        reference_probs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The target distribution r, float32, all shapes `(..., V)`; `reference_probs` is not used."""
+        p = as_probabilities("base_probs", base_probs)
+        q = as_probabilities("proxy_probs", proxy_probs, like=p)
+        return self.weight * p + (1 - self.weight) * q
+
+
+@dataclass(frozen=True)
+class BlendIn:
+    """Blend the proxy in where the base is unsure.
+
+    If max p < threshold, r = a q + (1 - a) p with
+    a = clip(max q / (max p + max q) + 0.1 p[argmax q], 0, 1); else r = p.
+
+    Paper: arXiv 2606.11201.
+
+    Args:
+        threshold: in [0, 1].
+
+    >>> BlendIn(threshold=0.6)(torch.tensor([0.5, 0.5]), torch.tensor([0.0, 1.0])).round(decimals=4)
+    tensor([0.1417, 0.8583])
+    """
+
+    needs_reference: ClassVar[bool] = False
+    threshold: float = 0.4
+
+    def __post_init__(self) -> None:
+        check_number(self, "threshold", 0, 1)
+
+    def __call__(
+        self,
+        base_probs: torch.Tensor,
+        proxy_probs: torch.Tensor,
+        reference_probs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The target distribution r, float32, all shapes `(..., V)`; `reference_probs` is not used."""
+        p = as_probabilities("base_probs", base_probs)
+        q = as_probabilities("proxy_probs", proxy_probs, like=p)
+        p_max, q_max = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
+        # The lowest id among the likeliest: argmax leaves open which of several equal maxima it returns.
+        q_best = (q == q_max).int().argmax(-1, keepdim=True)
+        share = (q_max / (p_max + q_max) + 0.1 * p.gather(-1, q_best)).clamp(0, 1)
+        return torch.where(p_max < self.threshold, share * q + (1 - share) * p, p)
+
+
+Rule: TypeAlias = DeferralRule | ImplicitReward | Ensemble | BlendIn
+
+RULES: dict[str, type[Rule]] = {
+    "dual": DualDeferral,
+    "primal": PrimalDeferral,
+    "exact": ExactDeferral,
+    "nudging": NudgingDeferral,
+    "confidence_bet": ConfidenceBetDeferral,
+    "cascade": CascadeDeferral,
+    "implicit_reward": ImplicitReward,
+    "ensemble": Ensemble,
+    "blend_in": BlendIn,
+}
+
+
+def unknown_name_message(kind: str, name: object, known: Iterable[str]) -> str:
+    """An error text for a name that is not in `known`: what was given, the nearest name, and the list."""
+    known = list(known)
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known) if known else 'none'}."
+
+
+def make_rule(name: str, **parameters: Any) -> Rule:
+    """Build a rule from its name in :data:`RULES` and its parameters.
+
+    Raises:
+        ValueError: for an unknown name, or a parameter out of range.
+        TypeError: for a parameter that the rule does not have.
+
+    >>> make_rule("primal", budget=0.8)
+    PrimalDeferral(budget=0.8)
+    """
+    if name not in RULES:
+        raise ValueError(unknown_name_message("rule", name, RULES))
+    known = [field.name for field in fields(RULES[name])]
+    for parameter in parameters:
+        if parameter not in known:
+            raise TypeError(unknown_name_message(f"parameter of the rule {name!r}:", parameter, known))
+    return RULES[name](**parameters)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """What a rule made of some positions, one a row.
+
+    Attributes:
+        base_probs: p, `(rows, V)`.
+        proxy_probs: q, `(rows, V)`.
+        target_probs: r, `(rows, V)`.
+        deferral_mass: D, `(rows,)`; None for rules that are no mask.
+    """
+
+    base_probs: torch.Tensor
+    proxy_probs: torch.Tensor
+    target_probs: torch.Tensor
+    deferral_mass: torch.Tensor | None
+
+    def row(self, index: int) -> "Composition":
+        """One row as a `Composition` of its own."""
+        part = slice(index, index + 1)
+        mass = None if self.deferral_mass is None else self.deferral_mass[part]
+        return Composition(self.base_probs[part], self.proxy_probs[part], self.target_probs[part], mass)
+
+    def probs_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """p, q and r of one token a row, `(rows, 3)`."""
+        stacked = torch.stack([self.base_probs, self.proxy_probs, self.target_probs], dim=-1)
+        return stacked[torch.arange(len(tokens), device=stacked.device), tokens.to(stacked.device)]
+
+
+def compose(
+    rule: Rule,
+    base_logits: torch.Tensor,
+    proxy_logits: torch.Tensor,
+    reference_logits: torch.Tensor | None = None,
+) -> Composition:
+    """Apply a rule to logits `(rows, V)` of the models.
+
+    Ids at -inf in `base_logits` are banned: they are removed from q (and q0) as well, which are renormalised
+    before the rule. Where that leaves a row of q without any token, the proxy has no say: q = p.
+    """
+    p = base_logits.float().softmax(-1)
+    banned = base_logits == -torch.inf
+
+    def allowed(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.to(p.device, torch.float32).masked_fill(banned, -torch.inf)
+        empty = logits.amax(-1, keepdim=True) == -torch.inf
+        return torch.where(empty, p, logits.softmax(-1))
+
+    q = allowed(proxy_logits)
+    if isinstance(rule, DeferralRule):
+        deferral = rule.defer(p, q)
+        return Composition(p, q, mix(p, q, deferral), deferral_mass(p, deferral))
+    q0 = None if reference_logits is None else allowed(reference_logits)
+    return Composition(p, q, rule(p, q, q0), None)

@@ -1,0 +1,138 @@
+"""KADConfig: how to decode with KAD, saved beside an adapter or shared on the Hub."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, hf_hub_download
+
+from ._version import __version__
+from .composition import Rule, make_rule, unknown_name_message
+
+CONFIG_NAME = "kad_config.json"
+
+
+def check_settings(component_temperature: object, num_assistant_tokens: object) -> None:
+    """Raise unless the two settings that a processor and its config share are in range."""
+    if (
+        isinstance(component_temperature, bool)
+        or not isinstance(component_temperature, int | float)
+        or not 0 < component_temperature < float("inf")
+    ):
+        raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r}.")
+    if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
+        raise ValueError(f"`num_assistant_tokens` must be a positive integer, got {num_assistant_tokens!r}.")
+
+
+@dataclass(frozen=True)
+class KADConfig:
+    """The settings of a `KADLogitsProcessor`, without the models.
+
+    Args:
+        rule: a name from `RULES`.
+        parameters: the rule's parameters, for example `{"threshold": 0.4}`.
+        component_temperature: both models' logits are divided by it before the rule sees them.
+        num_assistant_tokens: draft length of speculative decoding.
+        base: id or path of the base model, for the record.
+        proxy: id or path of the proxy, for the record.
+
+    Raises:
+        ValueError: an unknown rule or a value out of range.
+        TypeError: a parameter that the rule does not have.
+
+    >>> KADConfig(rule="primal", parameters={"budget": 0.9}).make_rule()
+    PrimalDeferral(budget=0.9)
+    """
+
+    rule: str = "dual"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    component_temperature: float = 1.0
+    num_assistant_tokens: int = 5
+    base: str | None = None
+    proxy: str | None = None
+
+    def __post_init__(self) -> None:
+        self.make_rule()
+        check_settings(self.component_temperature, self.num_assistant_tokens)
+
+    def make_rule(self) -> Rule:
+        """The rule object that `rule` and `parameters` describe."""
+        return make_rule(self.rule, **self.parameters)
+
+    def save_pretrained(self, save_directory: str | Path) -> Path:
+        """Write `kad_config.json` into a folder, made if it is missing, and return its path."""
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise NotADirectoryError(f"`save_directory` must be a folder, got the file {str(folder)!r}.")
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / CONFIG_NAME
+        path.write_text(self._to_json(), encoding="utf-8")
+        return path
+
+    def _to_json(self) -> str:
+        return json.dumps({"transformers_kad_version": __version__, **asdict(self)}, indent=2) + "\n"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> "KADConfig":
+        """Read `kad_config.json` from a local folder or a Hub repo.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a Hub repo id.
+            revision: branch, tag or commit of the Hub repo.
+            token: Hub token, for private repos.
+            subfolder: folder inside the folder or repo.
+
+        Raises:
+            FileNotFoundError: the local folder has no such file.
+            ValueError: the file is not valid JSON, or holds a key that this version does not know.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            path = folder / (subfolder or "") / CONFIG_NAME
+            if not path.is_file():
+                raise FileNotFoundError(f"No {CONFIG_NAME} in {str(path.parent)!r}. Write one with save_pretrained().")
+        else:
+            path = Path(
+                hf_hub_download(
+                    str(pretrained_model_name_or_path),
+                    CONFIG_NAME,
+                    subfolder=subfolder,
+                    revision=revision,
+                    token=token,
+                )
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{str(path)!r} must hold a JSON object, got {content!r}.")
+        version = content.pop("transformers_kad_version", "unknown")
+        known = [f.name for f in fields(cls)]
+        for key in content:
+            if key not in known:
+                raise ValueError(
+                    f"{unknown_name_message('key', key, known)} The file {str(path)!r} was written by "
+                    f"transformers-kad {version}, this is {__version__}."
+                )
+        return cls(**content)
+
+    def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
+        """Upload `kad_config.json` to a Hub repo, made if it is missing, and return the commit's address."""
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_file(
+            path_or_fileobj=self._to_json().encode(),
+            path_in_repo=CONFIG_NAME,
+            repo_id=repo_id,
+            commit_message="Upload KAD configuration",
+        )
+        return str(commit.commit_url)

@@ -1,0 +1,326 @@
+"""The wrapper of `generate`, and the open call that it hands to the processor.
+
+A logits processor is called before a token is chosen, on finished rows too, and can't tell a new call from the
+next step. The wrapper tells it: for calls with a KAD processor in `logits_processor` it opens a call, runs the
+original `generate`, reads the returned sequences, and closes the call. Every other call passes through.
+"""
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import BaseStreamer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import logging
+
+from .generation import kad_generate
+from .statistics import KADStatistics, KADTrace, RoundRecorder, StepRecorder, add_up
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class OpenCall:
+    """One running call of `generate` as a processor needs to know it.
+
+    Attributes:
+        recorder: collects the statistics and the trace.
+        prompt_length: length of the ids that `generate` starts from.
+        batch_size: number of prompts.
+        beams: beams a prompt; 1 without beam search.
+        attention_mask: of the prompts, `(B, prompt_length)`; None without padding.
+        proxy_prompt: the proxy's own prompts and their mask, if they differ from the base's.
+        eos_token_ids: ids that end a text.
+        pad_token_id: what finished rows are filled up with.
+        chunk_size: prompts are forwarded at most so many tokens at a time.
+        rows_stay: every step continues the texts of the step before, row by row.
+        thread: the thread that runs the call.
+    """
+
+    recorder: StepRecorder | RoundRecorder
+    prompt_length: int = 0
+    batch_size: int = 1
+    beams: int = 1
+    attention_mask: torch.Tensor | None = None
+    proxy_prompt: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    eos_token_ids: frozenset[int] = frozenset()
+    pad_token_id: int | None = None
+    chunk_size: int | None = None
+    rows_stay: bool = True
+    thread: int = field(default_factory=threading.get_ident)
+    base_forwards: int = 0
+
+    def proxy_text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The proxy's text `(rows, L')` and its mask for the base's text `(rows, L)`.
+
+        Rows are the prompts, each repeated for its beams or return sequences.
+        """
+        rows, length = input_ids.shape
+        if self.proxy_prompt is None:
+            ids, mask = input_ids, self.attention_mask
+        else:
+            prompt, mask = self.proxy_prompt
+            prompt = prompt.repeat_interleave(rows // len(prompt), dim=0).to(input_ids.device)
+            ids = torch.cat([prompt, input_ids[:, self.prompt_length :]], dim=-1)
+        if mask is None:
+            return ids, None
+        mask = mask.repeat_interleave(rows // len(mask), dim=0).to(input_ids.device)
+        generated = mask.new_ones(rows, length - self.prompt_length)
+        return ids, torch.cat([mask, generated], dim=-1)
+
+    def finish(self, sequences: torch.Tensor, proxy_forwards: int) -> tuple[KADStatistics, KADTrace | None]:
+        """Statistics and trace of the call, given what it returned, `(N, L)`."""
+        if isinstance(self.recorder, RoundRecorder):
+            statistics, trace = self.recorder.finish()
+        else:
+            per_prompt = len(sequences) // self.batch_size
+            stride = self.beams if self.beams > 1 else per_prompt
+            rows = [
+                index // per_prompt * stride + (0 if self.beams > 1 else index % per_prompt)
+                for index in range(len(sequences))
+            ]
+            lengths = [self._emitted(ids) for ids in sequences[:, self.prompt_length :].tolist()]
+            statistics, trace = self.recorder.finish(sequences, self.prompt_length, lengths, rows)
+        totals = add_up(statistics, base_forwards=self.base_forwards, proxy_forwards=proxy_forwards)
+        return totals, trace
+
+    def _emitted(self, ids: list[int]) -> int:
+        """How many tokens of a generated row count: up to its end of sequence, without the padding."""
+        for index, token in enumerate(ids):
+            if token in self.eos_token_ids:
+                return index + 1
+        length = len(ids)
+        while self.batch_size * self.beams > 1 and length and ids[length - 1] == self.pad_token_id:
+            length -= 1
+        return length
+
+
+def install() -> None:
+    """Wrap `GenerationMixin.generate`, once."""
+    if not hasattr(GenerationMixin.generate, "__kad_original__"):
+        GenerationMixin.generate = _wrap(GenerationMixin.generate)
+
+
+def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        # `logits_processor` is the third argument.
+        processors = kwargs.get("logits_processor") or (args[2] if len(args) > 2 else None) or []
+        found = [p for p in processors if getattr(p, "is_kad_processor", False)]
+        if not found:
+            return original(self, *args, **kwargs)
+        if len(found) > 1:
+            raise ValueError(f"Pass one KAD processor to a call of generate, got {len(found)}.")
+        bound = signature.bind(self, *args, **kwargs).arguments
+        bound.pop("self")
+        extra = bound.pop("kwargs", {})
+        return _generate_with_kad(original, self, found[0], {**bound, **extra})
+
+    generate.__kad_original__ = original  # type: ignore[attr-defined]
+    return generate
+
+
+def _generate_with_kad(
+    original: Callable[..., Any], model: PreTrainedModel, kad: Any, arguments: dict[str, Any]
+) -> Any:
+    settings = _Settings(model, arguments)
+    speculative = _is_speculative(kad, arguments)
+    _refuse(model, kad, settings, speculative)
+    call = _describe_call(kad, settings, speculative)
+    _warn_about_eos(kad, call)
+    if speculative:
+        arguments = _bind_loop(settings)
+    with kad.opened(call):
+        forwards = kad.cached_proxy.forwards
+        result = original(model, **arguments)
+        sequences = result if torch.is_tensor(result) else result.sequences
+        kad.statistics, kad.trace = call.finish(sequences, kad.cached_proxy.forwards - forwards)
+    return result
+
+
+class _Settings:
+    """The arguments of a call, with the precedence that `generate` gives them."""
+
+    def __init__(self, model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+        self.model, self.arguments = model, arguments
+        self.config = arguments.get("generation_config")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A setting: from the arguments, the `generation_config` passed, or the model's own."""
+        if name in self.arguments:
+            value = self.arguments[name]
+        else:
+            value = getattr(self.config, name, None)
+            if value is None:
+                value = getattr(self.model.generation_config, name, None)
+        return default if value is None else value
+
+    @property
+    def input_ids(self) -> torch.Tensor | None:
+        ids = self.arguments.get("inputs")
+        return self.arguments.get("input_ids") if ids is None else ids
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return _as_ids(self.get("eos_token_id"))
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """As `generate` sees it: without one, the first end-of-sequence id fills finished rows."""
+        pad = self.get("pad_token_id")
+        if pad is None:
+            eos = self.get("eos_token_id")
+            pad = eos[0] if isinstance(eos, list | tuple) else eos
+        return None if pad is None else int(pad)
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """The mask passed, or what `generate` infers from padding in the prompt; None for no padding."""
+        mask, ids = self.arguments.get("attention_mask"), self.input_ids
+        if mask is None and ids is not None:
+            pad = self.get("pad_token_id")
+            if pad is not None and int(pad) not in self.eos_token_ids:
+                mask = ids.ne(int(pad)).long()
+        return None if mask is None or bool((mask != 0).all()) else mask
+
+
+def _as_ids(value: Any) -> frozenset[int]:
+    if value is None:
+        return frozenset()
+    if torch.is_tensor(value):
+        value = value.reshape(-1).tolist()
+    return frozenset(value if isinstance(value, list | tuple) else [value])
+
+
+def _is_speculative(kad: Any, arguments: dict[str, Any]) -> bool:
+    assistant, custom = arguments.get("assistant_model"), arguments.get("custom_generate")
+    if assistant is not None and assistant is not kad.proxy:
+        raise ValueError(
+            "`assistant_model` must be the model that the KAD processor was built with (`kad.proxy`), got another "
+            f"{type(assistant).__name__}: drafts of a third model are not supported."
+        )
+    if assistant is not None and custom is not None and custom is not kad_generate:
+        raise ValueError(f"Pass either `assistant_model` or `custom_generate`, got both ({custom!r}).")
+    return assistant is not None or custom is kad_generate
+
+
+def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: bool) -> None:
+    """Raise for every call that could not be answered rightly."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"KAD needs a decoder-only base, got the encoder-decoder model {type(model).__name__}.")
+    if settings.get("cache_implementation") == "paged":
+        raise ValueError('`cache_implementation="paged"` would drop the KAD processor; leave it out.')
+    for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
+        if settings.get(name):
+            raise ValueError(
+                f"`{name}={settings.get(name)!r}` can't be combined with a KAD processor; pass "
+                "`assistant_model=kad.proxy` for speculative decoding."
+            )
+    if kad.proxy.training:
+        raise ValueError("The proxy is in training mode (dropout is active); call `proxy.eval()` first.")
+    if _is_sharded(kad.proxy):
+        raise ValueError(
+            "The proxy is sharded over processes (FSDP or DeepSpeed ZeRO-3), whose finished ranks skip the "
+            "processors; give every process a whole proxy."
+        )
+    beams = settings.get("num_beams", 1)
+    if beams > 1 and kad.record_trace:
+        raise ValueError(f"`trace=True` is not available with beams, got num_beams={beams}.")
+    ids = settings.input_ids
+    if ids is None and settings.arguments.get("inputs_embeds") is not None and kad.proxy_inputs is None:
+        raise ValueError(
+            "`inputs_embeds` without `input_ids`: the proxy needs a prompt of tokens. Pass its own with "
+            "`with kad.proxy_prompt(inputs):`."
+        )
+    mask = settings.arguments.get("attention_mask")
+    if mask is not None and ids is not None and mask.shape != ids.shape and kad.proxy_inputs is None:
+        raise ValueError(
+            f"`attention_mask` {tuple(mask.shape)} and `input_ids` {tuple(ids.shape)} must have the same shape: "
+            "the proxy needs the whole text, also where a cache for its beginning is passed."
+        )
+    if not speculative:
+        return
+    if beams > 1:
+        raise ValueError(f"Beams and `assistant_model` can't be combined, got num_beams={beams}.")
+    sequences = (1 if ids is None else ids.shape[0]) * settings.get("num_return_sequences", 1)
+    if sequences > 1:
+        raise ValueError(
+            f"Speculative decoding with KAD takes one sequence at a time, got {sequences}. Loop over the prompts, "
+            "or leave out `assistant_model` to decode a batch token by token."
+        )
+    if settings.get("synced_gpus"):
+        raise ValueError("`synced_gpus=True` is not available in speculative decoding; leave out `assistant_model`.")
+
+
+def _is_sharded(model: PreTrainedModel) -> bool:
+    return bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall:
+    ids = settings.input_ids
+    embeds = settings.arguments.get("inputs_embeds")
+    beams = settings.get("num_beams", 1)
+    call = OpenCall(
+        recorder=RoundRecorder(kad.record_trace) if speculative else StepRecorder(kad.record_trace),
+        # Without any input `generate` starts from one begin-of-sequence token.
+        prompt_length=ids.shape[1] if ids is not None else 0 if embeds is not None else 1,
+        batch_size=len(ids) if ids is not None else len(embeds) if embeds is not None else 1,
+        beams=beams,
+        attention_mask=settings.attention_mask(),
+        eos_token_ids=settings.eos_token_ids,
+        pad_token_id=settings.pad_token_id,
+        chunk_size=settings.get("prefill_chunk_size"),
+        rows_stay=beams == 1 and settings.arguments.get("custom_generate") is None,
+    )
+    if kad.proxy_inputs is not None:
+        prompt, mask = kad.proxy_inputs
+        if len(prompt) != call.batch_size:
+            raise ValueError(
+                f"`proxy_prompt` has {len(prompt)} prompts, the call has {call.batch_size}: give one for each."
+            )
+        call.proxy_prompt, call.attention_mask = (prompt, mask), None
+    return call
+
+
+def _warn_about_eos(kad: Any, call: OpenCall) -> None:
+    missing = _as_ids(kad.proxy.generation_config.eos_token_id) - call.eos_token_ids
+    if missing and missing not in kad.eos_warned:
+        kad.eos_warned.add(missing)
+        logger.warning(
+            f"The proxy ends its turns with token ids {sorted(missing)}, which do not end this call: the text will "
+            f"run on. Pass eos_token_id={sorted(call.eos_token_ids | missing)} to generate."
+        )
+
+
+def _bind_loop(settings: _Settings) -> dict[str, Any]:
+    """The arguments of the same call with the project's loop as decoding method.
+
+    A callable `custom_generate` loses the streamer and the tokenizer on the way: the first is bound to the loop,
+    the second is used up here, for the stop strings.
+    """
+    arguments = dict(settings.arguments)
+    arguments.pop("assistant_model", None)
+    arguments.pop("assistant_tokenizer", None)
+    tokenizer = arguments.pop("tokenizer", None)
+    streamer: BaseStreamer | None = arguments.get("streamer")
+    stop_strings = settings.get("stop_strings")
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer` argument of generate as well.")
+        criteria = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+        arguments["stopping_criteria"] = StoppingCriteriaList([criteria, *(arguments.get("stopping_criteria") or [])])
+        if settings.config is not None:
+            arguments["generation_config"] = copy.deepcopy(settings.config)
+            arguments["generation_config"].stop_strings = None
+        if settings.config is None or settings.model.generation_config.stop_strings is not None:
+            arguments["stop_strings"] = None
+    arguments["custom_generate"] = functools.partial(kad_generate, streamer=streamer)
+    return arguments

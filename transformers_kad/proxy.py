@@ -1,0 +1,272 @@
+"""A small model beside the base: its cache, its padding, its vocabulary.
+
+`CachedModel` answers one question, "what are your logits at the last positions of these texts?", and forwards
+only what its cache does not hold yet. It follows texts that grow token by token, drafts that are partly
+refused, beams that are reordered, and chats that continue in a later call.
+"""
+
+import inspect
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+
+
+class CachedModel:
+    """A causal LM with a cache of its own that is rolled back or refilled as the texts demand.
+
+    Args:
+        model: a causal LM or a `PeftModel`.
+        role: what error messages call it ("proxy", "reference").
+        without_adapter: forward a `PeftModel` with its adapter switched off.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str = "proxy", *, without_adapter: bool = False) -> None:
+        self.model = model
+        self.role = role
+        self.without_adapter = without_adapter
+        self.forwards = 0
+        forward = getattr(model, "get_base_model", lambda: model)().forward
+        accepted = inspect.signature(forward).parameters
+        self._takes_position_ids = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop the cache."""
+        self._cache: Cache | None = None
+        self._ids: torch.Tensor | None = None  # (B, n): the tokens that the cache holds
+        self._mask: torch.Tensor | None = None  # (B, n)
+        self._padded = False
+        self._state: Hashable = None
+        self.parents: list[int] | None = None
+
+    def refresh(self) -> None:
+        """Drop the cache if the model changed since it was filled: weights, adapters, mode, dtype, device."""
+        if self._cache is not None and model_state(self.model) != self._state:
+            self.reset()
+
+    def settle(self, length: int) -> None:
+        """Take back all but the first `length` tokens, and let go of what only taking back would need.
+
+        Layers with a sliding window can only take back what came since they were last settled.
+        """
+        if self._cache is None or self._ids is None or self._mask is None:
+            return
+        surplus = max(self.cached_length - length, 0)
+        if surplus and not can_crop(self._cache, surplus):
+            self.reset()
+            return
+        self._cache.crop(-surplus)
+        if surplus:
+            self._ids, self._mask = self._ids[:, :length], self._mask[:, :length]
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text that the model takes, in tokens; None if its configuration does not say."""
+        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    @property
+    def cached_length(self) -> int:
+        """How many tokens of each text the cache holds."""
+        return 0 if self._ids is None else self._ids.shape[1]
+
+    def logits(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        keep: int = 1,
+        continues: bool = False,
+        chunk_size: int | None = None,
+    ) -> torch.Tensor:
+        """The model's logits at the last `keep` positions of each text, shape `(B, keep, V)`, on its device.
+
+        Args:
+            input_ids: texts, `(B, L)`, padded on the left.
+            attention_mask: `(B, L)`, zeros at padding; no padding by default.
+            keep: how many positions.
+            continues: promise that the texts continue those of the last call, row by row, apart from tokens
+                at their end that were taken back. Nothing is compared then.
+            chunk_size: forward at most so many tokens at a time.
+
+        Afterwards `parents[b]` is the row of the last call that row b continues; None means row b.
+
+        Raises:
+            ValueError: the text is longer than the model's context.
+        """
+        length = input_ids.shape[1]
+        if length == 0:
+            raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
+        if self.context_length is not None and length > self.context_length:
+            raise ValueError(
+                f"The text has {length} tokens, but the {self.role} {describe(self.model)} ends at "
+                f"{self.context_length} (max_position_embeddings). Generate less or take a {self.role} with a "
+                "longer context."
+            )
+        device = self.model.device
+        input_ids = input_ids.to(device)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+        try:
+            self._align(input_ids, mask, upto=length - keep, continues=continues)
+            return self._forward(input_ids, mask, keep, chunk_size)
+        except BaseException:
+            self.reset()  # some layers of the cache may be ahead of others
+            raise
+
+    def _align(self, input_ids: torch.Tensor, mask: torch.Tensor, *, upto: int, continues: bool) -> None:
+        """Make the cache hold a prefix of every text, at most `upto` tokens long, as long as can be had."""
+        self.parents = None
+        if self._cache is None or upto <= 0:
+            common = 0
+        elif continues:
+            common = min(self.cached_length, upto)
+        else:
+            common = min(self._match_rows(input_ids, mask), upto)
+        if common < self.cached_length:
+            self.settle(common)
+        if common <= 0 or self._cache is None:
+            self.reset()
+            self._state = model_state(self.model)
+
+    def _match_rows(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
+        """Give every text the cached row that shares its longest prefix; return the shortest of these."""
+        assert self._cache is not None and self._ids is not None and self._mask is not None
+        width = min(self.cached_length, input_ids.shape[1])
+        same = (self._ids[:, None, :width] == input_ids[None, :, :width]) & (
+            self._mask[:, None, :width] == mask[None, :, :width]
+        )
+        shared = same.long().cumprod(-1).sum(-1)  # (cached rows, rows)
+        rows = len(self._ids)
+        # The first of equally good rows: argmax leaves open which one it returns.
+        first_best = (shared * rows - torch.arange(rows, device=shared.device)[:, None]).argmax(0)
+        common = int(shared.gather(0, first_best[None]).min())
+        parents = first_best.tolist()
+        if common > 0 and parents != list(range(rows)):
+            self._cache.batch_select_indices(first_best)
+            self._ids, self._mask = self._ids[first_best], self._mask[first_best]
+            self.parents = parents
+        return common
+
+    def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, keep: int, chunk_size: int | None) -> torch.Tensor:
+        length, start = input_ids.shape[1], self.cached_length
+        stops = list(range(start + chunk_size, length - keep, chunk_size)) if chunk_size else []
+        padded = bool((mask == 0).any()) if start == 0 else self._padded
+        with torch.no_grad():
+            for stop in [*stops, length]:
+                output = self._call(input_ids[:, start:stop], mask[:, :stop], padded, keep if stop == length else 1)
+                start = stop
+        self.forwards += 1
+        self._ids, self._mask, self._padded = input_ids, mask, padded
+        return output[:, -keep:]
+
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, padded: bool, keep: int) -> torch.Tensor:
+        kwargs: dict[str, Any] = {}
+        if padded:
+            kwargs["attention_mask"] = mask
+            if self._takes_position_ids:
+                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+                kwargs["position_ids"] = positions[:, -ids.shape[1] :]
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = keep
+        with self._adapter_state():
+            output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
+        cache = getattr(output, "past_key_values", None)
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"The {self.role} {describe(self.model)} returned no `Cache` that could be kept between steps "
+                f"(got {type(cache).__name__}); KAD needs an attention model with a key-value cache."
+            )
+        if self._cache is None:
+            # Only now: a prefill that records its past keeps states that sliding windows could drop.
+            cache.activate_past_recording()
+        self._cache = cache
+        return output.logits
+
+    def _adapter_state(self) -> AbstractContextManager[None]:
+        return self.model.disable_adapter() if self.without_adapter else nullcontext()
+
+
+def describe(model: PreTrainedModel) -> str:
+    """A model's class and where it was loaded from, for error messages."""
+    path = getattr(model.config, "_name_or_path", "") or "unnamed"
+    return f"{type(model).__name__} ({path})"
+
+
+def can_crop(cache: Cache | None, tokens: int) -> bool:
+    """Whether the last `tokens` tokens can be taken back from every layer of a cache."""
+    if cache is None:
+        return False
+    for layer in cache.layers:
+        if not getattr(layer, "is_croppable", False):
+            return False
+        if getattr(layer, "is_sliding", False) and layer.is_initialized:
+            left = layer.get_seq_length() - tokens
+            if layer.keys.shape[-2] - tokens < min(left, layer.sliding_window - 1):
+                return False
+    return True
+
+
+def model_state(model: PreTrainedModel) -> Hashable:
+    """What a model's cache depends on besides the text: weights, dtype, device, mode and adapters.
+
+    Weights are told apart by the version counters that torch raises on every change in place.
+    """
+    adapters = tuple(
+        (
+            tuple(module.active_adapters),
+            module.disable_adapters,
+            tuple(getattr(module, "merged_adapters", ())),
+        )
+        for module in model.modules()
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    )
+    weights = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype, str(p.device)) for p in model.parameters())
+    return hash((adapters, weights, model.training))
+
+
+def align_vocabulary(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Bring logits `(..., V_proxy)` to the base's vocabulary size, as float32.
+
+    Ids that only the base has get -inf; ids that only the proxy has are dropped, so that a softmax
+    renormalises over the rest.
+    """
+    missing = vocabulary - logits.shape[-1]
+    if missing > 0:
+        return torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
+    return logits[..., :vocabulary].float()
+
+
+def check_tokenizers(base_tokenizer: object, proxy_tokenizer: object) -> None:
+    """Raise unless the ids that two tokenizers share mean the same strings.
+
+    Raises:
+        ValueError: names the first ids that differ.
+    """
+    base = {index: token for token, index in base_tokenizer.get_vocab().items()}  # type: ignore[attr-defined]
+    proxy = {index: token for token, index in proxy_tokenizer.get_vocab().items()}  # type: ignore[attr-defined]
+    different = [index for index in sorted(base.keys() & proxy.keys()) if base[index] != proxy[index]]
+    if different:
+        shown = ", ".join(f"{i}: {base[i]!r} and {proxy[i]!r}" for i in different[:5])
+        raise ValueError(
+            f"Base and proxy must share one vocabulary, but {len(different)} token ids mean different strings "
+            f"(base and proxy): {shown}. Take a proxy of the same model family."
+        )
+
+
+def is_unusable(logits: torch.Tensor) -> torch.Tensor:
+    """Which rows of logits `(..., V)` have no likeliest token: NaN, +inf, or all -inf. Shape `(...)`, boolean."""
+    return ~logits.amax(-1).isfinite()
+
+
+def unusable_logits_error(role: str, model: PreTrainedModel | None, position: int, row: int = 0) -> ValueError:
+    """The error for such a row: which model, which position of the text (in tokens), which sequence."""
+    name = f"{role} {describe(model)}" if model is not None else role
+    return ValueError(
+        f"The logits of the {name} for position {position} of sequence {row} are NaN, +inf or all -inf. Check the "
+        "weights and the dtype (float16 overflows where bfloat16 does not), and for the base the processors before "
+        "KAD, which may have banned every token."
+    )

@@ -1,0 +1,287 @@
+"""What happened in a call of `generate`: counts per sequence and in all, and a record of every token."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from .composition import Composition
+
+
+@dataclass(frozen=True)
+class SequenceStatistics:
+    """Counts of one sequence, or of several added up.
+
+    A *round* is one forward of the base and what it yields: token by token a single token; speculatively the
+    accepted part of a draft and, unless the text ends on a draft token, one more token.
+
+    Attributes:
+        tokens: emitted tokens, end of sequence included.
+        rounds: rounds.
+        drafted: tokens that the proxy proposed.
+        accepted: draft tokens that were emitted.
+        deferral_mass: mean of the deferral mass D over the emitted positions, in [0, 1]; None for rules that
+            are no mask.
+        acceptance_histogram: entry k is the number of rounds that emitted k draft tokens.
+
+    Identities: tokens = accepted + rounds - rounds that end on a draft token; sum(histogram) = rounds;
+    sum(k * histogram[k]) = accepted.
+    """
+
+    tokens: int = 0
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    deferral_mass: float | None = None
+    acceptance_histogram: tuple[int, ...] = ()
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / drafted, None when nothing was drafted."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_round(self) -> float | None:
+        """Emitted tokens per round, None when there was no round."""
+        return self.tokens / self.rounds if self.rounds else None
+
+
+@dataclass(frozen=True)
+class KADStatistics(SequenceStatistics):
+    """Statistics of one finished call: the counts of all its sequences, and each sequence's own.
+
+    Attributes:
+        base_forwards: forwards of the base. A prefill counts as one, however many chunks it has.
+        proxy_forwards: forwards of the proxy, counted the same way; the reference's are not among them.
+        sequences: one `SequenceStatistics` per returned sequence, in the order of the output.
+    """
+
+    base_forwards: int = 0
+    proxy_forwards: int = 0
+    sequences: tuple[SequenceStatistics, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """One emitted token.
+
+    Attributes:
+        token_id: its id.
+        base_prob: p, the base's probability of it.
+        proxy_prob: q, the proxy's.
+        target_prob: r, the target's, before what `generate` does to it (temperature, top-k, top-p).
+        deferral_mass: D at its position, None for rules that are no mask.
+        proxy_share: the share of the token owed to the proxy, q D / r, None for rules that are no mask.
+        drafted: whether it was drafted by the proxy and accepted.
+    """
+
+    token_id: int
+    base_prob: float
+    proxy_prob: float
+    target_prob: float
+    deferral_mass: float | None
+    proxy_share: float | None
+    drafted: bool
+
+
+@dataclass(frozen=True)
+class KADTrace(Sequence[TokenRecord]):
+    """The records of a finished call. Indexing and iterating run through the first sequence.
+
+    Attributes:
+        sequences: the records of each returned sequence.
+    """
+
+    sequences: tuple[tuple[TokenRecord, ...], ...] = ()
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        """Record(s) of the first sequence."""
+        return self.sequences[0][index] if self.sequences else ()[index]
+
+    def __len__(self) -> int:
+        return len(self.sequences[0]) if self.sequences else 0
+
+    def __iter__(self) -> Iterator[TokenRecord]:
+        return iter(self.sequences[0] if self.sequences else ())
+
+
+@dataclass
+class _Step:
+    """One step token by token: D, which row of the step before each row continues, and its newest token."""
+
+    deferral_mass: torch.Tensor | None
+    parents: list[int] | None
+    newest: torch.Tensor
+
+
+@dataclass
+class StepRecorder:
+    """Collects the steps of a call that decodes token by token, row by row or in beams.
+
+    Nothing is read back from the device before the end.
+    """
+
+    trace: bool
+    steps: dict[int, _Step] = field(default_factory=dict)  # by text length
+    token_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # by text length, for the trace
+    pending: tuple[int, Composition] | None = None
+
+    def record(self, input_ids: torch.Tensor, composition: Composition, parents: list[int] | None) -> None:
+        """Note a step: the texts `(rows, L)`, what was computed for position L, and who continues whom.
+
+        `parents` is None where row i continues row i.
+        """
+        length = input_ids.shape[1]
+        self._settle(input_ids)
+        self.steps[length] = _Step(composition.deferral_mass, parents, input_ids[:, -1])
+        if self.trace:
+            self.pending = (length, composition)
+
+    def _settle(self, input_ids: torch.Tensor) -> None:
+        # The token that a position led to is seen one step later.
+        if self.pending is not None and input_ids.shape[1] > self.pending[0]:
+            length, composition = self.pending
+            self.token_probs[length] = composition.probs_of(input_ids[:, length])
+            self.pending = None
+
+    def finish(
+        self, sequences: torch.Tensor, prompt_length: int, lengths: list[int], rows: list[int]
+    ) -> tuple[list[SequenceStatistics], KADTrace | None]:
+        """Statistics and trace of the returned sequences.
+
+        Args:
+            sequences: the output of `generate`, `(N, L)`.
+            prompt_length: where the generated part begins.
+            lengths: how many tokens each sequence emitted.
+            rows: the row of the first step that each sequence started from.
+        """
+        if self.trace:
+            self._settle(sequences)
+        masses = self._masses(sequences, prompt_length, lengths, rows)
+        statistics = [
+            SequenceStatistics(
+                tokens=length,
+                rounds=length,
+                deferral_mass=mean_or_none(mass),
+                acceptance_histogram=(length,) if length else (),
+            )
+            for length, mass in zip(lengths, masses, strict=True)
+        ]
+        if not self.trace:
+            return statistics, None
+        probs = {length: table.tolist() for length, table in self.token_probs.items()}
+        records = []
+        for row, (length, mass) in enumerate(zip(lengths, masses, strict=True)):
+            ids = sequences[row, prompt_length : prompt_length + length].tolist()
+            records.append(
+                tuple(
+                    make_record(token, probs[prompt_length + at][row], mass[at], drafted=False)
+                    for at, token in enumerate(ids)
+                )
+            )
+        return statistics, KADTrace(tuple(records))
+
+    def _masses(
+        self, sequences: torch.Tensor, prompt_length: int, lengths: list[int], rows: list[int]
+    ) -> list[list[float | None]]:
+        """D of every emitted position. Beams are followed from row to row through their parents."""
+        table = {
+            at: None if step.deferral_mass is None else step.deferral_mass.tolist() for at, step in self.steps.items()
+        }
+        newest = {at: step.newest.tolist() for at, step in self.steps.items() if step.parents is not None}
+        ids = sequences.tolist()
+        result = []
+        for sequence, (length, start) in enumerate(zip(lengths, rows, strict=True)):
+            row, masses = start, []
+            for at in range(prompt_length, prompt_length + length):
+                parents = self.steps[at].parents
+                if parents is not None and at > prompt_length:
+                    token = ids[sequence][at - 1]
+                    row = next(
+                        (r for r, parent in enumerate(parents) if parent == row and newest[at][r] == token),
+                        -1,
+                    )
+                    if row < 0:  # the beam ended here: its last token was chosen, and never continued
+                        break
+                mass = table[at]
+                masses.append(None if mass is None else mass[row])
+            result.append(masses)
+        return result
+
+
+@dataclass
+class RoundRecorder:
+    """Collects the rounds of one sequence that is decoded speculatively."""
+
+    trace: bool
+    drafted: int = 0
+    accepted: list[int] = field(default_factory=list)  # per round
+    tokens: int = 0
+    masses: list[float | None] = field(default_factory=list)
+    records: list[TokenRecord] = field(default_factory=list)
+
+    def record(self, drafted: int, accepted: int, tokens: list[int], positions: list[Composition]) -> None:
+        """Note a round: its draft length, and for each emitted token its id and its position (one row)."""
+        self.drafted += drafted
+        self.accepted.append(accepted)
+        self.tokens += len(tokens)
+        for at, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            mass = None if position.deferral_mass is None else float(position.deferral_mass)
+            self.masses.append(mass)
+            if self.trace:
+                probs = position.probs_of(torch.tensor([token]))[0].tolist()
+                self.records.append(make_record(token, probs, mass, drafted=at < accepted))
+
+    def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
+        """Statistics and trace of the sequence."""
+        histogram = [0] * (max(self.accepted, default=-1) + 1)
+        for accepted in self.accepted:
+            histogram[accepted] += 1
+        statistics = SequenceStatistics(
+            tokens=self.tokens,
+            rounds=len(self.accepted),
+            drafted=self.drafted,
+            accepted=sum(self.accepted),
+            deferral_mass=mean_or_none(self.masses),
+            acceptance_histogram=tuple(histogram),
+        )
+        return [statistics], KADTrace((tuple(self.records),)) if self.trace else None
+
+
+def make_record(token: int, probs: list[float], mass: float | None, *, drafted: bool) -> TokenRecord:
+    """A `TokenRecord` from a token's [p, q, r] and the deferral mass at its position."""
+    base, proxy, target = probs
+    # r = 0 can only be emitted where a later processor put mass back; then nothing is owed to anyone.
+    share = None if mass is None else min(proxy * mass / target, 1.0) if target > 0 else 0.0
+    return TokenRecord(token, base, proxy, target, mass, share, drafted)
+
+
+def mean_or_none(values: Iterable[float | None]) -> float | None:
+    """Their mean, None if there are none or any is None."""
+    known = list(values)
+    if not known or any(value is None for value in known):
+        return None
+    return sum(value for value in known if value is not None) / len(known)
+
+
+def add_up(sequences: Sequence[SequenceStatistics], *, base_forwards: int, proxy_forwards: int) -> KADStatistics:
+    """The statistics of a call from those of its sequences; means are weighted by tokens."""
+    widest = max((len(s.acceptance_histogram) for s in sequences), default=0)
+    histogram = [0] * widest
+    for s in sequences:
+        for k, count in enumerate(s.acceptance_histogram):
+            histogram[k] += count
+    tokens = sum(s.tokens for s in sequences)
+    weighted = [None if s.deferral_mass is None else s.deferral_mass * s.tokens for s in sequences if s.tokens]
+    mean = mean_or_none(weighted)
+    return KADStatistics(
+        tokens=tokens,
+        rounds=sum(s.rounds for s in sequences),
+        drafted=sum(s.drafted for s in sequences),
+        accepted=sum(s.accepted for s in sequences),
+        deferral_mass=None if mean is None else mean * len(weighted) / tokens,
+        acceptance_histogram=tuple(histogram),
+        base_forwards=base_forwards,
+        proxy_forwards=proxy_forwards,
+        sequences=tuple(sequences),
+    )

@@ -1,0 +1,131 @@
+"""Accept, refuse, resample: the step of speculative sampling in which no model takes part.
+
+Draw y_1 ... y_γ from q. Accept y_i with probability min(1, r_i(y_i) / q_i(y_i)), stop at the first refusal
+and draw from the normalised (r_i - q_i)_+ there; if all are accepted, draw one bonus token from r_{γ+1}.
+Every token is then distributed exactly as r.
+
+Papers: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", ICML 2023 (appendix A.1);
+Chen et al., "Accelerating Large Language Model Decoding with Speculative Sampling" (arXiv 2302.01318).
+"""
+
+import torch
+
+# A residual below this mass is made of rounding errors of the two distributions, not of their difference.
+SMALLEST_RESIDUAL = torch.finfo(torch.float32).eps
+
+
+def verify(
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    draft_ids: torch.Tensor,
+    draft_lengths: torch.Tensor | None = None,
+    do_sample: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decide how much of a draft is kept, and draw the token that follows.
+
+    Args:
+        target_probs: r, shape `(B, γ + 1, V)`.
+        draft_probs: q, the distributions that the draft was drawn from, shape `(B, γ, V)`. For a deterministic
+            draft, one-hot rows.
+        draft_ids: y, shape `(B, γ)`.
+        draft_lengths: how many of the γ tokens each row drafted, shape `(B,)`; all γ by default. The entries
+            behind a row's length are ignored.
+        do_sample: if False, a draft token is accepted where it equals argmax r, and the next token is argmax r.
+        generator: source of the random numbers, on the device of `target_probs`.
+
+    Returns:
+        `accepted_lengths` `(B,)` and `next_tokens` `(B,)`, both int64: row b emits its first
+        `accepted_lengths[b]` draft tokens and then `next_tokens[b]`. A residual that is numerically zero falls
+        back to r.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+
+    >>> target = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])
+    >>> verify(target, torch.tensor([[[0.5, 0.5]]]), torch.tensor([[1]]))
+    (tensor([1]), tensor([0]))
+    """
+    accepted_lengths = count_accepted(target_probs, draft_probs, draft_ids, draft_lengths, do_sample, generator)
+    return accepted_lengths, draw_next(
+        target_probs, draft_probs, accepted_lengths, draft_lengths, do_sample, generator
+    )
+
+
+def count_accepted(
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    draft_ids: torch.Tensor,
+    draft_lengths: torch.Tensor | None = None,
+    do_sample: bool = True,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The first half of :func:`verify`: how many draft tokens are accepted, shape `(B,)`.
+
+    `target_probs` may end at position γ here: the bonus position plays no part.
+    """
+    _check_shapes(target_probs, draft_probs, draft_ids, draft_lengths)
+    drafted = draft_ids.shape[1]
+    if do_sample:
+        r_y = target_probs[:, :drafted].gather(-1, draft_ids[..., None]).squeeze(-1)
+        q_y = draft_probs.gather(-1, draft_ids[..., None]).squeeze(-1)
+        uniform = torch.rand(r_y.shape, dtype=r_y.dtype, device=r_y.device, generator=generator)
+        accepted = uniform * q_y < r_y
+    else:
+        accepted = target_probs[:, :drafted].argmax(-1) == draft_ids
+    if draft_lengths is not None:
+        accepted &= torch.arange(drafted, device=draft_ids.device) < draft_lengths[:, None]
+    return accepted.long().cumprod(-1).sum(-1)
+
+
+def draw_next(
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    accepted_lengths: torch.Tensor,
+    draft_lengths: torch.Tensor | None = None,
+    do_sample: bool = True,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """The second half of :func:`verify`: the token after the accepted ones, shape `(B,)`.
+
+    Only position `accepted_lengths[b]` of row b is read, so `target_probs` must reach that far and no further.
+    """
+    rows = torch.arange(len(target_probs), device=target_probs.device)
+    target = target_probs[rows, accepted_lengths]
+    if not do_sample:
+        return target.argmax(-1)
+    drafted = draft_probs.shape[1]
+    if drafted:
+        refused = accepted_lengths < (drafted if draft_lengths is None else draft_lengths)
+        draft = draft_probs[rows, accepted_lengths.clamp(max=drafted - 1)]
+        residual = (target - draft).clamp(min=0)
+        use_residual = refused & (residual.sum(-1) > SMALLEST_RESIDUAL)
+        target = torch.where(use_residual[:, None], residual, target)
+    return torch.multinomial(target, num_samples=1, generator=generator).squeeze(-1)
+
+
+def _check_shapes(
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    draft_ids: torch.Tensor,
+    draft_lengths: torch.Tensor | None,
+) -> None:
+    shapes = {"target_probs": target_probs, "draft_probs": draft_probs, "draft_ids": draft_ids}
+    if draft_lengths is not None:
+        shapes["draft_lengths"] = draft_lengths
+    batch, drafted, vocabulary = draft_probs.shape if draft_probs.dim() == 3 else (-1, -1, -1)
+    fits = (
+        draft_probs.dim() == 3
+        and target_probs.dim() == 3
+        and target_probs.shape[0] == batch
+        and target_probs.shape[1] in (drafted, drafted + 1)
+        and target_probs.shape[2] == vocabulary
+        and draft_ids.shape == (batch, drafted)
+        and (draft_lengths is None or draft_lengths.shape == (batch,))
+    )
+    if not fits:
+        got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in shapes.items())
+        raise ValueError(
+            "Expected target_probs (B, γ + 1, V), draft_probs (B, γ, V), draft_ids (B, γ) and draft_lengths (B,), "
+            f"got {got}."
+        )
