@@ -111,7 +111,7 @@ class _Step:
 
     deferral_mass: torch.Tensor | None
     parents: list[int] | None
-    newest: torch.Tensor
+    newest: torch.Tensor  # (rows, 1)
 
 
 @dataclass
@@ -133,7 +133,7 @@ class StepRecorder:
         """
         length = input_ids.shape[1]
         self._settle(input_ids)
-        self.steps[length] = _Step(composition.deferral_mass, parents, input_ids[:, -1])
+        self.steps[length] = _Step(composition.deferral_mass, parents, input_ids[:, -1:])
         if self.trace:
             self.pending = (length, composition)
 
@@ -198,7 +198,7 @@ class StepRecorder:
                 if parents is not None and at > prompt_length:
                     token = ids[sequence][at - 1]
                     row = next(
-                        (r for r, parent in enumerate(parents) if parent == row and newest[at][r] == token),
+                        (r for r, parent in enumerate(parents) if parent == row and newest[at][r] == [token]),
                         -1,
                     )
                     if row < 0:  # the beam ended here: its last token was chosen, and never continued

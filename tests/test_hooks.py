@@ -1,0 +1,215 @@
+"""The wrapper of generate: what it touches, what it refuses, and what it rests on in transformers."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin
+
+from transformers_kad import DualDeferral, KADLogitsProcessor, hooks
+
+PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+
+
+def test_importing_the_package_leaves_generate_alone():
+    program = (
+        "import transformers_kad\n"
+        "from transformers import GenerationMixin\n"
+        "assert not hasattr(GenerationMixin.generate, '__kad_original__')\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_the_wrapper_is_installed_once_and_keeps_the_signature(proxy):
+    KADLogitsProcessor(proxy)
+    first = GenerationMixin.generate
+    KADLogitsProcessor(proxy)
+    assert GenerationMixin.generate is first
+    assert first.__name__ == "generate"
+    assert inspect.signature(first) == inspect.signature(first.__kad_original__)
+    assert not hasattr(first.__kad_original__, "__kad_original__")
+
+
+@pytest.mark.parametrize("settings", [{"do_sample": True, "top_k": 0}, {"num_beams": 3}, {"assisted": True}])
+def test_a_call_without_a_kad_processor_is_untouched(base, proxy, settings):
+    """Same tokens and same random state as from the original function."""
+    KADLogitsProcessor(proxy)
+    settings = {"max_new_tokens": 10, **settings}
+    if settings.pop("assisted", False):
+        settings |= {"assistant_model": proxy, "do_sample": True}
+    wrapped, original = GenerationMixin.generate, GenerationMixin.generate.__kad_original__
+    outcomes = []
+    for function in (wrapped, original):
+        torch.manual_seed(3)
+        outcomes.append((function(base, PROMPT, **settings), torch.get_rng_state()))
+    assert torch.equal(outcomes[0][0], outcomes[1][0])
+    assert torch.equal(outcomes[0][1], outcomes[1][1])
+
+
+def test_positional_arguments_are_understood(base, proxy):
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    assert torch.equal(base.generate(PROMPT, None, [kad], **GREEDY), expected)
+
+
+def refused(base, message, error=ValueError, inputs=PROMPT, **arguments):
+    with pytest.raises(error, match=message):
+        base.generate(inputs, **{**GREEDY, **arguments})
+
+
+def test_two_kad_processors_are_refused(base, proxy):
+    refused(base, "one KAD processor", logits_processor=[KADLogitsProcessor(proxy), KADLogitsProcessor(proxy)])
+
+
+def test_another_assistant_is_refused(base, proxy):
+    refused(base, "kad.proxy", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=tiny_model(seed=5))
+
+
+def test_an_encoder_decoder_base_is_refused(proxy):
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    bart = BartForConditionalGeneration(BartConfig(**sizes, **heads)).eval()
+    refused(bart, "encoder-decoder model Bart", logits_processor=[KADLogitsProcessor(proxy)])
+
+
+def test_the_paged_cache_is_refused(base, proxy):
+    refused(base, "paged", logits_processor=[KADLogitsProcessor(proxy)], cache_implementation="paged")
+
+
+def test_prompt_lookup_is_refused(base, proxy):
+    refused(
+        base, "prompt_lookup_num_tokens=3", logits_processor=[KADLogitsProcessor(proxy)], prompt_lookup_num_tokens=3
+    )
+
+
+def test_beams_together_with_an_assistant_are_refused(base, proxy):
+    refused(base, "num_beams=2", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, num_beams=2)
+
+
+@pytest.mark.parametrize("arguments", [{"inputs": PROMPT.repeat(2, 1)}, {"num_return_sequences": 2}])
+def test_several_sequences_in_speculative_mode_are_refused(base, proxy, arguments):
+    arguments = {"do_sample": True, **arguments}
+    refused(base, "got 2", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, **arguments)
+
+
+def test_a_trace_with_beams_is_refused(base, proxy):
+    refused(base, "trace", logits_processor=[KADLogitsProcessor(proxy, trace=True)], num_beams=2)
+
+
+def test_a_proxy_in_training_mode_is_refused(base):
+    proxy = tiny_model(seed=2)
+    kad = KADLogitsProcessor(proxy)
+    proxy.train()
+    refused(base, "training mode", logits_processor=[kad])
+
+
+def test_a_sharded_proxy_is_refused(base, proxy, monkeypatch):
+    monkeypatch.setattr(hooks, "is_fsdp_managed_module", lambda model: model is proxy)
+    refused(base, "sharded", logits_processor=[KADLogitsProcessor(proxy)])
+
+
+def test_synced_gpus_in_speculative_mode_are_refused(base, proxy):
+    refused(base, "synced_gpus", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, synced_gpus=True)
+
+
+def test_a_part_of_the_text_with_a_longer_mask_is_refused(base, proxy):
+    refused(
+        base,
+        "whole text",
+        logits_processor=[KADLogitsProcessor(proxy)],
+        attention_mask=torch.ones(1, 9, dtype=torch.long),
+    )
+
+
+def test_a_proxy_prompt_for_another_batch_size_is_refused(base, proxy):
+    kad = KADLogitsProcessor(proxy)
+    with kad.proxy_prompt(PROMPT.repeat(3, 1)):
+        refused(base, "3 prompts, the call has 1", logits_processor=[kad])
+    with pytest.raises(ValueError, match=r"\(5,\)"), kad.proxy_prompt(PROMPT[0]):
+        pass
+
+
+def test_an_assistant_and_another_custom_generate_are_refused(base, proxy):
+    refused(
+        base,
+        "either",
+        logits_processor=[KADLogitsProcessor(proxy)],
+        assistant_model=proxy,
+        custom_generate=lambda model, input_ids, **kwargs: input_ids,
+    )
+
+
+def test_nothing_is_left_open_after_a_refusal(base, proxy):
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    refused(base, "num_beams=2", logits_processor=[kad], assistant_model=proxy, num_beams=2)
+    refused(base, "not used by the model", logits_processor=[kad], max_new_tokns=3)  # by transformers, half way in
+    assert torch.equal(base.generate(PROMPT, logits_processor=[kad], **GREEDY), expected)
+
+
+def test_a_proxy_that_ends_its_turns_otherwise_is_warned_about_once(base, caplog):
+    proxy = tiny_model(seed=2)
+    proxy.generation_config.eos_token_id = [7, 9]
+    kad = KADLogitsProcessor(proxy)
+    with caplog.at_level("WARNING", logger="transformers_kad.hooks"):
+        for _ in range(2):
+            base.generate(PROMPT, logits_processor=[kad], eos_token_id=9, **GREEDY)
+        base.generate(PROMPT, logits_processor=[kad], eos_token_id=[7, 9], **GREEDY)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 1
+    assert "eos_token_id=[7, 9]" in messages[0]
+
+
+def test_a_custom_decoding_method_of_the_users_gets_the_processor(base, proxy):
+    """Any order of texts: the proxy compares instead of trusting that each step continues the last."""
+    rule = DualDeferral(0.4)
+    kad = KADLogitsProcessor(proxy, rule)
+    texts = [PROMPT, torch.tensor([[1, 2, 3, 4, 5, 6]]), torch.cat([PROMPT, PROMPT], dim=1)]
+
+    def decode(model, input_ids, logits_processor, **kwargs):
+        for text in texts:
+            scores = model(text).logits[:, -1]
+            expected = rule(scores.softmax(-1), proxy(text).logits[:, -1].softmax(-1)).log()
+            torch.testing.assert_close(logits_processor(text, scores), expected, atol=1e-4, rtol=1e-4)
+        return torch.cat([input_ids, input_ids[:, :1]], dim=1)
+
+    ids = base.generate(PROMPT, logits_processor=[kad], custom_generate=decode, **GREEDY)
+    assert ids.shape[1] == PROMPT.shape[1] + 1
+    assert kad.statistics.tokens == 1
+
+
+WHAT_TO_DO = "transformers changed what the wrapper of generate rests on: "
+
+
+def test_what_the_wrapper_rests_on_in_transformers(base, proxy):
+    """If this fails, a new transformers needs a look at hooks.py and generation.py before it is allowed."""
+    KADLogitsProcessor(proxy)
+    original = GenerationMixin.generate.__kad_original__
+    names = list(inspect.signature(original).parameters)
+    assert names[1:4] == ["inputs", "generation_config", "logits_processor"], WHAT_TO_DO + f"its arguments {names}"
+    for name in ("assistant_model", "custom_generate", "streamer", "stopping_criteria"):
+        assert name in names, WHAT_TO_DO + f"no argument {name}"
+
+    seen = {}
+
+    def record(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        seen.update(model_kwargs, model=model, logits_processor=logits_processor, criteria=stopping_criteria)
+        seen["generation_config"] = generation_config
+        return input_ids
+
+    original(base, PROMPT, custom_generate=record, temperature=0.5, **(GREEDY | {"do_sample": True}))
+    assert seen["model"] is base, WHAT_TO_DO + "a callable custom_generate gets the model first"
+    assert [type(p).__name__ for p in seen["logits_processor"]][:1] == ["TemperatureLogitsWarper"], (
+        WHAT_TO_DO + "the warpers come in logits_processor"
+    )
+    assert seen["criteria"].max_length == PROMPT.shape[1] + 4, WHAT_TO_DO + "criteria have no max_length"
+    for name in ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"):
+        assert name in seen, WHAT_TO_DO + f"model_kwargs lack {name}"
+    assert seen["generation_config"].prefill_chunk_size is None, WHAT_TO_DO + "no prefill_chunk_size"
+    prepare = inspect.signature(type(base).prepare_inputs_for_generation).parameters
+    for name in ("next_sequence_length", "is_first_iteration"):
+        assert name in prepare, WHAT_TO_DO + f"prepare_inputs_for_generation has no {name}"
