@@ -1,0 +1,703 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad[train]"]
+# ///
+"""Train a tiny base and a tiny proxy, from nothing, on which the effect of KAD can be seen on a CPU.
+
+    python recipes/train_tiny_pair.py --out my_pair              # 10 to 15 minutes on 2 CPU cores
+    python recipes/train_tiny_pair.py --out smoke_pair --smoke   # under a minute: code yes, effect no
+
+Three Llamas with one vocabulary learn addition and subtraction up to 99, most of it from word problems of one or
+two steps. All data is made here, from a seed. A run that was killed goes on when it is started again.
+
+- The *base* (3 layers x 96, 0.48 M parameters) reads a raw corpus: equations, stories with their working in many
+  styles, questions without answers, prose. It knows the arithmetic. It never saw a chat nor an end of sequence.
+- The *reference* (3 layers x 64, 0.2 M) reads less of the same corpus and is weak at the arithmetic.
+- The *proxy* is the reference with a LoRA adapter trained on chats, with the loss on the assistant's turn. It answers
+  "We get 12 + 7 = 19. The answer is 19." and stops, and the number is often wrong.
+
+A tenth of the arithmetic is in no training text: a fact family (a + b = c, b + a = c, c - a = b, c - b = a) falls
+into the train (90 %), validation (5 %) or test split (5 %) by its md5, and all steps of a problem are of its split.
+
+Result
+------
+500 problems of the test split, 4 seeds, sampled at temperature 1 without top-k and top-p, thresholds chosen on
+300 problems of the validation split. *strict* is `is_correct` (the phrase, the number, the end), *lenient* is
+`is_correct_lenient` (the number after the last "=" of the first line). *acceptance* is the mean of
+sum min(q, r), the chance that a token drafted by the proxy is kept.
+
+    rule                        strict   lenient   acceptance   strict, greedy
+    base alone                   0.000    0.011                   0.000
+    proxy alone                  0.349    0.351      1            0.674
+    nudging 0.7                  0.788    0.805      0.958        0.950
+    primal 0.8                   0.466    0.734      0.864        0.980
+    dual 0.5                     0.950    0.951      0.967        0.966
+    confidence bet 0.1           0.954    0.954      0.967        0.988
+    implicit reward 1.25         0.937    0.937      0.967        0.972   (a third model)
+    ensemble 0.3                 0.111    0.261      0.900        0.966
+
+Dual minus nudging: 0.162 +- 0.018 (95 %, paired over the 500 problems, means over 4 seeds; 0.148 to 0.186 by
+seed). Dual keeps within 0.05 of its best from 0.4 to 0.9 (on the validation problems). Confidence bet is as good
+as dual here. The test problems share 496 triples, so they are not quite independent. The base's 0 is not ignorance:
+99 % of the held-out equations are right, greedily, in the raw format. It does not know that it is to answer.
+
+How to read it: the pair is made to show a mechanism, it is no benchmark. Two properties of the data decide the
+figures. The base's knowledge sits in few tokens (digits), the proxy's in others (format), so a choice token by token
+can have both. And documents of the raw corpus break off after any word with a chance of 2 % (`BREAK_OFF`), as
+scraped text does, so the base has a small tail everywhere. At temperature 1 the dual rule defers that tail, while
+nudging, which takes or leaves the base's distribution as a whole, samples it: of 500 answers nudging got 118 wrong,
+55 of them by leaving the form, dual 25 and 2. An earlier version, in which nothing broke off (and base and reference
+were others), had dual at 0.905 and nudging at 0.870, a difference of 0.035 +- 0.049 over 200 problems. Greedily
+the rules hardly differ: sample to tell them apart.
+
+Lessons
+-------
+- Hold out by a real hash and by fact family. What b + a or c - b gives away is no generalisation.
+- A digit is always one token, apart from the space before it. "6" and " 6" would be two digits to learn.
+- The generation prompt ends in a newline, which the base knows, not in a token that it has never seen.
+- Separators change inside documents. A newline after every answer would outweigh the end of sequence.
+- A reference of 2 layers and 2 heads did not learn to copy the second number of a story within 3 M tokens. Its proxy
+  was right 1 time in 100, and the dual rule fell to 0.85: a proxy must be right where it is asked. 3 layers and 4
+  heads with 2.5 M tokens learn it, and still get the last digit wrong.
+- Muon, because AdamW is too slow here. The reference after the same 2.5 M tokens: Muon 49 % of the held-out
+  equations right, and both numbers of a story copied 49 % of the time; AdamW at 3e-3 15 % and none (at 8e-3 7 %).
+
+Measured on a machine of the kind "2 CPU cores", one thread (`OMP_NUM_THREADS=1`), torch 2.13: 9 minutes of CPU time
+and 13.5 of wall clock beside other work (base 7, reference 3, proxy 2). A second run gave the same weights, bit by
+bit. Another number of threads or another CPU gives other last digits, so other weights of the same quality.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+PAIR_DIR = Path(__file__).resolve().parent / "tiny_pair"
+
+Triple = tuple[int, str, int]
+
+# --- Arithmetic and its splits ------------------------------------------------------------------------------
+
+LIMIT = 99  # operands and results lie in 1..LIMIT
+SPLITS = ("train", "validation", "test")
+
+
+def evaluate_triple(triple: Triple) -> int:
+    """The result of `a op b`."""
+    a, op, b = triple
+    return a + b if op == "+" else a - b
+
+
+def split_of(triple: Triple) -> str:
+    """The split of a triple: 90 % train, 5 % validation, 5 % test, by the md5 of its fact family.
+
+    The four equations a + b = c, b + a = c, c - a = b and c - b = a are one family and share one split, so no
+    held-out sum can be read off from a commuted or an inverse one.
+    """
+    a, op, b = triple
+    low, high = sorted((a, b) if op == "+" else (a - b, b))
+    bucket = int(hashlib.md5(f"{low}+{high}".encode(), usedforsecurity=False).hexdigest(), 16) % 20
+    return {0: "validation", 1: "test"}.get(bucket, "train")
+
+
+@cache
+def _triples(split: str) -> tuple[tuple[Triple, ...], dict[int, tuple[Triple, ...]]]:
+    """All triples of a split, and the same by their first operand."""
+    numbers = range(1, LIMIT + 1)
+    triples = [(a, op, b) for a in numbers for op in "+-" for b in numbers]
+    triples = [t for t in triples if 1 <= evaluate_triple(t) <= LIMIT and split_of(t) == split]
+    by_first = {a: tuple(t for t in triples if t[0] == a) for a in numbers}
+    return tuple(triples), by_first
+
+
+def draw_steps(rng: random.Random, split: str, steps: int) -> tuple[Triple, ...]:
+    """A chain of triples of one split: each step starts from the result of the step before."""
+    triples, by_first = _triples(split)
+    while True:
+        chain = [rng.choice(triples)]
+        while len(chain) < steps and (following := by_first[evaluate_triple(chain[-1])]):
+            chain.append(rng.choice(following))
+        if len(chain) == steps:
+            return tuple(chain)
+
+
+def equation(triple: Triple) -> str:
+    a, op, b = triple
+    return f"{a} {op} {b} = {evaluate_triple(triple)}"
+
+
+# --- Problems and their scores ------------------------------------------------------------------------------
+
+NAMES = (
+    *("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana"),
+    *("Ivy", "Jon", "Kim", "Leo", "Mia", "Nora", "Otto", "Pia"),
+)
+ITEMS = (
+    *("apples", "beads", "books", "cards", "coins", "cups", "hats", "keys"),
+    *("marbles", "nuts", "pens", "plums", "shells", "stamps", "stones", "toys"),
+)
+OPENINGS = ("{name} has {a} {items}.", "{name} owns {a} {items}.", "{name} starts with {a} {items}.")
+EVENTS = {
+    "+": (
+        *("{name} buys {b} more.", "{name} finds {b} more.", "{name} gets {b} more from {other}."),
+        *("{other} brings {b} more.", "{name} wins {b} more."),
+    ),
+    "-": (
+        *("{name} loses {b} of them.", "{name} sells {b} of them.", "{name} gives {b} to {other}."),
+        *("{other} takes {b} away.", "{name} drops {b} of them."),
+    ),
+}
+QUESTIONS = (
+    *("How many {items} does {name} have now?", "How many {items} are there now?"),
+    *("How many does {name} have in the end?", "What is the number of {items} now?"),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A word problem: the user's message, the ideal answer, its number, and the steps that lead there."""
+
+    question: str
+    solution: str
+    answer: int
+    triples: tuple[Triple, ...]
+
+
+@dataclass(frozen=True)
+class Story:
+    """A word problem before it is asked: who, what, what happened."""
+
+    name: str
+    items: str
+    telling: str
+    triples: tuple[Triple, ...]
+
+    @property
+    def result(self) -> int:
+        return evaluate_triple(self.triples[-1])
+
+
+TWO_STEPS = 1 / 3  # share of the problems that take two steps
+
+
+def draw_story(rng: random.Random, split: str) -> Story:
+    triples = draw_steps(rng, split, 2 if rng.random() < TWO_STEPS else 1)
+    name, other = rng.sample(NAMES, 2)
+    items = rng.choice(ITEMS)
+    sentences = [rng.choice(OPENINGS).format(name=name, a=triples[0][0], items=items)]
+    sentences += [rng.choice(EVENTS[op]).format(name=name, other=other, b=b) for _, op, b in triples]
+    return Story(name, items, " ".join(sentences), triples)
+
+
+def ask(rng: random.Random, story: Story) -> str:
+    return f"{story.telling} {rng.choice(QUESTIONS).format(name=story.name, items=story.items)}"
+
+
+def make_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
+    """`count` distinct problems, all steps of which belong to `split` ("train", "validation" or "test")."""
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}")
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"`count` must be an integer >= 0, got {count!r}")
+    rng = random.Random(f"problems {split} {seed}")
+    problems: dict[str, Problem] = {}
+    while len(problems) < count:
+        story = draw_story(rng, split)
+        working = " Then ".join(f"{equation(triple)}." for triple in story.triples)
+        solution = f"We get {working} The answer is {story.result}."
+        question = ask(rng, story)
+        problems.setdefault(question, Problem(question, solution, story.result, story.triples))
+    return list(problems.values())
+
+
+EOS, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+STRICT = re.compile(rf"The answer is (\d+)\.?{re.escape(EOS)}(?:{re.escape(PAD)}|{re.escape(EOS)})*")
+
+
+def is_correct(text: str, problem: Problem) -> bool:
+    """Strict score: `text` says "The answer is N" once, with the right N, and ends there.
+
+    `text` is the completion decoded *with* special tokens (`skip_special_tokens=False`): the end of sequence
+    must follow the number or its period. Padding after it is ignored.
+    """
+    head, phrase, tail = text.partition("The answer is ")
+    match = STRICT.fullmatch(phrase + tail)
+    return match is not None and EOS not in head and match[1] == str(problem.answer)
+
+
+def is_correct_lenient(text: str, problem: Problem) -> bool:
+    """Lenient score, fair to a model that was never told how to answer or where to stop.
+
+    Counts the number after the last "=" of the first line that is not empty, or the last number of that line
+    if it has no "=". What follows the line, and the end of sequence, do not matter.
+    """
+    line = text.partition(EOS)[0].strip().partition("\n")[0]
+    numbers = re.findall(r"=\s*(\d+)", line) if "=" in line else re.findall(r"\d+", line)
+    return bool(numbers) and int(numbers[-1]) == problem.answer
+
+
+# --- The raw corpus: what base and reference read -----------------------------------------------------------
+
+SEPARATORS = ("\n", "\n", "\n\n", " ", " ", "  ", " \n", "\n- ", "\n* ", " | ", " / ", " -- ", "\n\n\n")
+LIST_SEPARATORS = (
+    *(", ", "; ", "\n", " | ", " and ", ". ", " / ", "\n- ", "\n* ", " ", " or ", ", so ", " while ", ".\n"),
+)
+LEAD_INS = (
+    *("We get ", "We have ", "We find ", "We see ", "We write ", "So ", "So we have ", "Now ", "Then "),
+    *("Here ", "This is ", "This gives ", "This makes ", "That is ", "That gives ", "Count: ", "Work: "),
+    *("Note: ", "Look: ", "One finds ", "It is clear that ", "In numbers, ", "On paper: ", "In short, "),
+    *("Well, ", "Hence ", "", "", ""),
+)
+LINKS = (
+    *(". Then ", ". Then ", ", then ", " and then ", ". Next ", "; ", ", ", ". After that "),
+    *(". So ", ". Now ", "\n"),
+)
+TAILS = (
+    *("", "", ".", ".", "!", ";", "\n", ", done.", " in all.", ", as it should be.", ". That is that."),
+    *(". {name} has {c} {items}.", ". {c} {items} now.", ". So {name} has {c} now.", ", so {c} {items}."),
+    *(". The answer is {c}.", ". The answer is {c}", ". The result is {c}.", ". The number is {c}."),
+    *(". There are {c} {items}.", ". That makes {c}.", ". It is {c}.", ". {name} counts {c}."),
+    ". In the end {c}.",
+)
+SUBJECTS = (*(*NAMES, "The cat", "The old man", "A boat", "The rain", "Nobody", "The teacher", "A bird", "The shop"),)
+VERBS = (
+    *(
+        "sees",
+        "likes",
+        "follows",
+        "forgets",
+        "paints",
+        "hides",
+        "carries",
+        "hears",
+        "wants",
+        "opens",
+        "leaves",
+    ),
+)
+OBJECTS = (
+    *("the door", "a letter", "the river", "a song", "the hill", "some tea", "the garden", "a lamp"),
+    "the road",
+)
+ADVERBS = (
+    *("", " again", " today", " at night", " in spring", " slowly", " without a word", " by the sea"),
+    " for once",
+)
+TOLD_AS_QUESTION = 0.7  # share of the worked stories that ask first
+BREAK_OFF = 0.02  # chance that a document ends after a word: see the docstring of the module
+
+
+def _equations(rng: random.Random) -> str:
+    """A list of equations, the separator drawn anew each time."""
+    parts = []
+    for _ in range(rng.randint(3, 12)):
+        parts += [equation(rng.choice(_triples("train")[0])), rng.choice(LIST_SEPARATORS)]
+    return "".join(parts[:-1])
+
+
+def _worked_story(rng: random.Random) -> str:
+    """A story, asked or only told, and its working in one of many styles."""
+    story = draw_story(rng, "train")
+    told = ask(rng, story) if rng.random() < TOLD_AS_QUESTION else story.telling
+    working = equation(story.triples[0])
+    for triple in story.triples[1:]:
+        working += rng.choice(LINKS) + equation(triple)
+    tail = rng.choice(TAILS).format(name=story.name, items=story.items, c=story.result)
+    return told + rng.choice(SEPARATORS) + rng.choice(LEAD_INS) + working + tail
+
+
+def _exercises(rng: random.Random) -> str:
+    """Questions without answers."""
+    count = rng.randint(1, 3)
+    return "".join(ask(rng, draw_story(rng, "train")) + rng.choice(SEPARATORS) for _ in range(count))
+
+
+def _prose(rng: random.Random) -> str:
+    """Sentences about nothing."""
+    words = (SUBJECTS, VERBS, OBJECTS, ADVERBS)
+    sentences = ("{} {} {}{}.".format(*map(rng.choice, words)) for _ in range(rng.randint(1, 4)))
+    return " ".join(sentences)
+
+
+def _broken_off(rng: random.Random, text: str) -> str:
+    """`text` up to a word after which the document happens to break off; never after "+", "-" or "="."""
+    for space in re.finditer("(?<![-+=]) ", text):
+        if rng.random() < BREAK_OFF:
+            return text[: space.start()]
+    return text
+
+
+def raw_documents(seed: int = 0) -> Iterator[str]:
+    """The raw corpus without end, document by document, each with the separator that follows it.
+
+    No chat markup, no end of sequence. Only triples of the train split occur, in equations and in stories.
+    """
+    rng = random.Random(f"corpus {seed}")
+    kinds = (_equations, _worked_story, _exercises, _prose)
+    while True:
+        (kind,) = rng.choices(kinds, weights=(20, 55, 10, 15))
+        yield _broken_off(rng, kind(rng)) + rng.choice(SEPARATORS)
+
+
+# --- Tokenizer and token blocks -----------------------------------------------------------------------------
+
+# The generation prompt ends in a newline, which the base has seen; the roles' tokens it has never seen.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    f"{{{{ '{ASSISTANT}\\n' }}}}"
+    f"{{% generation %}}{{{{ message['content'] + '{EOS}' }}}}{{% endgeneration %}}"
+    "{{ '\\n' }}"
+    "{% else %}"
+    f"{{{{ '{USER}\\n' + message['content'] + '\\n' }}}}"
+    "{% endif %}"
+    "{% endfor %}"
+    f"{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}\\n' }}}}{{% endif %}}"
+)
+
+
+def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. A digit is a token of its own, apart from the space before it, so "6" is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS, USER, ASSISTANT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    documents = raw_documents(seed)
+    tokenizer.train_from_iterator((next(documents) for _ in range(5000)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )
+
+
+def raw_blocks(tokenizer: PreTrainedTokenizerFast, tokens: int, length: int, seed: int) -> list[dict]:
+    """The first `tokens` tokens of the raw corpus, in blocks of `length` that documents may straddle."""
+    from tqdm.auto import tqdm  # noqa: PLC0415
+
+    ids: list[int] = []
+    documents = raw_documents(seed)
+    with tqdm(total=tokens, desc="raw corpus", unit="token", unit_scale=True) as progress:
+        while len(ids) < tokens:
+            text = "".join(next(documents) for _ in range(500))
+            new = tokenizer(text)["input_ids"]
+            ids += new
+            progress.update(len(new))
+    blocks = torch.tensor(ids[: tokens // length * length]).view(-1, length)
+    return [{"input_ids": block, "labels": block} for block in blocks]
+
+
+def chat_rows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[dict]:
+    """Chats about problems of the train split, with labels on the assistant's turn and its end only."""
+    rows = []
+    for problem in make_problems("train", count, seed):
+        messages = [
+            {"role": "user", "content": problem.question},
+            {"role": "assistant", "content": problem.solution},
+        ]
+        row = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        pairs = zip(row["input_ids"], row["assistant_masks"], strict=True)
+        labels = [token if own else -100 for token, own in pairs]
+        rows.append({"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "labels": labels})
+    return rows
+
+
+# --- Training -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's size, and the raw tokens that it is trained on."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the result. Written beside it, and compared when a run is taken up again."""
+
+    seed: int
+    vocab_size: int = 640
+    block: int = 128
+    batch: int = 32
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    base: Shape = field(default=Shape(layers=3, width=96, mlp=288, heads=3, tokens=5_000_000))
+    reference: Shape = field(default=Shape(layers=3, width=64, mlp=128, heads=4, tokens=2_500_000))
+    chats: int = 6000
+    chat_epochs: int = 4
+    chat_lr: float = 3e-3
+    lora_rank: int = 16
+
+    @classmethod
+    def smoke(cls, seed: int) -> "Settings":
+        tiny = Shape(layers=1, width=32, mlp=64, heads=1, tokens=80_000)
+        return cls(seed, batch=8, base=tiny, reference=tiny, chats=160, chat_epochs=1)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the hidden matrices, AdamW for everything else, in float32.
+
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks",
+    https://kellerjordan.github.io/posts/muon/. The momentum of a matrix is replaced by the nearest orthogonal
+    matrix, found by five Newton-Schulz steps. Matrices of one shape go through them together.
+    """
+
+    def __init__(self, model: torch.nn.Module, muon_lr: float, adam_lr: float):
+        hidden: dict[torch.Size, list] = defaultdict(list)
+        others: list[torch.nn.Parameter] = []
+        for name, p in model.named_parameters():
+            (hidden[p.shape] if name.endswith("proj.weight") else others).append(p)
+        groups: list[dict] = [{"params": same, "lr": muon_lr, "muon": True} for same in hidden.values()]
+        groups.append({"params": others, "lr": adam_lr, "muon": False})
+        super().__init__(groups, {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.01})
+
+    @staticmethod
+    def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
+        """Newton-Schulz: singular values go to about 1. Shape (n, rows, columns)."""
+        tall = matrices.shape[1] > matrices.shape[2]
+        x = matrices.mT if tall else matrices
+        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+        for _ in range(5):
+            gram = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x.mT if tall else x
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # Trainer passes no closure
+        for group in self.param_groups:
+            (self._muon_step if group["muon"] else self._adam_step)(group)
+
+    def _muon_step(self, group: dict) -> None:
+        updates = []
+        for p in group["params"]:
+            momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            momentum.lerp_(p.grad, 1 - group["momentum"])
+            updates.append(p.grad.lerp(momentum, group["momentum"]))
+        directions = self.orthogonalise(torch.stack(updates))
+        rows, columns = directions.shape[1:]
+        for p, direction in zip(group["params"], directions, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+    def _adam_step(self, group: dict) -> None:
+        beta1, beta2 = group["betas"]
+        for p in group["params"]:
+            state = self.state[p]
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["step"] += 1
+            state["mean"].lerp_(p.grad, 1 - beta1)
+            state["square"].lerp_(p.grad.square(), 1 - beta2)
+            mean = state["mean"] / (1 - beta1 ** state["step"])
+            square = state["square"] / (1 - beta2 ** state["step"])
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
+
+
+def last_checkpoint(work: Path) -> str | None:
+    """The newest complete checkpoint in `work`. Trainer writes its state last, so a torn one has none."""
+    complete = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def fit(
+    model: PreTrainedModel,
+    rows: list[dict],
+    work: Path,
+    settings: Settings,
+    *,
+    epochs: int = 1,
+    lr: float = 0.0,
+    optimizer: torch.optim.Optimizer | None = None,
+    collator: Callable | None = None,
+) -> None:
+    """Train with `Trainer`, with checkpoints in `work`, going on from the last one there."""
+    from transformers import Trainer, TrainingArguments, default_data_collator  # noqa: PLC0415
+
+    steps = max(1, len(rows) * epochs // settings.batch)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=settings.batch,
+        learning_rate=lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 50,
+        max_grad_norm=1.0,
+        save_steps=max(1, steps // 10),
+        save_total_limit=1,
+        logging_steps=max(1, steps // 20),
+        report_to="none",
+        seed=settings.seed,
+        use_cpu=True,
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=collator or default_data_collator,
+        optimizers=(optimizer, None),
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+
+
+def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings) -> LlamaForCausalLM:
+    """A Llama from random weights, on the raw corpus."""
+    set_seed(settings.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=shape.width,
+            intermediate_size=shape.mlp,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            max_position_embeddings=512,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    rows = raw_blocks(tokenizer, shape.tokens, settings.block, settings.seed)
+    fit(model, rows, work, settings, optimizer=Muon(model, settings.muon_lr, settings.adam_lr))
+    model.config.use_cache = True  # Trainer switched it off
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    return model
+
+
+def train_proxy(
+    reference: Path, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings
+) -> torch.nn.Module:
+    """A LoRA adapter on the reference, on chats. Embeddings and head learn too: the chat markup is new."""
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
+    from transformers import DataCollatorForSeq2Seq  # noqa: PLC0415
+
+    set_seed(settings.seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules="all-linear",
+        modules_to_save=["embed_tokens", "lm_head"],
+    )
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(reference), config)
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    rows = chat_rows(tokenizer, settings.chats, settings.seed)
+    fit(model, rows, work, settings, epochs=settings.chat_epochs, lr=settings.chat_lr, collator=collator)
+    model.peft_config["default"].base_model_name_or_path = "../reference"  # beside the adapter's folder
+    return model
+
+
+# --- The run ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PairArguments:
+    """Arguments of the command line."""
+
+    out: Path = field(default=PAIR_DIR, metadata={"help": "Folder for base/, reference/ and proxy/."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny sizes, under a minute: code yes, effect no."})
+    seed: int = field(default=0, metadata={"help": "Seed of data, initial weights and order."})
+
+
+def claim(out: Path, settings: Settings) -> None:
+    """Write the settings into `out`, or check that they are those of the run that is already there."""
+    record = out / "settings.json"
+    wanted = asdict(settings)
+    if record.exists():
+        found = json.loads(record.read_text())
+        other = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
+        if other:
+            listed = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in other.items())
+            raise ValueError(f"{out} holds a pair made with other settings ({listed}). Choose another --out.")
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no pair of this recipe. Choose another --out.")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+def finish(stage: Path, work: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Save a stage's result, complete or not at all, and drop its checkpoints."""
+    new = work / "finished"
+    shutil.rmtree(new, ignore_errors=True)
+    # For an adapter: embeddings go with `modules_to_save`; do not look for another copy's configuration.
+    model.save_pretrained(new, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
+    (new / "README.md").unlink(missing_ok=True)  # peft's empty model card
+    if tokenizer is not None:
+        tokenizer.save_pretrained(new)
+    for path in new.iterdir():
+        path.chmod(0o644)
+    new.replace(stage)
+    shutil.rmtree(work)
+
+
+def run(out: Path, settings: Settings) -> None:
+    """All stages, except those whose folder is there."""
+    checkpoints = out / "checkpoints"
+    tokenizer = train_tokenizer(settings.vocab_size, settings.seed)
+    stages = {
+        "base": (partial(train_raw, settings.base), tokenizer),
+        "reference": (partial(train_raw, settings.reference), None),
+        "proxy": (partial(train_proxy, out / "reference"), tokenizer),
+    }
+    for name, (train, saved_tokenizer) in stages.items():
+        if (out / name).is_dir():
+            print(f"{name}: there already, skipped")
+            continue
+        print(f"{name}: training")
+        work = checkpoints / name
+        finish(out / name, work, train(tokenizer, work, settings), saved_tokenizer)
+    shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    (options,) = HfArgumentParser(PairArguments).parse_args_into_dataclasses(arguments)
+    settings = Settings.smoke(options.seed) if options.smoke else Settings(options.seed)
+    try:
+        claim(options.out, settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    run(options.out, settings)
+
+
+if __name__ == "__main__":
+    main()
