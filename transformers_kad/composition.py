@@ -63,7 +63,8 @@ class ImplicitReward:
         if self.beta == 0:
             return p
         tiny = torch.finfo(torch.float32).tiny  # a reference probability that underflowed is not a zero
-        log_r = p.log() + self.beta * (q.log() - q0.clamp(min=tiny).log())
+        reward = self.beta * (q.log() - q0.clamp(min=tiny).log())
+        log_r = p.log() + reward.clamp(max=torch.finfo(torch.float32).max)  # a huge beta overflows
         nothing_left = (log_r == -torch.inf).all(-1, keepdim=True)
         return torch.where(nothing_left, p, log_r.softmax(-1))
 
@@ -168,7 +169,7 @@ def make_rule(name: str, **parameters: Any) -> Rule:
     >>> make_rule("primal", budget=0.8)
     PrimalDeferral(budget=0.8)
     """
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(unknown_name_message("rule", name, RULES))
     known = [field.name for field in fields(RULES[name])]
     for parameter in parameters:
@@ -214,7 +215,7 @@ def compose(
     """Apply a rule to logits `(rows, V)` of the models.
 
     Ids at -inf in `base_logits` are banned: they are removed from q (and q0) as well, which are renormalised
-    before the rule. Where that leaves a row of q without any token, the proxy has no say: q = p.
+    before the rule. Where that leaves a row of q without any token, q is set to p.
     """
     p = base_logits.float().softmax(-1)
     banned = base_logits == -torch.inf

@@ -54,6 +54,7 @@ class KADConfig:
     proxy: str | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", dict(self.parameters))  # the caller may change theirs
         self.make_rule()
         check_settings(self.component_temperature, self.num_assistant_tokens)
 

@@ -19,6 +19,7 @@ of the input, they compute in float32, and in float64 where a sum decides a mask
 on the device. Ties are broken by token id, lower id first.
 """
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -31,13 +32,13 @@ SMALLEST_GAIN = 1e-9
 
 
 def check_number(owner: object, name: str, low: float, high: float, *, low_open: bool = False) -> None:
-    """Raise unless the field `name` of `owner` is a real number in [low, high] (or (low, high])."""
+    """Raise unless the field `name` of `owner` is a finite number in [low, high] (or (low, high])."""
     value = getattr(owner, name)
-    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}]"
+    bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
     label = f"{type(owner).__name__}.{name}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{label}` must be a number in {bounds}, got {value!r}.")
-    if not (low < value if low_open else low <= value) or not value <= high:
+    if not (low < value if low_open else low <= value) or not value <= high or value == math.inf:
         raise ValueError(f"`{label}` must lie in {bounds}, got {value!r}.")
 
 
@@ -209,7 +210,8 @@ class ExactDeferral(DeferralRule):
         taken = torch.zeros_like(ordered, dtype=torch.bool)
         largest_gap = 0.0
         for row, weights in enumerate(ordered.double()):
-            taken[row], gap = _solve_knapsack(weights, self.budget, self.tolerance, self.max_states)
+            solution, gap = _solve_knapsack(weights, self.budget, self.tolerance, self.max_states)
+            taken[row] = _lowest_ids_first(weights, solution)
             largest_gap = max(largest_gap, gap)
         if largest_gap > self.tolerance:
             warnings.warn(
@@ -301,6 +303,14 @@ def _improve_by_swaps(weights: torch.Tensor, values: torch.Tensor, taken: torch.
         taken[outside[heaviest[at]]] = True
         if at > 0:
             taken[inside[at - 1]] = False
+
+
+def _lowest_ids_first(weights: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """The same number of items taken of every weight, but the first ones. Items in the order of weight, then id."""
+    _, group, sizes = weights.unique_consecutive(return_inverse=True, return_counts=True)
+    taken_in_group = torch.zeros_like(sizes).index_add(0, group, taken.long())
+    place_in_group = torch.arange(len(weights)) - (sizes.cumsum(0) - sizes)[group]
+    return place_in_group < taken_in_group[group]
 
 
 def _trace_back(history: list[tuple[int, torch.Tensor, torch.Tensor]], state: int) -> list[int]:

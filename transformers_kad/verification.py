@@ -29,8 +29,8 @@ def verify(
         draft_probs: q, the distributions that the draft was drawn from, shape `(B, γ, V)`. For a deterministic
             draft, one-hot rows.
         draft_ids: y, shape `(B, γ)`.
-        draft_lengths: how many of the γ tokens each row drafted, shape `(B,)`; all γ by default. The entries
-            behind a row's length are ignored.
+        draft_lengths: how many of the γ tokens each row drafted, at most γ, shape `(B,)`; all γ by default. What
+            stands behind a row's length is ignored.
         do_sample: if False, a draft token is accepted where it equals argmax r, and the next token is argmax r.
         generator: source of the random numbers, on the device of `target_probs`.
 
@@ -66,6 +66,9 @@ def count_accepted(
     """
     _check_shapes(target_probs, draft_probs, draft_ids, draft_lengths)
     drafted = draft_ids.shape[1]
+    if draft_lengths is not None:
+        is_drafted = torch.arange(drafted, device=draft_ids.device) < draft_lengths[:, None]
+        draft_ids = draft_ids.where(is_drafted, 0)
     if do_sample:
         r_y = target_probs[:, :drafted].gather(-1, draft_ids[..., None]).squeeze(-1)
         q_y = draft_probs.gather(-1, draft_ids[..., None]).squeeze(-1)
@@ -74,7 +77,7 @@ def count_accepted(
     else:
         accepted = target_probs[:, :drafted].argmax(-1) == draft_ids
     if draft_lengths is not None:
-        accepted &= torch.arange(drafted, device=draft_ids.device) < draft_lengths[:, None]
+        accepted &= is_drafted
     return accepted.long().cumprod(-1).sum(-1)
 
 

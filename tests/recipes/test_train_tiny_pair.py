@@ -11,17 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_tiny_pair as recipe
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "recipes" / "train_tiny_pair.py"
-sys.path.insert(0, str(SCRIPT.parent))
-
-import train_tiny_pair as recipe  # noqa: E402
-
-# peft 0.21 reads an attribute that transformers 5.23 has renamed
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 EQUATION = re.compile(r"(?<!\d)(\d+) ([+-]) (\d+) = (\d+)")
 EVENT_HEAD = rf" (?:{'|'.join(recipe.NAMES)}) (buys|finds|gets|brings|wins|loses|sells|gives|takes|drops)"

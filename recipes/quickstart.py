@@ -1,0 +1,371 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad", "tqdm"]
+# ///
+"""See what KAD does, in three minutes on a laptop, offline, on a tiny pair of models trained in this repo.
+
+    python recipes/quickstart.py
+
+It answers one question with the base, the proxy and KAD, scores every rule on held-out problems, and checks that
+speculative and token-by-token decoding write the same text.
+
+Any other pair, by Hub id or local folder (the proxy may be a LoRA adapter):
+
+    python recipes/quickstart.py --base Qwen/Qwen3-8B-Base --proxy Qwen/Qwen3-0.6B --prompt "Why is the sky blue?"
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import find_adapter_config_file, logging
+
+from transformers_kad import RULES, KADLogitsProcessor, KADTrace, make_rule
+
+# The law of the paper: nothing warps the target after KAD.
+PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+# Parameters chosen on the validation problems by recipes/evaluate_tiny_pair.py.
+TINY_PAIR_RULES = {
+    "implicit reward": ("implicit_reward", {"beta": 1.5}),
+    "nudging": ("nudging", {"threshold": 0.7}),
+    "confidence bet": ("confidence_bet", {"margin": 0.05}),
+    "KAD primal": ("primal", {"budget": 0.8}),
+    "KAD dual": ("dual", {"threshold": 0.6}),
+}
+
+
+@dataclass
+class QuickstartArguments:
+    """Arguments of the quickstart."""
+
+    base: str | None = field(
+        default=None, metadata={"help": "Base model: Hub id or folder. Default: the tiny pair's."}
+    )
+    proxy: str | None = field(
+        default=None, metadata={"help": "Aligned proxy: Hub id or folder of a model or of a LoRA adapter."}
+    )
+    rule: str = field(default="dual", metadata={"help": "Rule, a name from RULES, for the answer at the top."})
+    parameters: str = field(
+        default="{}", metadata={"help": "The rule's parameters as JSON, for example '{\"threshold\": 0.5}'."}
+    )
+    prompt: str | None = field(default=None, metadata={"help": "What to ask. Default: a held-out problem."})
+    max_new_tokens: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
+    num_assistant_tokens: int = field(default=5, metadata={"help": "Draft length of speculative decoding."})
+    problems: int = field(default=200, metadata={"help": "Held-out problems in the table (tiny pair only)."})
+    device: str = field(default="cpu", metadata={"help": "Where the models run: cpu, cuda, cuda:1, mps."})
+    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
+
+    def __post_init__(self) -> None:
+        if (self.base is None) != (self.proxy is None):
+            raise ValueError(f"Pass --base and --proxy together, got {self.base!r} and {self.proxy!r}.")
+        if self.problems < 1:
+            raise ValueError(f"--problems must be at least 1, got {self.problems}.")
+        try:
+            self.rule_parameters: dict[str, Any] = json.loads(self.parameters)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--parameters must be JSON such as '{{\"threshold\": 0.5}}', got {self.parameters!r}."
+            ) from error
+        make_rule(self.rule, **self.rule_parameters)
+
+
+def below_adapter(path: str) -> str | None:
+    """The path of the model that an adapter belongs to; None if `path` is a whole model.
+
+    The adapter may name it relative to its own folder.
+    """
+    if find_adapter_config_file(path) is None:
+        return None
+    name = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+    beside = Path(path) / name
+    return str(beside.resolve()) if beside.is_dir() else name
+
+
+def load_model(path: str, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
+    """A causal LM from a Hub id or folder. An adapter is merged into its model, since it costs at every step."""
+    below = below_adapter(path)
+    if below is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    return PeftModel.from_pretrained(load_model(below, device, dtype), path).merge_and_unload().eval()
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, questions: list[str], device: str) -> dict[str, torch.Tensor]:
+    """Questions as model inputs, padded on the left: with the chat template where the tokenizer has one."""
+    padding = len(questions) > 1
+    if tokenizer.chat_template is None:
+        return tokenizer(questions, padding=padding, return_tensors="pt").to(device)
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    return tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=padding, return_dict=True, return_tensors="pt"
+    ).to(device)
+
+
+def eos_token_ids(*models: PreTrainedModel) -> list[int]:
+    """Every id that ends a turn of one of the models."""
+    ids: set[int] = set()
+    for model in models:
+        eos = model.generation_config.eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(ids)
+
+
+def paint(trace: KADTrace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
+    """The text of a trace, each token in the colour of whom it is owed to: blue the base, yellow the proxy."""
+    ids, text, painted = [], "", ""
+    for record in trace:
+        ids.append(record.token_id)
+        longer = tokenizer.decode(ids, skip_special_tokens=True)
+        if longer.endswith("\ufffd"):  # a character that goes on in the next token
+            continue
+        piece, text = longer[len(text) :], longer
+        if not colour or record.proxy_share is None:
+            painted += piece
+        else:
+            code = 34 if record.proxy_share < 1 / 3 else 33 if record.proxy_share > 2 / 3 else 35
+            painted += f"\033[{code}m{piece}\033[0m"
+    return painted
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson, JASA 1927)."""
+    z, share = 1.959964, successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
+    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    method: str
+    correct: int
+    lenient: int
+    problems: int
+    tokens: int
+    seconds: float
+    deferral_mass: float | None = None
+    acceptance_rate: float | None = None
+    tokens_per_round: float | None = None
+
+    HEADER = "| method | accuracy | 95 % interval | lenient | tokens/s | deferral mass | acceptance | tokens/round |"
+
+    def __str__(self) -> str:
+        low, high = wilson_interval(self.correct, self.problems)
+        cells = [
+            self.method,
+            f"{self.correct / self.problems:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{self.lenient / self.problems:.3f}",
+            f"{self.tokens / self.seconds:.0f}",
+            *(
+                "–" if value is None else f"{value:.2f}"
+                for value in (self.deferral_mass, self.acceptance_rate, self.tokens_per_round)
+            ),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+class Session:
+    """The models of a run, and one answer at a time."""
+
+    def __init__(self, arguments: QuickstartArguments, base_path: str, proxy_path: str) -> None:
+        self.arguments = arguments
+        self.tokenizer = AutoTokenizer.from_pretrained(base_path, padding_side="left")
+        self.base = load_model(base_path, arguments.device, arguments.dtype)
+        self.proxy = load_model(proxy_path, arguments.device, arguments.dtype)
+        self.below_proxy = below_adapter(proxy_path)
+        self.settings = {
+            "max_new_tokens": arguments.max_new_tokens,
+            "eos_token_id": eos_token_ids(self.base, self.proxy) or None,
+            "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+        }
+
+    def processor(self, rule: str, parameters: dict[str, Any], trace: bool = False) -> KADLogitsProcessor:
+        """A processor over this session's proxy."""
+        needed = RULES[rule].needs_reference and self.below_proxy is not None
+        return KADLogitsProcessor(
+            self.proxy,
+            rule,
+            reference=load_model(self.below_proxy, self.arguments.device, self.arguments.dtype) if needed else None,
+            num_assistant_tokens=self.arguments.num_assistant_tokens,
+            trace=trace,
+            **parameters,
+        )
+
+    def answers(self, model: PreTrainedModel, questions: list[str], **settings: Any) -> list[list[int]]:
+        """The ids that a model generates for each of several questions, up to the end of its turn."""
+        inputs = encode(self.tokenizer, questions, self.arguments.device)
+        ids = model.generate(**inputs, **{**self.settings, **PLAIN_SAMPLING, **settings})
+        ends = set(self.settings["eos_token_id"] or ())
+        rows = ids[:, inputs["input_ids"].shape[1] :].tolist()
+        return [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in rows]
+
+    def answer(self, model: PreTrainedModel, question: str, **settings: Any) -> list[int]:
+        """The same for one question."""
+        return self.answers(model, [question], **settings)[0]
+
+
+def show_answers(session: Session, question: str) -> None:
+    """One prompt, answered by the base, the proxy and KAD."""
+    arguments = session.arguments
+    kad = session.processor(arguments.rule, arguments.rule_parameters, trace=True)
+    kad_settings = {"logits_processor": [kad], "assistant_model": kad.proxy}
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(f"Prompt: {question}\n")
+    for name, model, settings in (
+        ("base", session.base, {}),
+        ("proxy", session.proxy, {}),
+        ("KAD", session.base, kad_settings),
+    ):
+        set_seed(arguments.seed)
+        started = time.perf_counter()
+        ids = session.answer(model, question, **settings)
+        seconds = time.perf_counter() - started
+        text = session.tokenizer.decode(ids, skip_special_tokens=True)
+        if name == "KAD":
+            text = paint(kad.trace or KADTrace(), session.tokenizer, colour)
+        print(f"{name:>5}: {text!s}   [{len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s]")
+    if colour:
+        print("       \033[34mowed to the base\033[0m, \033[35mto both\033[0m, \033[33mto the proxy\033[0m")
+    statistics = kad.statistics
+    if statistics is not None and statistics.acceptance_rate is not None:
+        print(
+            f"       {kad.rule}: acceptance {statistics.acceptance_rate:.2f}, "
+            f"{statistics.tokens_per_round:.1f} tokens per forward of the base"
+        )
+
+
+def measure(
+    session: Session,
+    method: str,
+    problems: list[Any],
+    score: Callable[[str, Any], bool],
+    lenient: Callable[[str, Any], bool],
+    kad: KADLogitsProcessor | None = None,
+    **settings: Any,
+) -> Row:
+    """Sample an answer to every problem, one at a time, and score it."""
+    model = session.proxy if method == "proxy alone" else session.base
+    set_seed(session.arguments.seed)
+    correct = right = tokens = 0
+    mass, drafted, accepted, rounds, seconds = 0.0, 0, 0, 0, 0.0
+    progress = tqdm(problems, desc=f"{method:<22}", unit="problem", leave=False, disable=None)
+    for problem in progress:
+        started = time.perf_counter()
+        ids = session.answer(model, problem.question, **settings)
+        seconds += time.perf_counter() - started
+        text = session.tokenizer.decode(ids)
+        correct += score(text, problem)
+        right += lenient(text, problem)
+        tokens += len(ids)
+        if kad is not None and kad.statistics is not None:
+            statistics = kad.statistics
+            drafted, accepted = drafted + statistics.drafted, accepted + statistics.accepted
+            rounds += statistics.rounds
+            mass = (
+                math.nan if statistics.deferral_mass is None else mass + statistics.deferral_mass * statistics.tokens
+            )
+        progress.set_postfix(correct=correct)
+    return Row(
+        method,
+        correct,
+        right,
+        len(problems),
+        tokens,
+        seconds,
+        deferral_mass=None if kad is None or math.isnan(mass) else mass / tokens,
+        acceptance_rate=accepted / drafted if drafted else None,
+        tokens_per_round=tokens / rounds if drafted else None,
+    )
+
+
+def tables(
+    session: Session, problems: list[Any], scorers: tuple[Callable[..., bool], Callable[..., bool]]
+) -> Iterable[Row]:
+    """Every method on the same problems: base, proxy and rules, sampled at temperature 1."""
+    yield measure(session, "base alone", problems, *scorers)
+    yield measure(session, "proxy alone", problems, *scorers)
+    for method, (rule, parameters) in TINY_PAIR_RULES.items():
+        kad = session.processor(rule, parameters)
+        settings = {"logits_processor": [kad], "assistant_model": kad.proxy}
+        label = f"{method} {next(iter(parameters.values()))}"
+        yield measure(session, label, problems, *scorers, kad=kad, **settings)
+    kad = session.processor(*TINY_PAIR_RULES["KAD dual"])
+    yield measure(session, "… token by token", problems, *scorers, kad=kad, logits_processor=[kad])
+
+
+def count_equal_texts(session: Session, problems: list[Any]) -> int:
+    """On how many problems speculative decoding and decoding token by token (in a batch) agree, greedily."""
+    kad = session.processor(*TINY_PAIR_RULES["KAD dual"])
+    settings = {"logits_processor": [kad], "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    questions = [problem.question for problem in problems]
+    one_by_one = session.answers(session.base, questions, **settings)
+    equal = 0
+    progress = tqdm(questions, desc="greedy, both ways", unit="problem", leave=False, disable=None)
+    for question, expected in zip(progress, one_by_one, strict=True):
+        equal += session.answer(session.base, question, assistant_model=kad.proxy, **settings) == expected
+    return equal
+
+
+def run_tiny_pair(arguments: QuickstartArguments) -> None:
+    """The quickstart proper."""
+    # Not at the top: with a pair of your own this script runs alone, copied anywhere.
+    from train_tiny_pair import PAIR_DIR, is_correct, is_correct_lenient, make_problems  # noqa: PLC0415
+
+    torch.set_num_threads(1)  # models this small only lose time to more
+    if arguments.rule == "dual" and not arguments.rule_parameters:
+        arguments.rule_parameters = dict(TINY_PAIR_RULES["KAD dual"][1])
+    session = Session(arguments, str(PAIR_DIR / "base"), str(PAIR_DIR / "proxy"))
+    problems = make_problems("test", arguments.problems)
+    show_answers(session, arguments.prompt or problems[0].question)
+
+    print(f"\n{len(problems)} held-out problems, sampled at temperature 1")
+    print(f"(rules: speculative, {arguments.num_assistant_tokens} draft tokens, one problem at a time)\n")
+    print(Row.HEADER)
+    print("|---|" + "---:|" * 7)
+    for row in tables(session, problems, (is_correct, is_correct_lenient)):
+        print(row, flush=True)
+    print(
+        "\naccuracy: the right number in the right form, ended; lenient: the right number after the last '='.\n"
+        "tokens/s: models this small are bound by Python, not by arithmetic. The speeds show nothing about big ones."
+    )
+    equal = count_equal_texts(session, problems)
+    dtype = str(session.base.dtype).removeprefix("torch.")
+    print(f"\nSpeculative = token by token ({dtype}, greedy): identical text on {equal} of {len(problems)} problems.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run."""
+    (arguments,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
+    logging.disable_progress_bar()  # of loading weights
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers for it
+    if arguments.base is None:
+        run_tiny_pair(arguments)
+    else:
+        session = Session(arguments, arguments.base, arguments.proxy)
+        show_answers(session, arguments.prompt or "Why is the sky blue?")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The quickstart: what it prints, which models it loads, and the tiny pair's text in both ways of decoding."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import quickstart
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy.stats import binomtest
+from train_tiny_pair import PAIR_DIR, is_correct, make_problems
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from transformers_kad import KADTrace, TokenRecord
+
+SCRIPT = Path(quickstart.__file__)
+
+
+@pytest.fixture(scope="module")
+def session():
+    arguments = quickstart.QuickstartArguments()
+    return quickstart.Session(arguments, str(PAIR_DIR / "base"), str(PAIR_DIR / "proxy"))
+
+
+@pytest.mark.slow
+def test_the_script_runs_offline_without_arguments_but_a_size():
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--problems", "8"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=True,
+        env={"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8"},
+        cwd="/",
+    )
+    out = run.stdout
+    assert "\033" not in out  # plain when not a terminal
+    assert re.search(r"^ base: .*\[\d+ tokens", out, re.MULTILINE)
+    assert re.search(r"^proxy: .*\[\d+ tokens", out, re.MULTILINE)
+    assert re.search(r"^  KAD: .*\[\d+ tokens", out, re.MULTILINE)
+    rows = [line.split("|")[1:-1] for line in out.splitlines() if line.startswith("| ")][1:]
+    names = [row[0].strip() for row in rows]
+    assert [re.sub(r" [\d.]+$", "", name) for name in names] == [
+        "base alone",
+        "proxy alone",
+        *quickstart.TINY_PAIR_RULES,
+        "… token by token",
+    ]
+    cells = {name: [cell.strip() for cell in row[1:]] for name, row in zip(names, rows, strict=True)}
+    for name, (accuracy, interval, _, speed, mass, acceptance, per_round) in cells.items():
+        low, high = (float(edge) for edge in interval.split(" to "))
+        assert low <= float(accuracy) <= high
+        assert float(speed) > 0
+        speculative = name not in ("base alone", "proxy alone", "… token by token")
+        assert (acceptance != "–") == (per_round != "–") == speculative
+        assert (mass != "–") == (name.startswith(("KAD", "nudging", "confidence", "…")))
+    assert "show nothing about big ones" in out
+    assert "identical text on 8 of 8 problems" in out
+
+
+@pytest.mark.slow
+def test_greedy_text_is_the_same_in_both_ways_on_100_problems(session):
+    problems = make_problems("test", 100, seed=5)
+    assert quickstart.count_equal_texts(session, problems) == 100
+
+
+def test_kad_answers_right_where_it_is_asked_greedily(session):
+    kad = session.processor("dual", {"threshold": 0.6})
+    problems = make_problems("test", 20, seed=3)
+    right = 0
+    for problem in problems:
+        ids = session.answer(session.base, problem.question, logits_processor=[kad], do_sample=False, top_k=None)
+        right += is_correct(session.tokenizer.decode(ids), problem)
+    assert right >= 15  # 19 of 20 expected; below 15 something is broken
+
+
+def test_any_pair_by_folder(tmp_path, capsys):
+    for name in ("base", "reference", "proxy"):
+        shutil.copytree(PAIR_DIR / name, tmp_path / name)
+    arguments = ["--base", str(tmp_path / "base"), "--proxy", str(tmp_path / "proxy"), "--prompt", "Ada has 1 hat."]
+    quickstart.main([*arguments, "--rule", "primal", "--parameters", '{"budget": 0.5}', "--dtype", "bfloat16"])
+    out = capsys.readouterr().out
+    assert "Prompt: Ada has 1 hat." in out
+    assert "PrimalDeferral(budget=0.5)" in out
+
+
+def test_the_script_runs_as_a_single_file_copied_elsewhere(tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "run.py")
+    arguments = ["--base", str(PAIR_DIR / "base"), "--proxy", str(PAIR_DIR / "proxy"), "--max_new_tokens", "5"]
+    run = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), *arguments], capture_output=True, text=True, check=True
+    )
+    assert "Why is the sky blue?" in run.stdout
+
+
+def test_adapters_find_their_model_beside_them_or_by_name(tmp_path):
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    below = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
+    below.save_pretrained(tmp_path / "below")
+    assert quickstart.below_adapter(str(tmp_path / "below")) is None
+    adapted = get_peft_model(
+        LlamaForCausalLM.from_pretrained(tmp_path / "below"),
+        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
+    ).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    for name in ("../below", str(tmp_path / "below")):
+        adapted.peft_config["default"].base_model_name_or_path = name
+        adapted.save_pretrained(tmp_path / "adapter")
+        assert quickstart.below_adapter(str(tmp_path / "adapter")) == str(tmp_path / "below")
+        loaded = quickstart.load_model(str(tmp_path / "adapter"))
+        assert isinstance(loaded, LlamaForCausalLM)  # merged
+        assert not loaded.training
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
+        assert quickstart.load_model(str(tmp_path / "adapter"), dtype="bfloat16").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"base": "a"}, "'a' and None"),
+        ({"problems": 0}, "got 0"),
+        ({"parameters": "threshold=1"}, "threshold=1"),
+        ({"rule": "duel"}, "Did you mean 'dual'"),
+        ({"parameters": '{"threshold": 2}'}, "got 2"),
+    ],
+)
+def test_bad_arguments_are_echoed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        quickstart.QuickstartArguments(**arguments)
+
+
+def test_tokens_are_painted_by_whom_they_are_owed_to():
+    tokenizer = AutoTokenizer.from_pretrained(PAIR_DIR / "base")
+    ids = tokenizer("We get 7")["input_ids"]
+    shares = [1.0, 0.5, *[0.0] * (len(ids) - 2)]
+    records = [TokenRecord(i, 0.5, 0.5, 0.5, 0.5, share, False) for i, share in zip(ids, shares, strict=True)]
+    painted = quickstart.paint(KADTrace((tuple(records),)), tokenizer, colour=True)
+    assert re.sub(r"\033\[\d+m", "", painted) == "We get 7"
+    assert re.findall(r"\033\[(3\d)m", painted) == ["33", "35", *["34"] * (len(ids) - 2)]
+    assert quickstart.paint(KADTrace((tuple(records),)), tokenizer, colour=False) == "We get 7"
+
+
+def test_characters_of_several_tokens_are_painted_whole():
+    tokenizer = AutoTokenizer.from_pretrained(PAIR_DIR / "base")
+    ids = tokenizer("é")["input_ids"]
+    assert len(ids) == 2
+    records = [TokenRecord(i, 0.5, 0.5, 0.5, 0.5, 1.0, False) for i in ids]
+    assert quickstart.paint(KADTrace((tuple(records),)), tokenizer, colour=True) == "\033[33mé\033[0m"
+
+
+def test_the_wilson_interval():
+    """Against the values of scipy.stats.binomtest(...).proportion_ci(method="wilson")."""
+    for successes, trials in ((0, 10), (3, 10), (95, 200), (200, 200)):
+        expected = binomtest(successes, trials).proportion_ci(method="wilson")
+        assert quickstart.wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-6)

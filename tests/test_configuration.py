@@ -1,0 +1,277 @@
+"""`KADConfig`: what it accepts, what it writes and reads, and what it asks of the Hub. Nothing is downloaded."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+
+import pytest
+
+from transformers_kad import RULES, KADConfig, PrimalDeferral, __version__, configuration, make_rule
+
+CONFIGS = [
+    KADConfig(),
+    KADConfig(rule="primal", parameters={"budget": 0.25}),
+    KADConfig(rule="cascade", parameters={"variant": "token_v3", "alpha": 1}),
+    KADConfig(rule="exact", parameters={"budget": 0.1 + 0.2, "max_states": 7}),
+    KADConfig("dual", {"threshold": 0.3}, 0.7, 9, base="some/base", proxy="Ünïcode/проксі"),
+]
+
+
+def write(folder, content):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "kad_config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return folder
+
+
+# --- What it accepts ------------------------------------------------------------------------------------------
+
+
+def test_every_rule_can_be_configured_by_its_name():
+    for name in RULES:
+        assert KADConfig(rule=name).make_rule() == make_rule(name)
+
+
+def test_parameters_reach_the_rule():
+    assert KADConfig(rule="primal", parameters={"budget": 0.25}).make_rule() == PrimalDeferral(0.25)
+
+
+def test_the_defaults_are_those_of_the_processor():
+    config = KADConfig()
+    assert config.make_rule() == make_rule("dual", threshold=0.4)
+    assert (config.component_temperature, config.num_assistant_tokens) == (1.0, 5)
+    assert config.base is None
+    assert config.proxy is None
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1.0", None])
+def test_a_component_temperature_that_is_not_positive_and_finite_is_refused_and_echoed(value):
+    with pytest.raises((TypeError, ValueError), match=rf"component_temperature.*{re.escape(repr(value))}"):
+        KADConfig(component_temperature=value)
+
+
+@pytest.mark.parametrize("value", [0, -5, 2.5, True, "5", None])
+def test_a_draft_length_that_is_no_positive_integer_is_refused_and_echoed(value):
+    with pytest.raises((TypeError, ValueError), match=rf"num_assistant_tokens.*{re.escape(repr(value))}"):
+        KADConfig(num_assistant_tokens=value)
+
+
+def test_an_unknown_rule_or_parameter_is_refused_when_the_config_is_made():
+    with pytest.raises(ValueError, match=r"'prima'.*Did you mean 'primal'"):
+        KADConfig(rule="prima")
+    with pytest.raises(TypeError, match=r"'budgt'.*Did you mean 'budget'"):
+        KADConfig(rule="primal", parameters={"budgt": 0.5})
+    with pytest.raises(ValueError, match=r"budget.*1\.5"):
+        KADConfig(rule="primal", parameters={"budget": 1.5})
+
+
+def test_a_config_is_frozen_and_comparable():
+    config = KADConfig(rule="primal", parameters={"budget": 0.25})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rule = "dual"
+    assert config == KADConfig(rule="primal", parameters={"budget": 0.25})
+    assert config != KADConfig(rule="primal", parameters={"budget": 0.5})
+    assert config != dataclasses.replace(config, proxy="another")
+
+
+def test_a_config_does_not_change_with_the_mapping_that_it_was_made_from():
+    parameters = {"budget": 0.25}
+    config = KADConfig(rule="primal", parameters=parameters)
+    parameters["budget"] = 7
+    assert config.make_rule() == PrimalDeferral(0.25)
+
+
+# --- Saving and loading ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.rule)
+def test_what_is_saved_is_loaded_again(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    assert KADConfig.from_pretrained(tmp_path) == config
+    assert KADConfig.from_pretrained(str(tmp_path)) == config
+
+
+def test_any_mapping_of_parameters_can_be_saved(tmp_path):
+    config = KADConfig(rule="primal", parameters=MappingProxyType({"budget": 0.25}))
+    config.save_pretrained(tmp_path)
+    assert KADConfig.from_pretrained(tmp_path).make_rule() == PrimalDeferral(0.25)
+
+
+def test_the_folder_is_made_and_gets_one_file_whose_path_is_returned(tmp_path):
+    folder = tmp_path / "not" / "yet"
+    path = KADConfig().save_pretrained(str(folder))
+    assert Path(path) == folder / "kad_config.json"
+    assert [file.name for file in folder.iterdir()] == ["kad_config.json"]
+
+
+def test_the_file_is_json_with_the_library_version_in_it(tmp_path):
+    config = CONFIGS[-1]
+    text = config.save_pretrained(tmp_path).read_text(encoding="utf-8")
+    assert json.loads(text) == {
+        "transformers_kad_version": __version__,
+        "rule": "dual",
+        "parameters": {"threshold": 0.3},
+        "component_temperature": 0.7,
+        "num_assistant_tokens": 9,
+        "base": "some/base",
+        "proxy": "Ünïcode/проксі",
+    }
+    assert text.endswith("}\n")
+
+
+def test_saving_again_replaces_the_file(tmp_path):
+    CONFIGS[0].save_pretrained(tmp_path)
+    CONFIGS[1].save_pretrained(tmp_path)
+    assert KADConfig.from_pretrained(tmp_path) == CONFIGS[1]
+
+
+def test_saving_to_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("text")
+    with pytest.raises(NotADirectoryError, match=re.escape(str(file))):
+        KADConfig().save_pretrained(file)
+    assert file.read_text() == "text"
+
+
+def test_a_subfolder_is_read_and_not_the_folder_above(tmp_path):
+    CONFIGS[0].save_pretrained(tmp_path)
+    CONFIGS[1].save_pretrained(tmp_path / "below" / "deeper")
+    assert KADConfig.from_pretrained(tmp_path, subfolder="below/deeper") == CONFIGS[1]
+
+
+def test_a_missing_file_is_named_with_its_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"kad_config\.json.*{re.escape(str(tmp_path))}"):
+        KADConfig.from_pretrained(tmp_path)
+    CONFIGS[0].save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "below"))):
+        KADConfig.from_pretrained(tmp_path, subfolder="below")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"rule": "dual",}', "rule: dual"])
+def test_broken_json_is_refused_and_the_file_named(tmp_path, content):
+    write(tmp_path, content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.*not valid JSON"):
+        KADConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '"dual"', "null", "3"])
+def test_json_that_is_no_object_is_refused_and_echoed(tmp_path, content):
+    write(tmp_path, content)
+    echoed = re.escape(repr(json.loads(content)))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))}.*JSON object.*{echoed}"):
+        KADConfig.from_pretrained(tmp_path)
+
+
+def test_an_unknown_key_gets_the_nearest_name_the_list_and_both_versions(tmp_path):
+    write(tmp_path, {"transformers_kad_version": "99.1", "rule": "dual", "num_asistant_tokens": 3})
+    with pytest.raises(ValueError, match="num_asistant_tokens") as caught:
+        KADConfig.from_pretrained(tmp_path)
+    message = str(caught.value)
+    assert "Did you mean 'num_assistant_tokens'" in message
+    assert all(field.name in message for field in dataclasses.fields(KADConfig))
+    assert "99.1" in message
+    assert __version__ in message
+    assert str(tmp_path) in message
+
+
+def test_a_file_of_another_version_is_read_where_it_is_understood(tmp_path):
+    write(tmp_path, {"transformers_kad_version": "99.1", "rule": "primal", "parameters": {"budget": 0.25}})
+    assert KADConfig.from_pretrained(tmp_path) == CONFIGS[1]
+    write(tmp_path, {"rule": "primal", "parameters": {"budget": 0.25}})
+    assert KADConfig.from_pretrained(tmp_path) == CONFIGS[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"rule": "duel"}, "'duel'.*Did you mean 'dual'"),
+        ({"parameters": {"threshold": 2}}, "threshold.*2"),
+        ({"parameters": {"treshold": 0.2}}, "treshold.*Did you mean 'threshold'"),
+        ({"component_temperature": 0}, "component_temperature.*0"),
+        ({"num_assistant_tokens": "5"}, "num_assistant_tokens.*'5'"),
+        ({"rule": None}, "None"),
+    ],
+)
+def test_bad_values_in_a_file_are_refused_as_in_code(tmp_path, content, says):
+    write(tmp_path, content)
+    with pytest.raises((TypeError, ValueError), match=says):
+        KADConfig.from_pretrained(tmp_path)
+
+
+# --- The Hub, recorded ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(monkeypatch, tmp_path):
+    """Records the calls of `hf_hub_download`, which finds a file."""
+    calls = []
+    path = CONFIGS[1].save_pretrained(tmp_path / "cache")
+
+    def hf_hub_download(repo_id, filename, **settings):
+        calls.append((repo_id, filename, settings))
+        return str(path)
+
+    monkeypatch.setattr(configuration, "hf_hub_download", hf_hub_download)
+    monkeypatch.chdir(tmp_path)
+    return calls
+
+
+def test_what_is_no_folder_is_asked_of_the_hub_with_revision_token_and_subfolder(downloads):
+    config = KADConfig.from_pretrained("some/repo", revision="v2", token="secret", subfolder="below")
+    assert config == CONFIGS[1]
+    assert downloads == [("some/repo", "kad_config.json", {"revision": "v2", "token": "secret", "subfolder": "below"})]
+
+
+def test_the_hub_is_asked_for_the_default_revision_without_a_token_unless_they_are_given(downloads):
+    KADConfig.from_pretrained("some/repo")
+    ((repo_id, filename, settings),) = downloads
+    assert (repo_id, filename) == ("some/repo", "kad_config.json")
+    assert all(value is None for value in settings.values())
+
+
+def test_a_local_folder_is_never_asked_of_the_hub(downloads, tmp_path):
+    CONFIGS[2].save_pretrained(tmp_path / "some" / "repo")
+    assert KADConfig.from_pretrained("some/repo", revision="v2") == CONFIGS[2]
+    with pytest.raises(FileNotFoundError):
+        KADConfig.from_pretrained("some")
+    assert downloads == []
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """Records what is asked of `HfApi`."""
+    calls = []
+
+    class Api:
+        def __init__(self, **settings):
+            calls.append(("HfApi", settings))
+
+        def create_repo(self, repo_id, **settings):
+            calls.append(("create_repo", {"repo_id": repo_id, **settings}))
+
+        def upload_file(self, **settings):
+            calls.append(("upload_file", settings))
+            return SimpleNamespace(commit_url="https://hub.example/commit/1")
+
+    monkeypatch.setattr(configuration, "HfApi", Api)
+    return calls
+
+
+def test_pushing_makes_the_repo_and_uploads_the_file_that_would_be_saved(uploads, tmp_path):
+    address = CONFIGS[-1].push_to_hub("some/repo", token="secret", private=True)
+    assert address == "https://hub.example/commit/1"
+    assert [name for name, _ in uploads] == ["HfApi", "create_repo", "upload_file"]
+    (_, api), (_, created), (_, uploaded) = uploads
+    assert api["token"] == "secret"
+    assert (created["repo_id"], created["private"], created["exist_ok"]) == ("some/repo", True, True)
+    assert (uploaded["repo_id"], uploaded["path_in_repo"]) == ("some/repo", "kad_config.json")
+    assert uploaded["path_or_fileobj"] == CONFIGS[-1].save_pretrained(tmp_path).read_bytes()
+
+
+def test_pushing_with_nothing_said_leaves_token_and_privacy_to_the_hub(uploads):
+    KADConfig().push_to_hub("some/repo")
+    settings = dict(uploads)
+    assert settings["HfApi"].get("token") is None
+    assert settings["create_repo"].get("private") is None
