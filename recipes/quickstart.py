@@ -311,8 +311,6 @@ def tables(
         settings = {"logits_processor": [kad], "assistant_model": kad.proxy}
         label = f"{method} {next(iter(parameters.values()))}"
         yield measure(session, label, problems, *scorers, kad=kad, **settings)
-    kad = session.processor(*TINY_PAIR_RULES["KAD dual"])
-    yield measure(session, "… token by token", problems, *scorers, kad=kad, logits_processor=[kad])
 
 
 def count_equal_texts(session: Session, problems: list[Any]) -> int:

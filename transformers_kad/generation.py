@@ -85,13 +85,15 @@ def kad_generate(
         draft_probs = draft_logits.to(base_logits.device).softmax(-1)
         accepted = count_accepted(window.target_probs, draft_probs, draft_ids, do_sample=do_sample)
         count = window.read(accepted)
-        # 2. All of it: one more token comes from the position after the draft, which needs the proxy once more.
-        if count == drafted:
-            window.extend(generator.next_logits(candidate_ids)[:, None])
-            window.read(accepted)
-        # 3. Else the residual of the first refusal replaces it.
-        next_token = draw_next(window.target_probs, draft_probs, accepted, do_sample=do_sample)
-        tokens = [*draft_ids[0, :count].tolist(), int(next_token)]
+        tokens = draft_ids[0, :count].tolist()
+        if not tokens or tokens[-1] not in call.eos_token_ids:
+            # 2. If all of it, one more token comes from the position after it, for which the proxy runs once more.
+            if count == drafted:
+                window.extend(generator.next_logits(candidate_ids)[:, None])
+                window.read(accepted)
+            # 3. Else the token comes from the residual of the first refusal.
+            next_token = draw_next(window.target_probs, draft_probs, accepted, do_sample=do_sample)
+            tokens.append(int(next_token))
 
         # 4. Emit token by token: any criterion may end the text in the middle of the round.
         emitted = 0

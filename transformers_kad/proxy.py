@@ -135,20 +135,22 @@ class CachedModel:
     def _match_rows(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
         """Give every text the cached row that shares its longest prefix; return the shortest of these."""
         assert self._cache is not None and self._ids is not None and self._mask is not None
-        width = min(self.cached_length, input_ids.shape[1])
-        same = (self._ids[:, None, :width] == input_ids[None, :, :width]) & (
-            self._mask[:, None, :width] == mask[None, :, :width]
-        )
-        shared = same.long().cumprod(-1).sum(-1)  # (cached rows, rows)
-        rows = len(self._ids)
-        # The first of equally good rows: argmax leaves open which one it returns.
-        first_best = (shared * rows - torch.arange(rows, device=shared.device)[:, None]).argmax(0)
-        common = int(shared.gather(0, first_best[None]).min())
-        parents = first_best.tolist()
-        if common > 0 and parents != list(range(rows)):
-            self._cache.batch_select_indices(first_best)
-            self._ids, self._mask = self._ids[first_best], self._mask[first_best]
-            self.parents = parents
+        width, rows = min(self.cached_length, input_ids.shape[1]), len(self._ids)
+        cached = 2 * self._ids[:, :width] + self._mask[:, :width]
+        texts, row_of = (2 * input_ids[:, :width] + mask[:, :width]).unique(dim=0, return_inverse=True)
+        order = torch.arange(rows, device=texts.device)
+        lengths, first_best = [], []
+        for text in texts:  # one by one: all pairs at once would take memory quadratic in the rows
+            shared = (cached == text).long().cumprod(-1).sum(-1)
+            # The first of equally good rows: argmax leaves open which one it returns.
+            first_best.append((shared * rows - order).argmax())
+            lengths.append(shared[first_best[-1]])
+        common = int(torch.stack(lengths).min())
+        parents = torch.stack(first_best)[row_of]
+        if common > 0 and parents.tolist() != list(range(rows)):
+            self._cache.batch_select_indices(parents)
+            self._ids, self._mask = self._ids[parents], self._mask[parents]
+            self.parents = parents.tolist()
         return common
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, keep: int, chunk_size: int | None) -> torch.Tensor:

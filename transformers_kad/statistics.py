@@ -22,7 +22,8 @@ class SequenceStatistics:
         accepted: draft tokens that were emitted.
         deferral_mass: mean of the deferral mass D over the emitted positions, in [0, 1]; None for rules that
             are no mask.
-        acceptance_histogram: entry k is the number of rounds that emitted k draft tokens.
+        acceptance_histogram: entry k is the number of rounds that emitted k draft tokens, for k up to the longest
+            draft.
 
     Identities: tokens = accepted + rounds - rounds that end on a draft token; sum(histogram) = rounds;
     sum(k * histogram[k]) = accepted.
@@ -211,41 +212,53 @@ class StepRecorder:
 
 @dataclass
 class RoundRecorder:
-    """Collects the rounds of one sequence that is decoded speculatively."""
+    """Collects the rounds of one sequence that is decoded speculatively.
+
+    Nothing is read back from the device before the end.
+    """
 
     trace: bool
-    drafted: int = 0
+    drafted: list[int] = field(default_factory=list)  # per round
     accepted: list[int] = field(default_factory=list)  # per round
-    tokens: int = 0
-    masses: list[float | None] = field(default_factory=list)
-    records: list[TokenRecord] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    from_draft: list[bool] = field(default_factory=list)  # per token
+    masses: list[torch.Tensor | None] = field(default_factory=list)  # per token, (1,)
+    token_probs: list[torch.Tensor] = field(default_factory=list)  # per token, (1, 3), for the trace
 
     def record(self, drafted: int, accepted: int, tokens: list[int], positions: list[Composition]) -> None:
         """Note a round: its draft length, and for each emitted token its id and its position (one row)."""
-        self.drafted += drafted
+        self.drafted.append(drafted)
         self.accepted.append(accepted)
-        self.tokens += len(tokens)
-        for at, (token, position) in enumerate(zip(tokens, positions, strict=True)):
-            mass = None if position.deferral_mass is None else float(position.deferral_mass)
-            self.masses.append(mass)
+        self.tokens += tokens
+        self.from_draft += [at < accepted for at in range(len(tokens))]
+        for token, position in zip(tokens, positions, strict=True):
+            self.masses.append(position.deferral_mass)
             if self.trace:
-                probs = position.probs_of(torch.tensor([token]))[0].tolist()
-                self.records.append(make_record(token, probs, mass, drafted=at < accepted))
+                self.token_probs.append(position.probs_of(torch.tensor([token])))
 
     def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
         """Statistics and trace of the sequence."""
-        histogram = [0] * (max(self.accepted, default=-1) + 1)
+        histogram = [0] * (max(self.drafted, default=-1) + 1)
         for accepted in self.accepted:
             histogram[accepted] += 1
+        known = [mass for mass in self.masses if mass is not None]
+        masses: list[float | None] = [*torch.cat(known).tolist()] if known else [None] * len(self.masses)
         statistics = SequenceStatistics(
-            tokens=self.tokens,
+            tokens=len(self.tokens),
             rounds=len(self.accepted),
-            drafted=self.drafted,
+            drafted=sum(self.drafted),
             accepted=sum(self.accepted),
-            deferral_mass=mean_or_none(self.masses),
+            deferral_mass=mean_or_none(masses),
             acceptance_histogram=tuple(histogram),
         )
-        return [statistics], KADTrace((tuple(self.records),)) if self.trace else None
+        if not self.trace:
+            return [statistics], None
+        probs = torch.cat(self.token_probs).tolist() if self.token_probs else []
+        records = [
+            make_record(token, row, mass, drafted=drafted)
+            for token, row, mass, drafted in zip(self.tokens, probs, masses, self.from_draft, strict=True)
+        ]
+        return [statistics], KADTrace((tuple(records),))
 
 
 def make_record(token: int, probs: list[float], mass: float | None, *, drafted: bool) -> TokenRecord:
