@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import tiny_model
 from scipy.stats import chisquare
+from tiny_models import tiny_model
 
 from transformers_kad import KADCandidateGenerator
 from transformers_kad.proxy import CachedModel

@@ -17,8 +17,8 @@ import exact_law
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from exact_law import Law, PlainRule, Text
+from tiny_models import tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
 
 from transformers_kad import RULES, KADCandidateGenerator, KADLogitsProcessor, PrimalDeferral, generation
@@ -200,15 +200,6 @@ def p_values_around_the_bonus(texts: list[Text], law: Law, drafts: int) -> list[
     """Of the first two tokens, and of the last token drafted in the first round with the two that follow."""
     windows = [range(2), range(drafts - 1, drafts + 2)]
     return [exact_law.chi_square_p_value(part_of(texts, at), exact_law.marginal_law(law, at)) for at in windows]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing the work among threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     DynamicCache,

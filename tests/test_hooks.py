@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, hooks

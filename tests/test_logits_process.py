@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_model
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from tiny_models import tiny_model
 from transformers import BartConfig, BartForConditionalGeneration, LogitsProcessor, StoppingCriteria
 from transformers.cache_utils import DynamicCache
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from tiny_models import tiny_model
 
 from transformers_kad.proxy import CachedModel, align_vocabulary, can_crop, is_unusable
 

@@ -331,14 +331,6 @@ def smoke(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.slow
 def test_smoke_run_leaves_a_pair_and_nothing_else(smoke):
     assert {path.name for path in smoke.iterdir()} == {"base", "reference", "proxy", "settings.json"}
@@ -364,7 +356,7 @@ def test_finished_run_is_left_alone(smoke, capsys):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # transformers warns of itself
 @pytest.mark.parametrize("killed_at", [45, 170])  # in the base's training, in the proxy's
-def test_killed_run_resumes_to_the_same_weights(smoke, tmp_path, monkeypatch, one_thread, killed_at):
+def test_killed_run_resumes_to_the_same_weights(smoke, tmp_path, monkeypatch, killed_at):
     out = tmp_path / "out"
     arguments = ["--smoke", "--seed", "5", "--out", str(out)]
     training_step, steps = Trainer.training_step, []
