@@ -195,10 +195,15 @@ class Session:
         self.base = load_model(base_path, arguments.device, arguments.dtype)
         self.proxy = load_model(proxy_path, arguments.device, arguments.dtype)
         self.below_proxy = below_adapter(proxy_path)
+        try:
+            self.proxy_tokenizer = AutoTokenizer.from_pretrained(proxy_path)
+        except (OSError, ValueError):  # adapters often come without one
+            self.proxy_tokenizer = AutoTokenizer.from_pretrained(self.below_proxy or proxy_path)
+        pad = self.tokenizer.pad_token_id
         self.settings = {
             "max_new_tokens": arguments.max_new_tokens,
             "eos_token_id": eos_token_ids(self.base, self.proxy) or None,
-            "pad_token_id": self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
         }
 
     def processor(self, rule: str, parameters: dict[str, Any], trace: bool = False) -> KADLogitsProcessor:
@@ -210,6 +215,8 @@ class Session:
             reference=load_model(self.below_proxy, self.arguments.device, self.arguments.dtype) if needed else None,
             num_assistant_tokens=self.arguments.num_assistant_tokens,
             trace=trace,
+            tokenizer=self.tokenizer,
+            proxy_tokenizer=self.proxy_tokenizer,
             **parameters,
         )
 

@@ -74,6 +74,15 @@ def test_a_round_after_a_refusal_continues_from_the_text():
     assert torch.equal(again, fresh)
 
 
+def test_an_unrelated_text_is_no_continuation():
+    model = tiny_model(seed=2)
+    generator = KADCandidateGenerator(model, num_assistant_tokens=4, vocabulary=50, do_sample=False)
+    generator.get_candidates(PROMPT)
+    again, _ = generator.get_candidates(PROMPT.flip(1))
+    fresh, _ = generator_for(model, do_sample=False).get_candidates(PROMPT.flip(1))
+    assert torch.equal(again, fresh)
+
+
 def test_several_sequences_are_refused():
     with pytest.raises(ValueError, match="got 3"):
         generator_for(tiny_model()).get_candidates(PROMPT.repeat(3, 1))

@@ -275,3 +275,9 @@ def test_pushing_with_nothing_said_leaves_token_and_privacy_to_the_hub(uploads):
     settings = dict(uploads)
     assert settings["HfApi"].get("token") is None
     assert settings["create_repo"].get("private") is None
+
+
+def test_a_path_that_is_neither_a_folder_nor_a_repo_is_named(tmp_path):
+    missing = str(tmp_path / "not" / "there")
+    with pytest.raises(FileNotFoundError, match="neither a folder nor the id of a Hub repo"):
+        KADConfig.from_pretrained(missing)

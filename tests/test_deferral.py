@@ -5,6 +5,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -509,3 +510,7 @@ def test_raising_a_parameter_moves_every_mask_one_way(rows):
     ]:
         counts = [sign * int(make(x).defer(p, q).sum()) for x in (0.01, 0.1, 0.3, 0.6, 1.0)]
         assert counts == sorted(counts)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert DualDeferral(np.float32(0.25)) == DualDeferral(0.25)

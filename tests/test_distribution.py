@@ -390,10 +390,20 @@ def test_own_proxy_speculative(judge: Callable[[float], None]) -> None:
 
 
 @pytest.mark.slow
-def test_refuses_a_draft_from_another_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = KADCandidateGenerator._draw
-    monkeypatch.setattr(KADCandidateGenerator, "_draw", lambda self, logits: draw(self, 0.5 * logits))
-    assert speculative_p_value("dual", 1, 500) < THRESHOLD
+@pytest.mark.parametrize("drawn_from", ["mix(q, q)", "q flattened"])
+def test_refuses_a_draft_from_another_distribution(monkeypatch: pytest.MonkeyPatch, drawn_from: str) -> None:
+    """mix(q, q) is what a proxy drafts from when its own generate is given the KAD processor."""
+    rule, draw = make_rule("dual", **SPECULATIVE["dual"]), KADCandidateGenerator._draw
+
+    def mixed(self: KADCandidateGenerator, logits: torch.Tensor) -> Any:
+        q = logits.softmax(-1)
+        return draw(self, rule(q, q).log())
+
+    def flattened(self: KADCandidateGenerator, logits: torch.Tensor) -> Any:
+        return draw(self, 0.5 * logits)
+
+    monkeypatch.setattr(KADCandidateGenerator, "_draw", mixed if drawn_from == "mix(q, q)" else flattened)
+    assert speculative_p_value("dual", 1, 1000) < THRESHOLD
 
 
 @pytest.mark.slow

@@ -75,6 +75,14 @@ class StopAfter(StoppingCriteria):
         return torch.tensor([input_ids[0, -1].item() == self.token])
 
 
+class StopAtLength(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= self.length])
+
+
 @pytest.mark.parametrize("base_architecture", ["llama", "mistral", "gpt2"])
 @pytest.mark.parametrize("proxy_architecture", ["llama", "qwen3", "mistral", "gpt2"])
 @pytest.mark.parametrize("chunk", [None, 5])
@@ -302,6 +310,62 @@ def test_user_processors_before_and_after_keep_their_meaning(base, proxy):
     plain = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
     assert not torch.equal(plain, drafted)
     assert before.lengths == after.lengths[len(one_by_one[0]) - PROMPT.shape[1] :]
+
+
+class Parity(LogitsProcessor):
+    """Keeps a state: every second call it prefers even ids. Notes the lengths that it saw."""
+
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, input_ids, scores):
+        self.lengths.append(input_ids.shape[1])
+        return scores + 3.0 * (torch.arange(50) % 2 == len(self.lengths) % 2)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_processors_with_a_state_are_called_as_token_by_token(base, proxy, before):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=4)
+    texts, lengths = [], []
+    for assistant in (None, proxy):
+        own = Parity()
+        processors = [own, kad] if before else [kad, own]
+        texts.append(base.generate(PROMPT, logits_processor=processors, assistant_model=assistant, **GREEDY))
+        lengths.append(own.lengths)
+    assert torch.equal(*texts)
+    assert lengths[0] == lengths[1] == list(range(PROMPT.shape[1], PROMPT.shape[1] + 24))
+
+
+def test_classifier_free_guidance_which_keeps_a_cache(base, proxy):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=4)
+    settings = {"logits_processor": [kad], "guidance_scale": 1.7, **GREEDY}
+    one_by_one = base.generate(PROMPT, **settings)
+    assert torch.equal(one_by_one, base.generate(PROMPT, assistant_model=proxy, **settings))
+    assert not torch.equal(one_by_one, base.generate(PROMPT, logits_processor=[kad], **GREEDY))
+
+
+@pytest.mark.parametrize("role", ["base", "proxy"])
+def test_drafts_end_where_a_context_does(role):
+    """The text ends in time, at the last position of GPT-2's table; a draft of ten would not."""
+    short = {"n_positions": PROMPT.shape[1] + 8}
+    base = tiny_model("gpt2", hidden=32, seed=1, **(short if role == "base" else {}))
+    proxy = tiny_model("gpt2", seed=2, **(short if role == "proxy" else {}))
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.8), num_assistant_tokens=10)
+    settings = {"logits_processor": [kad], "do_sample": False}
+    expected = base.generate(PROMPT, max_new_tokens=8, **settings)
+    criterion = StoppingCriteriaList([MaxLengthCriteria(PROMPT.shape[1] + 8)])
+    ids = base.generate(PROMPT, assistant_model=proxy, max_new_tokens=8, stopping_criteria=criterion, **settings)
+    assert torch.equal(ids, expected)
+    last = StopAtLength(PROMPT.shape[1] + 8)  # not known to the drafts as a limit
+    ids = base.generate(PROMPT, assistant_model=proxy, max_new_tokens=100, stopping_criteria=[last], **settings)
+    assert torch.equal(ids, expected)
+
+
+def test_a_cache_that_holds_more_than_the_ids_is_refused(base, proxy):
+    kad = KADLogitsProcessor(proxy)
+    cache = base(PROMPT[:, :9]).past_key_values
+    with pytest.raises(ValueError, match="holds 9 tokens, more than the 3"):
+        base.generate(PROMPT[:, 9:], past_key_values=cache, logits_processor=[kad], assistant_model=proxy, **GREEDY)
 
 
 def test_a_left_padded_prompt(base, proxy):

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin
 
@@ -104,7 +105,33 @@ def test_a_proxy_in_training_mode_is_refused(base):
     proxy = tiny_model(seed=2)
     kad = KADLogitsProcessor(proxy)
     proxy.train()
-    refused(base, "training mode", logits_processor=[kad])
+    refused(base, "proxy Llama.* training mode", logits_processor=[kad])
+    with pytest.raises(ValueError, match="training mode"):
+        kad(PROMPT, torch.zeros(1, 50))
+    proxy.eval()
+    reference = tiny_model(seed=3)
+    kad = KADLogitsProcessor(proxy, "implicit_reward", reference=reference)
+    reference.train()
+    refused(base, "reference Llama.* training mode", logits_processor=[kad])
+
+
+def test_an_adapter_inside_the_base_is_refused():
+    base = tiny_model(seed=1)
+    proxy = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).eval()
+    refused(base, "base model itself", logits_processor=[KADLogitsProcessor(proxy)])
+
+
+def test_a_processor_without_a_list_is_refused(base, proxy):
+    refused(base, r"\[kad\]", error=TypeError, logits_processor=KADLogitsProcessor(proxy))
+
+
+@pytest.mark.parametrize("eos", [7, [7, 9], (7, 9), torch.tensor(7), torch.tensor([7, 9])])
+def test_ends_of_sequence_in_every_form(base, proxy, eos, monkeypatch):
+    monkeypatch.setattr(base.generation_config, "pad_token_id", None)
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, eos_token_id=[7, 9] if len(torch.as_tensor(eos).shape) else 7, **GREEDY)
+    assert base.generate(PROMPT, logits_processor=[kad], eos_token_id=eos, **GREEDY).shape[0] == len(expected)
+    assert kad.statistics.tokens <= 4
 
 
 def test_a_sharded_proxy_is_refused(base, proxy, monkeypatch):

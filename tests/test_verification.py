@@ -273,10 +273,12 @@ def assert_found(found, *names):
 
 
 @pytest.mark.parametrize("drafted", [1, 3])
-def test_the_test_finds_drafts_that_are_not_drawn_from_what_is_reported(drafted):
+@pytest.mark.parametrize("drawn_from", ["mix(q, q)", "q flattened"])
+def test_the_test_finds_drafts_that_are_not_drawn_from_what_is_reported(drafted, drawn_from):
+    """mix(q, q) is what a proxy drafts from when its own generate is given the KAD processor."""
     rule = PrimalDeferral(0.5)
     _, q, _ = tables(rule)
-    found = p_values(rule, drafted, draft_table=0.6 * q + 0.4 / SIZE)
+    found = p_values(rule, drafted, draft_table=rule(q, q) if drawn_from == "mix(q, q)" else 0.6 * q + 0.4 / SIZE)
     assert_found(found, "the first two tokens", "the number of accepted tokens")
 
 

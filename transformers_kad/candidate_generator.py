@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection
 
 import torch
+from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
 from .proxy import CachedModel, align_vocabulary, is_unusable, unusable_logits_error
@@ -14,12 +15,13 @@ ProxyText = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 class KADCandidateGenerator(CandidateGenerator):
     """Drafts tokens with the proxy, one forward each, for one sequence.
 
-    A draft ends at `num_assistant_tokens`, one token before `max_length`, or with an end-of-sequence token.
+    A draft ends at `num_assistant_tokens`, one token before `max_length`, at the end of the proxy's context, or with
+    an end-of-sequence token.
     The logits handed out are exactly those drawn from, already divided by the component temperature, so
     `logits.softmax(-1)` is q: the caller needs no second forward to know it.
 
     Args:
-        proxy: the proxy and its cache.
+        proxy: the proxy, with its cache if it is to be kept.
         num_assistant_tokens: γ, the draft length.
         vocabulary: the base's vocabulary size V.
         do_sample: draw from q, or take argmax q.
@@ -32,7 +34,7 @@ class KADCandidateGenerator(CandidateGenerator):
 
     def __init__(
         self,
-        proxy: CachedModel,
+        proxy: CachedModel | PreTrainedModel,
         *,
         num_assistant_tokens: int,
         vocabulary: int,
@@ -43,7 +45,7 @@ class KADCandidateGenerator(CandidateGenerator):
         proxy_text: ProxyText = lambda input_ids: (input_ids, None),
         chunk_size: int | None = None,
     ) -> None:
-        self.proxy = proxy
+        self.proxy = proxy if isinstance(proxy, CachedModel) else CachedModel(proxy)
         self.num_assistant_tokens = num_assistant_tokens
         self.vocabulary = vocabulary
         self.do_sample = do_sample
@@ -52,7 +54,8 @@ class KADCandidateGenerator(CandidateGenerator):
         self.max_length = max_length
         self.proxy_text = proxy_text
         self.chunk_size = chunk_size
-        self._in_step = False  # whether the proxy's cache is known to follow this text
+        self._settled_length: int | None = None  # of the text that the last round ended with
+        self._in_step = False  # whether the proxy's cache is known to follow the text
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft a continuation of a text.
@@ -72,9 +75,12 @@ class KADCandidateGenerator(CandidateGenerator):
                 f"Speculative decoding with KAD takes one sequence at a time, got {input_ids.shape[0]}. "
                 "Loop over the prompts, or leave out `assistant_model` to decode a batch token by token."
             )
+        self._in_step = self._settled_length == input_ids.shape[1]
         room = self.num_assistant_tokens
         if self.max_length is not None:
             room = min(room, self.max_length - input_ids.shape[1] - 1)
+        if self.proxy.context_length is not None:
+            room = min(room, self.proxy.context_length - self.proxy_text(input_ids)[0].shape[1])
         text, drafted = input_ids, list[torch.Tensor]()
         for _ in range(max(room, 0)):
             logits = self.next_logits(text)
@@ -96,7 +102,8 @@ class KADCandidateGenerator(CandidateGenerator):
         return align_vocabulary(logits, self.vocabulary) / self.component_temperature
 
     def settle(self, input_ids: torch.Tensor) -> None:
-        """Take back what was drafted beyond a text `(1, L)`, of which the proxy will be given the last token."""
+        """Take back what was drafted beyond a text `(1, L)`, with which the next round will begin."""
+        self._settled_length = input_ids.shape[1]
         self.proxy.settle(self.proxy_text(input_ids)[0].shape[1] - 1)
 
     def _draw(self, logits: torch.Tensor) -> tuple[int, bool]:

@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HFValidationError
 
 from ._version import __version__
 from .composition import Rule, make_rule, unknown_name_message
@@ -18,8 +20,8 @@ def check_settings(component_temperature: object, num_assistant_tokens: object) 
     """Raise unless the two settings that a processor and its config share are in range."""
     if (
         isinstance(component_temperature, bool)
-        or not isinstance(component_temperature, int | float)
-        or not 0 < component_temperature < float("inf")
+        or not isinstance(component_temperature, Real)
+        or not 0 < float(component_temperature) < float("inf")
     ):
         raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r}.")
     if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
@@ -92,7 +94,7 @@ class KADConfig:
             subfolder: folder inside the folder or repo.
 
         Raises:
-            FileNotFoundError: the local folder has no such file.
+            FileNotFoundError: the local folder has no such file, or there is no such folder.
             ValueError: the file is not valid JSON, or holds a key that this version does not know.
         """
         folder = Path(pretrained_model_name_or_path)
@@ -101,15 +103,11 @@ class KADConfig:
             if not path.is_file():
                 raise FileNotFoundError(f"No {CONFIG_NAME} in {str(path.parent)!r}. Write one with save_pretrained().")
         else:
-            path = Path(
-                hf_hub_download(
-                    str(pretrained_model_name_or_path),
-                    CONFIG_NAME,
-                    subfolder=subfolder,
-                    revision=revision,
-                    token=token,
-                )
-            )
+            repo = str(pretrained_model_name_or_path)
+            try:
+                path = Path(hf_hub_download(repo, CONFIG_NAME, subfolder=subfolder, revision=revision, token=token))
+            except HFValidationError as error:
+                raise FileNotFoundError(f"{repo!r} is neither a folder nor the id of a Hub repo.") from error
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

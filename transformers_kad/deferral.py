@@ -23,6 +23,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar, Literal
 
 import torch
@@ -36,9 +37,10 @@ def check_number(owner: object, name: str, low: float, high: float, *, low_open:
     value = getattr(owner, name)
     bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
     label = f"{type(owner).__name__}.{name}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{label}` must be a number in {bounds}, got {value!r}.")
-    if not (low < value if low_open else low <= value) or not value <= high or value == math.inf:
+    number = float(value)
+    if not (low < number if low_open else low <= number) or not number <= high or number == math.inf:
         raise ValueError(f"`{label}` must lie in {bounds}, got {value!r}.")
 
 

@@ -3,12 +3,21 @@
 from typing import Any
 
 import torch
-from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from .candidate_generator import KADCandidateGenerator
 from .composition import Composition, compose
-from .proxy import can_crop, describe, is_unusable, unusable_logits_error
+from .proxy import can_crop, context_length, describe, is_unusable, unusable_logits_error
 from .verification import count_accepted, draw_next
 
 
@@ -28,9 +37,10 @@ def kad_generate(
     those that `generate` hands to every decoding method.
 
     A round forwards the base once, over the last token and the draft, and the proxy at most
-    `num_assistant_tokens + 1` times. Processors before KAD in the list see the base's scores, those after it
-    see log r, each once per drafted position and in order, as they would token by token. Stopping criteria are
-    asked after every token.
+    `num_assistant_tokens + 1` times. Processors before KAD in the list see the base's scores, those after it see
+    log r. A processor of the user's, or one of transformers that keeps a state, is called as it would be token by
+    token: once per emitted token, in order. The rest are functions of text and scores, and are called for the whole
+    draft at once. Stopping criteria are asked after every token.
 
     Returns:
         The sequence `(1, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
@@ -40,15 +50,15 @@ def kad_generate(
         ValueError: no KAD processor in `logits_processor`, several sequences, a cache that can't be rolled
             back, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
     """
-    at = next((i for i, p in enumerate(logits_processor) if getattr(p, "is_kad_processor", False)), None)
-    if at is None:
-        raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
+    at = _place_of_kad(logits_processor)
     kad, call = logits_processor[at], logits_processor[at].open_call
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
 
     do_sample = generation_config.do_sample
+    before, after = LogitsProcessorList(logits_processor[:at]), LogitsProcessorList(logits_processor[at + 1 :])
+    stateless = all(map(_is_stateless, (*before, *after)))
     base = _Base(model, generation_config.prefill_chunk_size, input_ids, model_kwargs)
     generator = KADCandidateGenerator(
         kad.cached_proxy,
@@ -57,7 +67,7 @@ def kad_generate(
         do_sample=do_sample,
         component_temperature=kad.component_temperature,
         eos_token_ids=call.eos_token_ids,
-        max_length=stopping_criteria.max_length,
+        max_length=_longest_draft_end(stopping_criteria.max_length, model),
         proxy_text=call.proxy_text,
         chunk_size=generation_config.prefill_chunk_size,
     )
@@ -71,29 +81,20 @@ def kad_generate(
         draft_ids = candidate_ids[:, input_ids.shape[1] :]
         drafted = draft_ids.shape[1]
         base_logits = base.logits(candidate_ids, keep=drafted + 1)
-        window = _Window(
-            model,
-            kad,
-            LogitsProcessorList(logits_processor[:at]),
-            LogitsProcessorList(logits_processor[at + 1 :]),
-            candidate_ids,
-            base_logits,
-        )
+        window = _Window(model, kad, before, after, candidate_ids, base_logits, do_sample)
+        draft_probs = draft_logits.to(base_logits.device).softmax(-1)
 
         # 1. The target r at the drafted positions decides how much of the draft is accepted.
-        window.extend(draft_logits)
-        draft_probs = draft_logits.to(base_logits.device).softmax(-1)
-        accepted = count_accepted(window.target_probs, draft_probs, draft_ids, do_sample=do_sample)
-        count = window.read(accepted)
+        count = window.accept(draft_ids, draft_logits, draft_probs, stride=drafted if stateless else 1)
         tokens = draft_ids[0, :count].tolist()
         if not tokens or tokens[-1] not in call.eos_token_ids:
             # 2. If all of it, one more token comes from the position after it, for which the proxy runs once more.
             if count == drafted:
                 window.extend(generator.next_logits(candidate_ids)[:, None])
-                window.read(accepted)
+                window.read()
             # 3. Else the token comes from the residual of the first refusal.
-            next_token = draw_next(window.target_probs, draft_probs, accepted, do_sample=do_sample)
-            tokens.append(int(next_token))
+            accepted = draft_ids.new_tensor([count])
+            tokens.append(int(draw_next(window.target_probs, draft_probs, accepted, do_sample=do_sample)))
 
         # 4. Emit token by token: any criterion may end the text in the middle of the round.
         emitted = 0
@@ -114,12 +115,36 @@ def kad_generate(
         # 5. Both caches forget the refused tokens; the last token emitted is forwarded in the next round.
         base.settle(input_ids.shape[1] - 1)
         generator.settle(input_ids)
+        kad.settle_reference(input_ids)
 
     if streamer is not None:
         streamer.end()
     if not keep_dict:
         return input_ids
     return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=base.cache)
+
+
+def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
+    for place, processor in enumerate(logits_processor):
+        if getattr(processor, "is_kad_processor", False):
+            return place
+    raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
+
+
+def _is_stateless(processor: LogitsProcessor) -> bool:
+    """Whether a processor is known to be a function of text and scores."""
+    stateful = isinstance(
+        processor, UnbatchedClassifierFreeGuidanceLogitsProcessor | SynthIDTextWatermarkLogitsProcessor
+    )
+    return type(processor).__module__ == LogitsProcessor.__module__ and not stateful
+
+
+def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:
+    """The length that a text with a draft and one more token may reach: the call's limit, or the base's context."""
+    context = context_length(model)
+    if max_length is None or context is None:
+        return max_length if context is None else context + 1
+    return min(max_length, context + 1)
 
 
 class _Window:
@@ -133,14 +158,29 @@ class _Window:
         after: LogitsProcessorList,
         candidate_ids: torch.Tensor,
         base_logits: torch.Tensor,
+        do_sample: bool,
     ) -> None:
         self.model, self.kad, self.before, self.after = model, kad, before, after
-        self.candidate_ids, self.base_logits = candidate_ids, base_logits
+        self.candidate_ids, self.base_logits, self.do_sample = candidate_ids, base_logits, do_sample
         self.text_length = candidate_ids.shape[1] - base_logits.shape[1] + 1  # without the draft
         self.positions: list[Composition] = []
         self.scores: list[torch.Tensor] = []  # processed log r, (V,) each
         self.target_probs = base_logits[:, :0]  # (1, positions so far, V)
         self._unusable: list[tuple[str, PreTrainedModel, int, torch.Tensor]] = []
+
+    def accept(
+        self, draft_ids: torch.Tensor, draft_logits: torch.Tensor, draft_probs: torch.Tensor, stride: int
+    ) -> int:
+        """How much of the draft is accepted; `stride` positions are processed at a time, up to a refusal."""
+        count = 0
+        while count == len(self.positions) < draft_ids.shape[1]:
+            part = slice(count, count + stride)
+            self.extend(draft_logits[:, part])
+            accepted = count_accepted(
+                self.target_probs[:, part], draft_probs[:, part], draft_ids[:, part], do_sample=self.do_sample
+            )
+            count += self.read(accepted)
+        return count
 
     def extend(self, proxy_logits: torch.Tensor) -> None:
         """Process the next n positions, given the proxy's logits there, `(1, n, V)`."""
@@ -163,9 +203,11 @@ class _Window:
             ("proxy", self.kad.proxy, texts[0].shape[1], is_unusable(proxy_logits[0]).to(base_scores.device))
         )
 
-    def read(self, accepted: torch.Tensor) -> int:
-        """The accepted length, fetched from the device together with the check of all logits so far."""
-        count, *flags = torch.cat([accepted, *(rows.long() for *_, rows in self._unusable)]).tolist()
+    def read(self, accepted: torch.Tensor | None = None) -> int:
+        """A number fetched from the device together with the check of all logits since the last time."""
+        counts = [] if accepted is None else [accepted]
+        values = torch.cat([*counts, *(rows.long() for *_, rows in self._unusable)]).tolist()
+        count, flags = (0, values) if accepted is None else (values[0], values[1:])
         for role, model, position, rows in self._unusable:
             bad, flags = flags[: len(rows)], flags[len(rows) :]
             if any(bad):
@@ -217,8 +259,13 @@ class _Base:
         self._per_token = {name: model_kwargs.pop(name, None) for name in _EXTENSIONS}
         self._kwargs = model_kwargs
         held = cache.get_seq_length()
+        if held > self._prompt_length:
+            raise ValueError(
+                f"`past_key_values` holds {held} tokens, more than the {self._prompt_length} of `input_ids`: pass the "
+                "whole text as `input_ids`, also where a cache for its beginning is passed."
+            )
         cache.activate_past_recording()
-        if held >= self._prompt_length:
+        if held == self._prompt_length:
             self.settle(self._prompt_length - 1)
 
     def logits(self, input_ids: torch.Tensor, keep: int) -> torch.Tensor:

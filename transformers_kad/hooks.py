@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import BaseStreamer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -86,18 +87,20 @@ class OpenCall:
                 index // per_prompt * stride + (0 if self.beams > 1 else index % per_prompt)
                 for index in range(len(sequences))
             ]
-            lengths = [self._emitted(ids) for ids in sequences[:, self.prompt_length :].tolist()]
+            # Finished rows are filled up: in beams always, else where there is an end of sequence.
+            padded = len(sequences) > 1 and (self.beams > 1 or bool(self.eos_token_ids))
+            lengths = [self._emitted(ids, padded) for ids in sequences[:, self.prompt_length :].tolist()]
             statistics, trace = self.recorder.finish(sequences, self.prompt_length, lengths, rows)
         totals = add_up(statistics, base_forwards=self.base_forwards, proxy_forwards=proxy_forwards)
         return totals, trace
 
-    def _emitted(self, ids: list[int]) -> int:
+    def _emitted(self, ids: list[int], padded: bool) -> int:
         """How many tokens of a generated row count: up to its end of sequence, without the padding."""
         for index, token in enumerate(ids):
             if token in self.eos_token_ids:
                 return index + 1
         length = len(ids)
-        while self.batch_size * self.beams > 1 and length and ids[length - 1] == self.pad_token_id:
+        while padded and length and ids[length - 1] == self.pad_token_id:
             length -= 1
         return length
 
@@ -115,6 +118,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         # `logits_processor` is the third argument.
         processors = kwargs.get("logits_processor") or (args[2] if len(args) > 2 else None) or []
+        if getattr(processors, "is_kad_processor", False):
+            raise TypeError("`logits_processor` must be a list: pass `logits_processor=[kad]`.")
         found = [p for p in processors if getattr(p, "is_kad_processor", False)]
         if not found:
             return original(self, *args, **kwargs)
@@ -171,16 +176,14 @@ class _Settings:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        return _as_ids(self.get("eos_token_id"))
+        return frozenset(_as_list(self.get("eos_token_id")))
 
     @property
     def pad_token_id(self) -> int | None:
         """As `generate` sees it: without one, the first end-of-sequence id fills finished rows."""
         pad = self.get("pad_token_id")
-        if pad is None:
-            eos = self.get("eos_token_id")
-            pad = eos[0] if isinstance(eos, list | tuple) else eos
-        return None if pad is None else int(pad)
+        candidates = _as_list(self.get("eos_token_id") if pad is None else pad)
+        return candidates[0] if candidates else None
 
     def attention_mask(self) -> torch.Tensor | None:
         """The mask passed, or what `generate` infers from padding in the prompt; None for no padding."""
@@ -192,12 +195,13 @@ class _Settings:
         return None if mask is None or bool((mask != 0).all()) else mask
 
 
-def _as_ids(value: Any) -> frozenset[int]:
+def _as_list(value: Any) -> list[int]:
+    """Token ids given as nothing, a number, a sequence or a tensor."""
     if value is None:
-        return frozenset()
+        return []
     if torch.is_tensor(value):
-        value = value.reshape(-1).tolist()
-    return frozenset(value if isinstance(value, list | tuple) else [value])
+        return value.reshape(-1).tolist()
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _is_speculative(kad: Any, arguments: dict[str, Any]) -> bool:
@@ -224,8 +228,11 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
                 f"`{name}={settings.get(name)!r}` can't be combined with a KAD processor; pass "
                 "`assistant_model=kad.proxy` for speculative decoding."
             )
-    if kad.proxy.training:
-        raise ValueError("The proxy is in training mode (dropout is active); call `proxy.eval()` first.")
+    if isinstance(kad.proxy, PeftModel) and kad.proxy.get_base_model() is model:
+        raise ValueError(
+            "The proxy's adapter was put into the base model itself, so that the two are one: load the model that the "
+            "adapter belongs to a second time."
+        )
     if _is_sharded(kad.proxy):
         raise ValueError(
             "The proxy is sharded over processes (FSDP or DeepSpeed ZeRO-3), whose finished ranks skip the "
@@ -291,7 +298,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
 
 
 def _warn_about_eos(kad: Any, call: OpenCall) -> None:
-    missing = _as_ids(kad.proxy.generation_config.eos_token_id) - call.eos_token_ids
+    missing = frozenset(_as_list(kad.proxy.generation_config.eos_token_id)) - call.eos_token_ids
     if missing and missing not in kad.eos_warned:
         kad.eos_warned.add(missing)
         logger.warning(

@@ -163,6 +163,11 @@ class KADLogitsProcessor(LogitsProcessor):
                 f"`proxy_prompt` takes ids (B, L) and a mask of that shape, got {tuple(ids.shape)} and "
                 f"{None if mask is None else tuple(mask.shape)}."
             )
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError(
+                "`proxy_prompt` takes prompts padded on the left, got padding at the end. Set "
+                '`tokenizer.padding_side = "left"`.'
+            )
         before, self.proxy_inputs = self.proxy_inputs, (ids, mask)
         try:
             yield
@@ -182,7 +187,8 @@ class KADLogitsProcessor(LogitsProcessor):
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "This KAD processor is in use by another call of `generate`. One processor serves one call at a "
-                "time: build a processor for each thread; they may share the proxy."
+                "time: build a processor for each thread. They may share the proxy, unless one of them switches its "
+                "adapter off (`ImplicitReward` without `reference`)."
             )
         try:
             self._call, self._last_shape = call, None
@@ -224,7 +230,6 @@ class KADLogitsProcessor(LogitsProcessor):
             self._last_shape = (rows, length)
 
         proxy_logits = self.cached_proxy.logits(ids, mask, continues=continues, chunk_size=chunk_size)[:, -1]
-        self.cached_proxy.settle(ids.shape[1])
         vocabulary = scores.shape[-1]
         composition = compose(
             self.rule,
@@ -232,6 +237,8 @@ class KADLogitsProcessor(LogitsProcessor):
             align_vocabulary(proxy_logits, vocabulary) / self.component_temperature,
             self._reference_logits(ids, mask, 1, vocabulary, continues, chunk_size),
         )
+        for cached in self._cached:
+            cached.settle(ids.shape[1])
         self._check(scores, proxy_logits, input_ids.shape[1])
         if call is not None and isinstance(call.recorder, StepRecorder):
             parents = None if call.rows_stay else self.cached_proxy.parents or list(range(len(input_ids)))
@@ -249,6 +256,11 @@ class KADLogitsProcessor(LogitsProcessor):
         call = self.open_call
         ids, mask = call.proxy_text(input_ids)
         return self._reference_logits(ids, mask, keep, vocabulary, False, call.chunk_size)
+
+    def settle_reference(self, input_ids: torch.Tensor) -> None:
+        """Take back what the reference has seen beyond the open call's text `(1, L)`, but for the last token."""
+        if self._cached_reference is not None:
+            self._cached_reference.settle(self.open_call.proxy_text(input_ids)[0].shape[1] - 1)
 
     def _reference_logits(
         self,
@@ -296,7 +308,7 @@ def _resolve_rule(rule: Rule | str, parameters: dict[str, Any]) -> Rule:
     if parameters:
         raise TypeError(
             f"{unknown_name_message('argument', next(iter(parameters)), _SETTINGS)} Parameters of a rule are passed "
-            f"along only when it is given by name, here it is {rule!r}."
+            f'along only when it is given by name, as in rule="dual", threshold=0.5; here it is {rule!r}.'
         )
     return rule
 

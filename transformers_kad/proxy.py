@@ -32,6 +32,12 @@ class CachedModel:
         accepted = inspect.signature(forward).parameters
         self._takes_position_ids = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self._readable = model.get_input_embeddings().weight.shape[0]
+        config = model.config.get_text_config(decoder=True)
+        self._stand_in = next(
+            (i for i in (config.pad_token_id, config.eos_token_id) if isinstance(i, int) and 0 <= i < self._readable),
+            0,
+        )
         self.reset()
 
     def reset(self) -> None:
@@ -44,7 +50,15 @@ class CachedModel:
         self.parents: list[int] | None = None
 
     def refresh(self) -> None:
-        """Drop the cache if the model changed since it was filled: weights, adapters, mode, dtype, device."""
+        """Drop the cache if the model changed since it was filled: weights, adapters, dtype, device.
+
+        Raises:
+            ValueError: the model is in training mode.
+        """
+        if self.model.training:
+            raise ValueError(
+                f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
+            )
         if self._cache is not None and model_state(self.model) != self._state:
             self.reset()
 
@@ -65,9 +79,8 @@ class CachedModel:
 
     @property
     def context_length(self) -> int | None:
-        """The longest text that the model takes, in tokens; None if its configuration does not say."""
-        length = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return length if isinstance(length, int) and length > 0 else None
+        """See :func:`context_length`."""
+        return context_length(self.model)
 
     @property
     def cached_length(self) -> int:
@@ -135,6 +148,8 @@ class CachedModel:
     def _match_rows(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
         """Give every text the cached row that shares its longest prefix; return the shortest of these."""
         assert self._cache is not None and self._ids is not None and self._mask is not None
+        if not all(hasattr(layer, "batch_select_indices") for layer in self._cache.layers):
+            return 0  # linear attention has one state for the whole text
         width, rows = min(self.cached_length, input_ids.shape[1]), len(self._ids)
         cached = 2 * self._ids[:, :width] + self._mask[:, :width]
         texts, row_of = (2 * input_ids[:, :width] + mask[:, :width]).unique(dim=0, return_inverse=True)
@@ -162,7 +177,8 @@ class CachedModel:
                 output = self._call(input_ids[:, start:stop], mask[:, :stop], padded, keep if stop == length else 1)
                 start = stop
         self.forwards += 1
-        self._ids, self._mask, self._padded = input_ids, mask, padded
+        # Copies: the tensors may be the caller's own, to be written to later.
+        self._ids, self._mask, self._padded = input_ids.clone(), mask.clone(), padded
         return output[:, -keep:]
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, padded: bool, keep: int) -> torch.Tensor:
@@ -175,6 +191,8 @@ class CachedModel:
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = keep
         with self._adapter_state():
+            # An id beyond the model's vocabulary can be emitted by the base, but not be read here.
+            ids = ids.where(ids < self._readable, self._stand_in)
             output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
@@ -190,6 +208,12 @@ class CachedModel:
 
     def _adapter_state(self) -> AbstractContextManager[None]:
         return self.model.disable_adapter() if self.without_adapter else nullcontext()
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest text that a model takes, in tokens; None if its configuration does not say."""
+    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -222,6 +246,7 @@ def model_state(model: PreTrainedModel) -> Hashable:
             tuple(module.active_adapters),
             module.disable_adapters,
             tuple(getattr(module, "merged_adapters", ())),
+            str(getattr(module, "scaling", None)),
         )
         for module in model.modules()
         if isinstance(getattr(module, "disable_adapters", None), bool)
