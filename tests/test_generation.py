@@ -208,10 +208,12 @@ def test_a_users_max_length_criterion_holds(base, proxy):
     assert len(new_tokens(ids)) == 6
 
 
-def test_a_streamer_gets_the_prompt_each_token_once_and_the_end(base, proxy):
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_streamer_gets_the_prompt_each_token_once_and_the_end(base, proxy, speculative):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.8))
     streamer = RecordingStreamer()
-    ids = base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, streamer=streamer, **GREEDY)
+    assistant = proxy if speculative else None
+    ids = base.generate(PROMPT, logits_processor=[kad], assistant_model=assistant, streamer=streamer, **GREEDY)
     assert streamer.puts[0] == PROMPT[0].tolist()
     assert streamer.puts[1:] == [[token] for token in new_tokens(ids)]
     assert streamer.ended == 1
@@ -264,7 +266,8 @@ def test_scores_are_the_processed_log_r_and_logits_the_bases(base, proxy, do_sam
     torch.testing.assert_close(torch.cat(drafted.scores), log_r, atol=1e-4, rtol=1e-4)
 
 
-def test_stop_strings(base, proxy):
+@pytest.mark.parametrize("speculative", [False, True])
+def test_stop_strings(base, proxy, speculative):
     """With a tokenizer of single characters."""
     vocabulary = {character: i for i, character in enumerate(string.ascii_letters[:50])}
     plain = Tokenizer(models.BPE(vocabulary, merges=[]))
@@ -274,7 +277,11 @@ def test_stop_strings(base, proxy):
     stop = tokenizer.decode(text[3:5])
     end = next(i for i in range(len(text)) if tokenizer.decode(text[i : i + 2]) == stop) + 2
     kad = KADLogitsProcessor(proxy, DualDeferral(0.8), num_assistant_tokens=4)
-    settings = {"logits_processor": [kad], "assistant_model": proxy, "tokenizer": tokenizer}
+    settings = {
+        "logits_processor": [kad],
+        "assistant_model": proxy if speculative else None,
+        "tokenizer": tokenizer,
+    }
     ids = base.generate(PROMPT, stop_strings=[stop], **settings, **GREEDY)
     assert new_tokens(ids) == text[:end]
     config = GenerationConfig(stop_strings=[stop], pad_token_id=0, **GREEDY)

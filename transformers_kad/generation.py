@@ -8,6 +8,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
     PreTrainedModel,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
@@ -131,12 +132,18 @@ def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
     raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
 
 
+# Of transformers' own processors, those that keep a state, or call a function of the user's.
+_ONE_BY_ONE = (
+    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+
+
 def _is_stateless(processor: LogitsProcessor) -> bool:
     """Whether a processor is known to be a function of text and scores."""
-    stateful = isinstance(
-        processor, UnbatchedClassifierFreeGuidanceLogitsProcessor | SynthIDTextWatermarkLogitsProcessor
-    )
-    return type(processor).__module__ == LogitsProcessor.__module__ and not stateful
+    own = type(processor).__module__ == LogitsProcessor.__module__
+    return own and not isinstance(processor, _ONE_BY_ONE)
 
 
 def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:
