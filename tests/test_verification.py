@@ -400,7 +400,7 @@ def test_a_refusal_where_the_residual_is_nothing_but_rounding_draws_from_the_tar
     generator = torch.Generator().manual_seed(12)
     q = torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]).expand(ROWS, 1, 5)
     r = (q * (1 - scale)).clone()
-    accepted, following = verify(r.expand(ROWS, 1, 5), q, torch.full((ROWS, 1), 4), generator=generator)
+    accepted, following = verify(r.expand(ROWS, 2, 5), q, torch.full((ROWS, 1), 4), generator=generator)
     assert accepted.tolist() == [0] * ROWS
     counts = torch.bincount(following, minlength=5)
     assert_same_law({"fallback": chi_square_p_value(counts, torch.tensor([0.4, 0.3, 0.2, 0.1, 0.0]))})
@@ -496,3 +496,8 @@ def test_shapes_that_do_not_fit_are_refused_and_all_are_echoed(wrong):
     for do_sample in (True, False):
         with pytest.raises(ValueError, match=said):
             verify(**arguments, do_sample=do_sample)
+
+
+def test_a_target_without_the_bonus_position_is_refused():
+    with pytest.raises(ValueError, match=r"target_probs \(2, 3, 4\), draft_probs \(2, 3, 4\)"):
+        verify(torch.rand(2, 3, 4), torch.rand(2, 3, 4), torch.zeros(2, 3, dtype=torch.long))
