@@ -38,7 +38,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file, logging
 
-from transformers_kad import RULES, KADLogitsProcessor, KADTrace, make_rule
+from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
+from transformers_kad.statistics import add_up
 
 # The law of the paper: nothing warps the target after KAD.
 PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -276,7 +277,7 @@ def measure(
     model = session.proxy if method == "proxy alone" else session.base
     set_seed(session.arguments.seed)
     correct = right = tokens = 0
-    mass, drafted, accepted, rounds, seconds = 0.0, 0, 0, 0, 0.0
+    seconds, calls = 0.0, list[KADStatistics]()
     progress = tqdm(problems, desc=f"{method:<22}", unit="problem", leave=False, disable=None)
     for problem in progress:
         started = time.perf_counter()
@@ -287,13 +288,13 @@ def measure(
         right += lenient(text, problem)
         tokens += len(ids)
         if kad is not None and kad.statistics is not None:
-            statistics = kad.statistics
-            drafted, accepted = drafted + statistics.drafted, accepted + statistics.accepted
-            rounds += statistics.rounds
-            mass = (
-                math.nan if statistics.deferral_mass is None else mass + statistics.deferral_mass * statistics.tokens
-            )
+            calls.append(kad.statistics)
         progress.set_postfix(correct=correct)
+    total = add_up(
+        calls,
+        base_forwards=sum(call.base_forwards for call in calls),
+        proxy_forwards=sum(call.proxy_forwards for call in calls),
+    )
     return Row(
         method,
         correct,
@@ -301,9 +302,9 @@ def measure(
         len(problems),
         tokens,
         seconds,
-        deferral_mass=None if kad is None or math.isnan(mass) else mass / tokens,
-        acceptance_rate=accepted / drafted if drafted else None,
-        tokens_per_round=tokens / rounds if drafted else None,
+        deferral_mass=total.deferral_mass,
+        acceptance_rate=total.acceptance_rate,
+        tokens_per_round=total.tokens_per_round,
     )
 
 

@@ -81,12 +81,10 @@ class OpenCall:
         if isinstance(self.recorder, RoundRecorder):
             statistics, trace = self.recorder.finish()
         else:
-            per_prompt = len(sequences) // self.batch_size
-            stride = self.beams if self.beams > 1 else per_prompt
-            rows = [
-                index // per_prompt * stride + (0 if self.beams > 1 else index % per_prompt)
-                for index in range(len(sequences))
-            ]
+            rows = list(range(len(sequences)))
+            if self.beams > 1:  # all beams of a prompt start alike: its first stands for them
+                per_prompt = len(sequences) // self.batch_size
+                rows = [row // per_prompt * self.beams for row in rows]
             # Finished rows are filled up: in beams always, else where there is an end of sequence.
             padded = len(sequences) > 1 and (self.beams > 1 or bool(self.eos_token_ids))
             lengths = [self._emitted(ids, padded) for ids in sequences[:, self.prompt_length :].tolist()]

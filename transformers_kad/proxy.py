@@ -28,6 +28,7 @@ class CachedModel:
         self.role = role
         self.without_adapter = without_adapter
         self.forwards = 0
+        self.context_length = context_length(model)
         forward = getattr(model, "get_base_model", lambda: model)().forward
         accepted = inspect.signature(forward).parameters
         self._takes_position_ids = "position_ids" in accepted
@@ -76,11 +77,6 @@ class CachedModel:
         self._cache.crop(-surplus)
         if surplus:
             self._ids, self._mask = self._ids[:, :length], self._mask[:, :length]
-
-    @property
-    def context_length(self) -> int | None:
-        """See :func:`context_length`."""
-        return context_length(self.model)
 
     @property
     def cached_length(self) -> int:

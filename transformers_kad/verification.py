@@ -46,8 +46,7 @@ def verify(
     >>> verify(target, torch.tensor([[[0.5, 0.5]]]), torch.tensor([[1]]))
     (tensor([1]), tensor([0]))
     """
-    if target_probs.dim() == 3 and draft_ids.dim() == 2 and target_probs.shape[1] != draft_ids.shape[1] + 1:
-        raise _shapes_error(target_probs, draft_probs, draft_ids, draft_lengths)
+    _check_shapes(target_probs, draft_probs, draft_ids, draft_lengths, with_bonus=True)
     accepted_lengths = count_accepted(target_probs, draft_probs, draft_ids, draft_lengths, do_sample, generator)
     return accepted_lengths, draw_next(
         target_probs, draft_probs, accepted_lengths, draft_lengths, do_sample, generator
@@ -114,32 +113,25 @@ def _check_shapes(
     draft_probs: torch.Tensor,
     draft_ids: torch.Tensor,
     draft_lengths: torch.Tensor | None,
+    with_bonus: bool = False,
 ) -> None:
+    """Raise unless the shapes fit together; `with_bonus` demands the target's position after the draft."""
     batch, drafted, vocabulary = draft_probs.shape if draft_probs.dim() == 3 else (-1, -1, -1)
     fits = (
         draft_probs.dim() == 3
         and target_probs.dim() == 3
         and target_probs.shape[0] == batch
-        and target_probs.shape[1] in (drafted, drafted + 1)
+        and drafted + with_bonus <= target_probs.shape[1] <= drafted + 1
         and target_probs.shape[2] == vocabulary
         and draft_ids.shape == (batch, drafted)
         and (draft_lengths is None or draft_lengths.shape == (batch,))
     )
     if not fits:
-        raise _shapes_error(target_probs, draft_probs, draft_ids, draft_lengths)
-
-
-def _shapes_error(
-    target_probs: torch.Tensor,
-    draft_probs: torch.Tensor,
-    draft_ids: torch.Tensor,
-    draft_lengths: torch.Tensor | None,
-) -> ValueError:
-    named = {"target_probs": target_probs, "draft_probs": draft_probs, "draft_ids": draft_ids}
-    if draft_lengths is not None:
-        named["draft_lengths"] = draft_lengths
-    got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
-    return ValueError(
-        "Expected target_probs (B, γ + 1, V), draft_probs (B, γ, V), draft_ids (B, γ) and draft_lengths (B,), "
-        f"got {got}."
-    )
+        named = {"target_probs": target_probs, "draft_probs": draft_probs, "draft_ids": draft_ids}
+        if draft_lengths is not None:
+            named["draft_lengths"] = draft_lengths
+        got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in named.items())
+        raise ValueError(
+            "Expected target_probs (B, γ + 1, V), draft_probs (B, γ, V), draft_ids (B, γ) and draft_lengths (B,), "
+            f"got {got}."
+        )
