@@ -14,6 +14,7 @@ from transformers_kad import (
     ConfidenceBetDeferral,
     DualDeferral,
     Ensemble,
+    KADLogitsProcessor,
     KADStatistics,
     KADTrace,
     SequenceStatistics,
@@ -379,3 +380,118 @@ def test_beams_of_two_prompts_are_kept_apart():
     returned = torch.tensor([[8, 9, 1, 3], [5, 6, 1, 3]])
     statistics, _ = recorder.finish(returned, 2, [2, 2], [0, 2])
     assert [s.deferral_mass for s in statistics] == [(0.5 + 1.0) / 2, (0.25 + 0.75) / 2]
+
+
+# --- Alternatives, and what a trace knows of its call ---------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=9), min_size=1, max_size=3))
+@deterministic
+def test_the_likeliest_ids_come_in_falling_order_and_ties_by_lower_id(weights):
+    width = min(len(row) for row in weights)
+    p = torch.tensor([row[:width] for row in weights]) / 64
+    q = p.flip(-1).contiguous()
+    ids, probs = Composition(p, q, p, None).likeliest(5)
+    assert ids.shape == probs.shape == (len(weights), 2, min(width, 5))
+    for row in range(len(weights)):
+        for model, of in enumerate((p, q)):
+            order = sorted(range(width), key=lambda v: (-float(of[row, v]), v))[:5]
+            assert ids[row, model].tolist() == order
+            assert probs[row, model].tolist() == of[row, order].tolist()
+
+
+def ranked(probs):
+    """The five likeliest ids of `(V,)` probabilities."""
+    values, order = probs.sort(descending=True, stable=True)
+    return order[:5].tolist(), values[:5].tolist()
+
+
+def check_alternatives(trace, sequences, prompt_length, models):
+    for records, ids in zip(trace.sequences, sequences, strict=True):
+        assert [record.token_id for record in records] == ids[prompt_length:].tolist()
+        for model, name in zip(models, ("base_alternatives", "proxy_alternatives"), strict=True):
+            with torch.no_grad():
+                probs = model(ids[None]).logits[0, prompt_length - 1 : -1].softmax(-1)
+            for record, expected in zip(records, probs, strict=True):
+                found, values = zip(*getattr(record, name), strict=True)
+                order, likeliest = ranked(expected)
+                assert list(found) == order
+                assert list(values) == pytest.approx(likeliest, abs=1e-5)
+                assert [type(value) for value in (*found, *values)] == [int] * 5 + [float] * 5
+
+
+def test_alternatives_are_those_of_the_models_in_a_batch_decoded_token_by_token(base, proxy):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.4), trace=True)
+    prompts = torch.tensor([[5, 6, 7], [9, 8, 3]])
+    torch.manual_seed(0)
+    ids = base.generate(prompts, logits_processor=[kad], do_sample=True, top_k=0, max_new_tokens=9)
+    assert [len(records) for records in kad.trace.sequences] == [9, 9]
+    check_alternatives(kad.trace, ids, 3, (base, proxy))
+
+
+def test_alternatives_are_those_of_the_models_in_speculative_decoding(base, proxy):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.4), trace=True)
+    torch.manual_seed(0)
+    ids = base.generate(
+        torch.tensor([[5, 6, 7]]),
+        logits_processor=[kad],
+        assistant_model=proxy,
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=30,
+    )
+    drafted = [record.drafted for record in kad.trace]
+    assert len(drafted) == 30
+    assert set(drafted) == {True, False}
+    check_alternatives(kad.trace, ids, 3, (base, proxy))
+
+
+def test_a_small_vocabulary_has_fewer_alternatives():
+    recorder = RoundRecorder(trace=True)
+    p, q = torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([[0.125, 0.125, 0.75]])
+    recorder.record(0, 0, [1], [Composition(p, q, p, torch.tensor([0.0]))])
+    (record,) = recorder.finish()[1]
+    assert record.base_alternatives == ((1, 0.5), (0, 0.25), (2, 0.25))
+    assert record.proxy_alternatives == ((2, 0.75), (0, 0.125), (1, 0.125))
+
+
+def test_recording_reads_nothing_back_before_the_end(monkeypatch):
+    recorders = RoundRecorder(trace=True), StepRecorder(trace=True)
+    ids = torch.tensor([[*PROMPT, 1, 2], [*PROMPT, 3, 4]])
+    with monkeypatch.context() as patch:
+        for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+            patch.setattr(torch.Tensor, name, lambda self, *_: pytest.fail("read back"))
+        recorders[0].record(2, 2, [1, 2, 3], [position(seed=seed) for seed in range(3)])
+        for at in range(2):
+            recorders[1].record(ids[:, : 2 + at], position(seed=at, rows=2), None)
+    assert len(recorders[0].finish()[1]) == 3
+    assert len(recorders[1].finish(ids, 2, [2, 2], [0, 1])[1]) == 2
+
+
+def test_records_made_by_hand_need_no_alternatives():
+    record = TokenRecord(4, 0.1, 0.2, 0.3, None, None, False)
+    assert record.base_alternatives == record.proxy_alternatives == ()
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_trace_knows_the_statistics_and_the_tokenizer_of_its_call(base, proxy, speculative):
+    tokenizer = object()
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.4), trace=True, tokenizer=tokenizer)
+    assistant = {"assistant_model": proxy} if speculative else {}
+    base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[kad], max_new_tokens=6, do_sample=False, **assistant)
+    first = kad.trace
+    assert first.statistics is kad.statistics
+    assert first.statistics.tokens == len(first) == 6
+    assert first.tokenizer is tokenizer
+    base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[kad], max_new_tokens=2, do_sample=False, **assistant)
+    assert first.statistics.tokens == 6
+    assert kad.trace.statistics.tokens == 2
+    plain = KADTrace(first.sequences)
+    assert plain.statistics is plain.tokenizer is None
+    assert (plain, hash(plain), repr(plain)) == (first, hash(first), repr(first))
+
+
+def test_without_trace_a_call_leaves_none(base, proxy):
+    kad = KADLogitsProcessor(proxy, tokenizer=object())
+    base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[kad], max_new_tokens=2, do_sample=False)
+    assert kad.trace is None

@@ -205,6 +205,19 @@ class Composition:
         stacked = torch.stack([self.base_probs, self.proxy_probs, self.target_probs], dim=-1)
         return stacked[torch.arange(len(tokens), device=stacked.device), tokens.to(stacked.device)]
 
+    def likeliest(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The `count` likeliest ids of p and of q in falling order, ties by lower id, and their probabilities.
+
+        Both `(rows, 2, count)`; fewer than `count` where the vocabulary is smaller.
+        """
+        probs = torch.stack([self.base_probs, self.proxy_probs], dim=1)
+        last = probs.shape[-1] - 1
+        # Floats that are not negative are ordered as their bits are: bits, then the id turned round, give each id
+        # a key of its own, and topk has no ties to break.
+        keys = probs.view(torch.int32).long() << 32 | last - torch.arange(last + 1, device=probs.device)
+        ids = last - (keys.topk(min(count, last + 1)).values & 0xFFFFFFFF)
+        return ids, probs.gather(-1, ids)
+
 
 def compose(
     rule: Rule,

@@ -1,11 +1,19 @@
 """What happened in a call of `generate`: counts per sequence and in all, and a record of every token."""
 
+import html
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from .composition import Composition
+from .trace_page import render_page
+
+Alternatives: TypeAlias = tuple[tuple[int, float], ...]
+ALTERNATIVES = 5  # how many of each model a record keeps
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class TokenRecord:
         deferral_mass: D at its position, None for rules that are no mask.
         proxy_share: the share of the token owed to the proxy, q D / r, None for rules that are no mask.
         drafted: whether it was drafted by the proxy and accepted.
+        base_alternatives: the five likeliest ids of p at its position and their probabilities, in falling order,
+            ties by lower id.
+        proxy_alternatives: the same of q.
     """
 
     token_id: int
@@ -83,6 +94,8 @@ class TokenRecord:
     deferral_mass: float | None
     proxy_share: float | None
     drafted: bool
+    base_alternatives: Alternatives = ()
+    proxy_alternatives: Alternatives = ()
 
 
 @dataclass(frozen=True)
@@ -91,9 +104,15 @@ class KADTrace(Sequence[TokenRecord]):
 
     Attributes:
         sequences: the records of each returned sequence.
+        statistics: the call's, for the page.
+        tokenizer: the processor's `tokenizer`, for the page; None if it was given none.
+
+    In a notebook a trace shows itself as the page that `to_html` writes.
     """
 
     sequences: tuple[tuple[TokenRecord, ...], ...] = ()
+    statistics: KADStatistics | None = field(default=None, repr=False, compare=False)
+    tokenizer: Any = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Record(s) of the first sequence."""
@@ -105,6 +124,53 @@ class KADTrace(Sequence[TokenRecord]):
     def __iter__(self) -> Iterator[TokenRecord]:
         return iter(self.sequences[0] if self.sequences else ())
 
+    def to_html(self, path: str | os.PathLike[str], tokenizer: Any = None, *, title: str | None = None) -> Path:
+        """Write one page that shows the text, each token shaded by the share owed to the proxy.
+
+        The page stands alone: it loads nothing, and what a model wrote is shown, never run.
+
+        Args:
+            path: the file to write. Missing folders are made; a file that is there is replaced.
+            tokenizer: what the ids are decoded with; by default the one that the processor was built with.
+            title: the page's heading, in plain text.
+
+        Returns:
+            `path`.
+
+        Raises:
+            ValueError: no tokenizer is known.
+            TypeError: `tokenizer` can't decode ids.
+            IsADirectoryError: `path` is a folder.
+        """
+        tokenizer = self.tokenizer if tokenizer is None else tokenizer
+        if tokenizer is None:
+            raise ValueError(
+                f"`to_html({str(path)!r})` needs a tokenizer to show text, got None: pass `tokenizer=`, or build the "
+                "processor with one, `KADLogitsProcessor(proxy, tokenizer=tokenizer)`."
+            )
+        if not hasattr(tokenizer, "decode") or not hasattr(tokenizer, "convert_ids_to_tokens"):
+            raise TypeError(f"`tokenizer` must be a transformers tokenizer, got {tokenizer!r}.")
+        path = Path(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"`path` must be a file, got the folder {str(path)!r}.")
+        page = render_page(self.sequences, self.statistics, tokenizer, title)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            unfinished.write_text(page, encoding="utf-8", newline="\n")
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+        return path
+
+    def _repr_html_(self) -> str:
+        """The page in a frame of its own, so that neither styles nor scripts reach the notebook."""
+        page = render_page(self.sequences, self.statistics, self.tokenizer, None)
+        return (
+            '<iframe title="KAD trace" sandbox="allow-scripts" width="100%" height="600" '
+            f'style="border: 0" srcdoc="{html.escape(page)}"></iframe>'
+        )
+
 
 @dataclass
 class _Step:
@@ -113,6 +179,27 @@ class _Step:
     deferral_mass: torch.Tensor | None
     parents: list[int] | None
     newest: torch.Tensor  # (rows, 1)
+
+
+class _Traced(NamedTuple):
+    """What the trace keeps of some positions, one a row."""
+
+    probs: torch.Tensor  # (rows, 3): p, q and r of the token emitted
+    likeliest_ids: torch.Tensor  # (rows, 2, ALTERNATIVES): of p and of q
+    likeliest_probs: torch.Tensor  # (rows, 2, ALTERNATIVES)
+
+    @classmethod
+    def of(cls, composition: Composition, tokens: torch.Tensor) -> "_Traced":
+        return cls(composition.probs_of(tokens), *composition.likeliest(ALTERNATIVES))
+
+
+def _read(traced: Iterable[_Traced]) -> list[tuple[list[float], Alternatives, Alternatives]]:
+    """All their rows, fetched from the device: p, q and r of the token, and the alternatives of both models."""
+    rows = []
+    for probs, *likeliest in zip(*(torch.cat(parts).tolist() for parts in zip(*traced, strict=True)), strict=True):
+        base, proxy = (tuple(zip(*model, strict=True)) for model in zip(*likeliest, strict=True))
+        rows.append((probs, base, proxy))
+    return rows
 
 
 @dataclass
@@ -124,7 +211,7 @@ class StepRecorder:
 
     trace: bool
     steps: dict[int, _Step] = field(default_factory=dict)  # by text length
-    token_probs: dict[int, torch.Tensor] = field(default_factory=dict)  # by text length, for the trace
+    traced: dict[int, _Traced] = field(default_factory=dict)  # by text length
     pending: tuple[int, Composition] | None = None
 
     def record(self, input_ids: torch.Tensor, composition: Composition, parents: list[int] | None) -> None:
@@ -142,7 +229,7 @@ class StepRecorder:
         # The token that a position led to is seen one step later.
         if self.pending is not None and input_ids.shape[1] > self.pending[0]:
             length, composition = self.pending
-            self.token_probs[length] = composition.probs_of(input_ids[:, length])
+            self.traced[length] = _Traced.of(composition, input_ids[:, length])
             self.pending = None
 
     def finish(
@@ -170,13 +257,13 @@ class StepRecorder:
         ]
         if not self.trace:
             return statistics, None
-        probs = {length: table.tolist() for length, table in self.token_probs.items()}
+        traced = {length: _read([step]) for length, step in self.traced.items()}
         records = []
         for row, (length, mass) in enumerate(zip(lengths, masses, strict=True)):
             ids = sequences[row, prompt_length : prompt_length + length].tolist()
             records.append(
                 tuple(
-                    make_record(token, probs[prompt_length + at][row], mass[at], drafted=False)
+                    make_record(token, *traced[prompt_length + at][row], mass[at], drafted=False)
                     for at, token in enumerate(ids)
                 )
             )
@@ -223,7 +310,7 @@ class RoundRecorder:
     tokens: list[int] = field(default_factory=list)
     from_draft: list[bool] = field(default_factory=list)  # per token
     masses: list[torch.Tensor | None] = field(default_factory=list)  # per token, (1,)
-    token_probs: list[torch.Tensor] = field(default_factory=list)  # per token, (1, 3), for the trace
+    traced: list[_Traced] = field(default_factory=list)  # per token, one row
 
     def record(self, drafted: int, accepted: int, tokens: list[int], positions: list[Composition]) -> None:
         """Note a round: its draft length, and for each emitted token its id and its position (one row)."""
@@ -234,7 +321,7 @@ class RoundRecorder:
         for token, position in zip(tokens, positions, strict=True):
             self.masses.append(position.deferral_mass)
             if self.trace:
-                self.token_probs.append(position.probs_of(torch.tensor([token])))
+                self.traced.append(_Traced.of(position, torch.tensor([token])))
 
     def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
         """Statistics and trace of the sequence."""
@@ -253,20 +340,21 @@ class RoundRecorder:
         )
         if not self.trace:
             return [statistics], None
-        probs = torch.cat(self.token_probs).tolist() if self.token_probs else []
         records = [
-            make_record(token, row, mass, drafted=drafted)
-            for token, row, mass, drafted in zip(self.tokens, probs, masses, self.from_draft, strict=True)
+            make_record(token, *row, mass, drafted=drafted)
+            for token, row, mass, drafted in zip(self.tokens, _read(self.traced), masses, self.from_draft, strict=True)
         ]
         return [statistics], KADTrace((tuple(records),))
 
 
-def make_record(token: int, probs: list[float], mass: float | None, *, drafted: bool) -> TokenRecord:
-    """A `TokenRecord` from a token's [p, q, r] and the deferral mass at its position."""
-    base, proxy, target = probs
+def make_record(
+    token: int, probs: list[float], base: Alternatives, proxy: Alternatives, mass: float | None, *, drafted: bool
+) -> TokenRecord:
+    """A `TokenRecord` from a token's [p, q, r], the models' alternatives and the deferral mass at its position."""
+    p, q, r = probs
     # r = 0 can only be emitted where a later processor put mass back; then nothing is owed to anyone.
-    share = None if mass is None else min(proxy * mass / target, 1.0) if target > 0 else 0.0
-    return TokenRecord(token, base, proxy, target, mass, share, drafted)
+    share = None if mass is None else min(q * mass / r, 1.0) if r > 0 else 0.0
+    return TokenRecord(token, p, q, r, mass, share, drafted, base, proxy)
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
