@@ -322,6 +322,40 @@ def test_a_prompt_of_the_proxys_own(base, proxy, speculative):
     assert not torch.equal(base.generate(PROMPT, **settings), text)  # only inside the block
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "beams", "best two"],
+)
+@pytest.mark.parametrize("rule", [DualDeferral(0.6), ImplicitReward(0.7)])
+def test_the_proxys_own_prompts_of_a_batch(base, proxy, rule, settings):
+    """Base prompts and proxy prompts of different lengths, both padded: every row decodes as it would alone."""
+    reference = tiny_model("llama", seed=9) if rule.needs_reference else None
+    kad = KADLogitsProcessor(proxy, rule, reference=reference)
+    arguments = {"logits_processor": [kad], **GREEDY, **settings}
+    prompts = [PROMPT, OTHER]
+    own = [torch.tensor([[7, 7, 30]]), torch.tensor([[21, 4, 33, 12, 6, 2, 19]])]
+    alone = []
+    for prompt, own_prompt in zip(prompts, own, strict=True):
+        kad.reset()
+        with kad.proxy_prompt(own_prompt):
+            alone.append(base.generate(prompt, **arguments)[:, prompt.shape[1] :])
+    ids, mask = pad_left(prompts)
+    own_ids, own_mask = pad_left(own)
+    kad.reset()
+    with kad.proxy_prompt({"input_ids": own_ids, "attention_mask": own_mask}):
+        together = base.generate(ids, attention_mask=mask, **arguments)[:, ids.shape[1] :]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(base.generate(ids, attention_mask=mask, **arguments)[:, ids.shape[1] :], together)
+
+
+def pad_left(prompts):
+    width = max(prompt.shape[1] for prompt in prompts)
+    padded = [torch.nn.functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts]
+    masks = [torch.nn.functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts]
+    return torch.cat(padded), torch.cat(masks)
+
+
 def test_a_proxy_prompt_padded_on_the_right_is_refused(proxy):
     kad = KADLogitsProcessor(proxy)
     ids, mask = torch.tensor([[4, 6, 0], [1, 2, 3]]), torch.tensor([[1, 1, 0], [1, 1, 1]])
@@ -530,8 +564,9 @@ def test_tokenizers_are_compared(proxy):
     KADLogitsProcessor(proxy, tokenizer=same, proxy_tokenizer=Vocabulary(a=0, b=1, c=2, pad=3))
     with pytest.raises(ValueError, match="1: 'b' and 'x'"):
         KADLogitsProcessor(proxy, tokenizer=same, proxy_tokenizer=Vocabulary(a=0, x=1, c=2))
-    with pytest.raises(ValueError, match="both"):
-        KADLogitsProcessor(proxy, tokenizer=same)
+    with pytest.raises(ValueError, match="`tokenizer` as well"):
+        KADLogitsProcessor(proxy, proxy_tokenizer=same)
+    assert KADLogitsProcessor(proxy, tokenizer=same).tokenizer is same
 
 
 @pytest.mark.parametrize(

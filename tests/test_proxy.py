@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 
-from transformers_kad.proxy import CachedModel, align_vocabulary, can_crop, is_unusable
+from transformers_kad.proxy import CachedModel, adapter_off, can_crop, is_unusable
 
 
 def plain(model, ids, keep=1, mask=None):
@@ -92,16 +93,34 @@ def test_a_window_that_was_passed_cannot_be_taken_back():
     assert full.cached_length == 7
 
 
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
+def test_an_adapter_switched_off_is_the_model_below_and_comes_back(settings):
+    ids = random_ids(1, 6)
+    below = plain(tiny_model(seed=3), ids)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings)
+    model = get_peft_model(tiny_model(seed=3), config).eval()
+    with torch.no_grad():
+        if settings.get("modules_to_save"):
+            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    adapted = plain(model, ids)
+    assert (adapted - below).abs().max() > 0.1
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(InterruptedError), adapter_off(model):
+        torch.testing.assert_close(plain(model, ids), below)
+        raise InterruptedError
+    torch.testing.assert_close(plain(model, ids), adapted)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    with model.disable_adapter():
+        with adapter_off(model):
+            torch.testing.assert_close(plain(model, ids), below)
+        torch.testing.assert_close(plain(model, ids), below)  # it was off before
+    torch.testing.assert_close(plain(model, ids), adapted)
+
+
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="empty prompt"):
         CachedModel(tiny_model()).logits(torch.empty(1, 0, dtype=torch.long))
-
-
-def test_vocabulary_alignment():
-    logits = torch.tensor([[1.0, 2.0, 3.0]])
-    assert align_vocabulary(logits, 2).tolist() == [[1.0, 2.0]]
-    assert align_vocabulary(logits, 4).tolist() == [[1.0, 2.0, 3.0, -torch.inf]]
-    assert align_vocabulary(logits.bfloat16(), 3).dtype == torch.float32
 
 
 def test_unusable_logits():

@@ -22,6 +22,7 @@ from .generation import kad_generate
 from .logits_process import KADLogitsProcessor
 from .statistics import KADStatistics, KADTrace, SequenceStatistics, TokenRecord
 from .verification import verify
+from .vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
 
 __all__ = [
     "RULES",
@@ -42,7 +43,10 @@ __all__ = [
     "PrimalDeferral",
     "SequenceStatistics",
     "TokenRecord",
+    "VocabularyAlignment",
+    "VocabularyReport",
     "__version__",
+    "align_vocabularies",
     "kad_generate",
     "make_rule",
     "mix",

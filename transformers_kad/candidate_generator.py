@@ -6,7 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from .proxy import CachedModel, align_vocabulary, is_unusable, unusable_logits_error
+from .proxy import CachedModel, is_unusable, unusable_logits_error
+from .vocabulary import VocabularyAlignment, align_vocabulary
 
 # Maps the base's text (1, L) to the proxy's text and its attention mask (None: no padding).
 ProxyText = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -30,6 +31,7 @@ class KADCandidateGenerator(CandidateGenerator):
         max_length: the longest text allowed, in tokens; None for no limit.
         proxy_text: maps the base's text to the proxy's, which differ where the proxy has a prompt of its own.
         chunk_size: forward a prompt at most so many tokens at a time.
+        vocabulary_alignment: which tokens of the proxy are which of the base, where their tokenizers differ.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class KADCandidateGenerator(CandidateGenerator):
         max_length: int | None = None,
         proxy_text: ProxyText = lambda input_ids: (input_ids, None),
         chunk_size: int | None = None,
+        vocabulary_alignment: VocabularyAlignment | None = None,
     ) -> None:
         self.proxy = proxy if isinstance(proxy, CachedModel) else CachedModel(proxy)
         self.num_assistant_tokens = num_assistant_tokens
@@ -54,6 +57,7 @@ class KADCandidateGenerator(CandidateGenerator):
         self.max_length = max_length
         self.proxy_text = proxy_text
         self.chunk_size = chunk_size
+        self.vocabulary_alignment = vocabulary_alignment
         self._settled_length: int | None = None  # of the text that the last round ended with
         self._in_step = False  # whether the proxy's cache is known to follow the text
 
@@ -99,12 +103,13 @@ class KADCandidateGenerator(CandidateGenerator):
         ids, mask = self.proxy_text(input_ids)
         logits = self.proxy.logits(ids, mask, continues=self._in_step, chunk_size=self.chunk_size)[:, -1]
         self._in_step = True
-        return align_vocabulary(logits, self.vocabulary) / self.component_temperature
+        return align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment) / self.component_temperature
 
     def settle(self, input_ids: torch.Tensor) -> None:
         """Take back what was drafted beyond a text `(1, L)`, with which the next round will begin."""
         self._settled_length = input_ids.shape[1]
-        self.proxy.settle(self.proxy_text(input_ids)[0].shape[1] - 1)
+        # The last token is not yet forwarded, and the proxy may spell it in several of its own.
+        self.proxy.settle(self.proxy_text(input_ids[:, :-1])[0].shape[1])
 
     def _draw(self, logits: torch.Tensor) -> tuple[int, bool]:
         """One token from logits `(1, V)`, and whether they were unusable, with one synchronisation."""

@@ -71,6 +71,7 @@ def kad_generate(
         max_length=_longest_draft_end(stopping_criteria.max_length, model),
         proxy_text=call.proxy_text,
         chunk_size=generation_config.prefill_chunk_size,
+        vocabulary_alignment=kad.vocabulary_alignment,
     )
     keep_dict = generation_config.return_dict_in_generate
     scores: tuple[torch.Tensor, ...] | None = () if keep_dict and generation_config.output_scores else None

@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from .generation import kad_generate
 from .statistics import KADStatistics, KADTrace, RoundRecorder, StepRecorder, add_up
+from .vocabulary import VocabularyAlignment
 
 logger = logging.get_logger(__name__)
 
@@ -38,6 +39,7 @@ class OpenCall:
         beams: beams a prompt; 1 without beam search.
         attention_mask: of the prompts, `(B, prompt_length)`; None without padding.
         proxy_prompt: the proxy's own prompts and their mask, if they differ from the base's.
+        vocabulary_alignment: how the proxy reads generated tokens, if it has a tokenizer of its own.
         eos_token_ids: ids that end a text.
         pad_token_id: what finished rows are filled up with.
         chunk_size: prompts are forwarded at most so many tokens at a time.
@@ -51,6 +53,7 @@ class OpenCall:
     beams: int = 1
     attention_mask: torch.Tensor | None = None
     proxy_prompt: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    vocabulary_alignment: VocabularyAlignment | None = None
     eos_token_ids: frozenset[int] = frozenset()
     pad_token_id: int | None = None
     chunk_size: int | None = None
@@ -63,18 +66,16 @@ class OpenCall:
 
         Rows are the prompts, each repeated for its beams or return sequences.
         """
-        rows, length = input_ids.shape
-        if self.proxy_prompt is None:
-            ids, mask = input_ids, self.attention_mask
-        else:
-            prompt, mask = self.proxy_prompt
-            prompt = prompt.repeat_interleave(rows // len(prompt), dim=0).to(input_ids.device)
-            ids = torch.cat([prompt, input_ids[:, self.prompt_length :]], dim=-1)
-        if mask is None:
+        prompt, prompt_mask = self.proxy_prompt or (input_ids[:, : self.prompt_length], self.attention_mask)
+        generated, mask = input_ids[:, self.prompt_length :], None
+        if self.vocabulary_alignment is not None:
+            generated, mask = self.vocabulary_alignment.spell(generated)
+        ids = torch.cat([_repeat_rows(prompt, like=generated), generated], dim=-1)
+        if prompt_mask is None and mask is None:
             return ids, None
-        mask = mask.repeat_interleave(rows // len(mask), dim=0).to(input_ids.device)
-        generated = mask.new_ones(rows, length - self.prompt_length)
-        return ids, torch.cat([mask, generated], dim=-1)
+        prompt_mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask
+        mask = torch.ones_like(generated) if mask is None else mask
+        return ids, torch.cat([_repeat_rows(prompt_mask, like=mask), mask], dim=-1)
 
     def finish(self, sequences: torch.Tensor, proxy_forwards: int) -> tuple[KADStatistics, KADTrace | None]:
         """Statistics and trace of the call, given what it returned, `(N, L)`."""
@@ -101,6 +102,11 @@ class OpenCall:
         while padded and length and ids[length - 1] == self.pad_token_id:
             length -= 1
         return length
+
+
+def _repeat_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Rows of prompts, each repeated for its beams or return sequences, on another tensor's device and of its type."""
+    return values.repeat_interleave(len(like) // len(values), dim=0).to(like)
 
 
 def install() -> None:
@@ -146,7 +152,8 @@ def _generate_with_kad(
         forwards = kad.cached_proxy.forwards
         result = original(model, **arguments)
         sequences = result if torch.is_tensor(result) else result.sequences
-        kad.statistics, kad.trace = call.finish(sequences, kad.cached_proxy.forwards - forwards)
+        kad.statistics, trace = call.finish(sequences, kad.cached_proxy.forwards - forwards)
+        kad.trace = None if trace is None else replace(trace, statistics=kad.statistics, tokenizer=kad.tokenizer)
     return result
 
 
@@ -284,6 +291,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
         pad_token_id=settings.pad_token_id,
         chunk_size=settings.get("prefill_chunk_size"),
         rows_stay=beams == 1 and settings.arguments.get("custom_generate") is None,
+        vocabulary_alignment=kad.vocabulary_alignment,
     )
     if kad.proxy_inputs is not None:
         prompt, mask = kad.proxy_inputs
@@ -292,11 +300,20 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
                 f"`proxy_prompt` has {len(prompt)} prompts, the call has {call.batch_size}: give one for each."
             )
         call.proxy_prompt, call.attention_mask = (prompt, mask), None
+    elif kad.vocabulary_alignment is not None:
+        start = _as_list(settings.get("bos_token_id")) if ids is None else ids
+        call.proxy_prompt = kad.vocabulary_alignment.retokenize(
+            torch.as_tensor(start).view(call.batch_size, -1), call.attention_mask
+        )
+        call.attention_mask = None
     return call
 
 
 def _warn_about_eos(kad: Any, call: OpenCall) -> None:
-    missing = frozenset(_as_list(kad.proxy.generation_config.eos_token_id)) - call.eos_token_ids
+    ends = _as_list(kad.proxy.generation_config.eos_token_id)
+    if call.vocabulary_alignment is not None:
+        ends = [base_id for end in ends if (base_id := call.vocabulary_alignment.base_id(end)) is not None]
+    missing = frozenset(ends) - call.eos_token_ids
     if missing and missing not in kad.eos_warned:
         kad.eos_warned.add(missing)
         logger.warning(

@@ -16,13 +16,12 @@ from .deferral import DualDeferral
 from .hooks import OpenCall
 from .proxy import (
     CachedModel,
-    align_vocabulary,
-    check_tokenizers,
     describe,
     is_unusable,
     unusable_logits_error,
 )
 from .statistics import KADStatistics, KADTrace, StepRecorder
+from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
 
 
 class KADLogitsProcessor(LogitsProcessor):
@@ -48,8 +47,10 @@ class KADLogitsProcessor(LogitsProcessor):
         component_temperature: divides both models' logits before the rule sees them.
         num_assistant_tokens: draft length of speculative decoding.
         trace: keep a record of every emitted token in `kad.trace`.
-        tokenizer: the base's tokenizer. When both are given, they are compared.
+        tokenizer: the base's tokenizer: the trace shows its text. When both are given, they are compared.
         proxy_tokenizer: the proxy's tokenizer.
+        vocabulary_alignment: from `align_vocabularies`, for a proxy with a tokenizer other than the base's. Prompts
+            are tokenized anew for the proxy, and q is restricted to the tokens that both have.
         **rule_parameters: parameters of a rule given by name.
 
     Attributes:
@@ -94,6 +95,7 @@ class KADLogitsProcessor(LogitsProcessor):
         trace: bool = False,
         tokenizer: Any = None,
         proxy_tokenizer: Any = None,
+        vocabulary_alignment: VocabularyAlignment | None = None,
         **rule_parameters: Any,
     ) -> None:
         self.rule = _resolve_rule(rule, rule_parameters)
@@ -101,10 +103,11 @@ class KADLogitsProcessor(LogitsProcessor):
         self.component_temperature = component_temperature
         self.num_assistant_tokens = num_assistant_tokens
         self.record_trace = trace
-        if (tokenizer is None) != (proxy_tokenizer is None):
-            raise ValueError("Pass both `tokenizer` and `proxy_tokenizer` to have them compared, got only one.")
-        if tokenizer is not None:
+        if tokenizer is None and proxy_tokenizer is not None:
+            raise ValueError("Pass `tokenizer` as well to have it compared with `proxy_tokenizer`, got only that.")
+        if proxy_tokenizer is not None and vocabulary_alignment is None:
             check_tokenizers(tokenizer, proxy_tokenizer)
+        self.tokenizer, self.vocabulary_alignment = tokenizer, vocabulary_alignment
 
         self.proxy = proxy
         self.cached_proxy = CachedModel(_checked(proxy, "proxy"))
@@ -220,6 +223,8 @@ class KADLogitsProcessor(LogitsProcessor):
             for cached in self._cached:
                 cached.refresh()
             ids, mask, continues, chunk_size = input_ids, None, False, None
+            if self.vocabulary_alignment is not None:
+                ids, mask = self.vocabulary_alignment.retokenize(input_ids)
         elif call.thread != threading.get_ident():
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
         else:
@@ -234,7 +239,7 @@ class KADLogitsProcessor(LogitsProcessor):
         composition = compose(
             self.rule,
             scores / self.component_temperature,
-            align_vocabulary(proxy_logits, vocabulary) / self.component_temperature,
+            align_vocabulary(proxy_logits, vocabulary, self.vocabulary_alignment) / self.component_temperature,
             self._reference_logits(ids, mask, 1, vocabulary, continues, chunk_size),
         )
         for cached in self._cached:
@@ -260,7 +265,7 @@ class KADLogitsProcessor(LogitsProcessor):
     def settle_reference(self, input_ids: torch.Tensor) -> None:
         """Take back what the reference has seen beyond the open call's text `(1, L)`, but for the last token."""
         if self._cached_reference is not None:
-            self._cached_reference.settle(self.open_call.proxy_text(input_ids)[0].shape[1] - 1)
+            self._cached_reference.settle(self.open_call.proxy_text(input_ids[:, :-1])[0].shape[1])
 
     def _reference_logits(
         self,
@@ -275,7 +280,8 @@ class KADLogitsProcessor(LogitsProcessor):
         if self._cached_reference is None:
             return None
         logits = self._cached_reference.logits(ids, mask, keep=keep, continues=continues, chunk_size=chunk_size)
-        return align_vocabulary(logits.flatten(0, 1), vocabulary) / self.component_temperature
+        logits = align_vocabulary(logits.flatten(0, 1), vocabulary, self.vocabulary_alignment)
+        return logits / self.component_temperature
 
     def _check(self, scores: torch.Tensor, proxy_logits: torch.Tensor, position: int) -> None:
         unusable = torch.stack([is_unusable(scores), is_unusable(proxy_logits).to(scores.device)]).tolist()
@@ -320,6 +326,7 @@ _SETTINGS = (
     "trace",
     "tokenizer",
     "proxy_tokenizer",
+    "vocabulary_alignment",
 )
 
 

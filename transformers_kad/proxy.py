@@ -6,11 +6,13 @@ refused, beams that are reordered, and chats that continue in a later call.
 """
 
 import inspect
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Cache, PreTrainedModel
 
 
@@ -121,6 +123,7 @@ class CachedModel:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
+            self._padded = self._padded or (attention_mask is not None and bool((mask == 0).any()))
             return self._forward(input_ids, mask, keep, chunk_size)
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
@@ -167,19 +170,18 @@ class CachedModel:
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, keep: int, chunk_size: int | None) -> torch.Tensor:
         length, start = input_ids.shape[1], self.cached_length
         stops = list(range(start + chunk_size, length - keep, chunk_size)) if chunk_size else []
-        padded = bool((mask == 0).any()) if start == 0 else self._padded
         with torch.no_grad():
             for stop in [*stops, length]:
-                output = self._call(input_ids[:, start:stop], mask[:, :stop], padded, keep if stop == length else 1)
+                output = self._call(input_ids[:, start:stop], mask[:, :stop], keep if stop == length else 1)
                 start = stop
         self.forwards += 1
         # Copies: the tensors may be the caller's own, to be written to later.
-        self._ids, self._mask, self._padded = input_ids.clone(), mask.clone(), padded
+        self._ids, self._mask = input_ids.clone(), mask.clone()
         return output[:, -keep:]
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, padded: bool, keep: int) -> torch.Tensor:
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
         kwargs: dict[str, Any] = {}
-        if padded:
+        if self._padded:
             kwargs["attention_mask"] = mask
             if self._takes_position_ids:
                 positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -200,10 +202,43 @@ class CachedModel:
             # Only now: a prefill that records its past keeps states that sliding windows could drop.
             cache.activate_past_recording()
         self._cache = cache
+        if self._padded and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+            self._check_holes(mask)
         return output.logits
 
+    def _check_holes(self, mask: torch.Tensor) -> None:
+        """A sliding window counts columns, so what is masked between tokens would push tokens out of it."""
+        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError(
+                f"The {self.role} {describe(self.model)} has a sliding window, and spells tokens of the base in "
+                "several of its own in some rows of the batch only. Generate one sequence at a time."
+            )
+
     def _adapter_state(self) -> AbstractContextManager[None]:
-        return self.model.disable_adapter() if self.without_adapter else nullcontext()
+        return adapter_off(self.model) if self.without_adapter else nullcontext()
+
+
+@contextmanager
+def adapter_off(model: PreTrainedModel) -> Iterator[None]:
+    """A `PeftModel` without its adapter for the time of the block.
+
+    As `model.disable_adapter()`, which takes longer than the forward of a small model: it surveys the state of all
+    adapters, and sets gradients, on every entry and exit.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    if not layers:
+        with model.disable_adapter():
+            yield
+        return
+    active = [layer for layer in layers if not layer.disable_adapters]
+    for layer in active:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer._disable_adapters = False
 
 
 def context_length(model: PreTrainedModel) -> int | None:
@@ -249,35 +284,6 @@ def model_state(model: PreTrainedModel) -> Hashable:
     )
     weights = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype, str(p.device)) for p in model.parameters())
     return hash((adapters, weights, model.training))
-
-
-def align_vocabulary(logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Bring logits `(..., V_proxy)` to the base's vocabulary size, as float32.
-
-    Ids that only the base has get -inf; ids that only the proxy has are dropped, so that a softmax
-    renormalises over the rest.
-    """
-    missing = vocabulary - logits.shape[-1]
-    if missing > 0:
-        return torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
-    return logits[..., :vocabulary].float()
-
-
-def check_tokenizers(base_tokenizer: object, proxy_tokenizer: object) -> None:
-    """Raise unless the ids that two tokenizers share mean the same strings.
-
-    Raises:
-        ValueError: names the first ids that differ.
-    """
-    base = {index: token for token, index in base_tokenizer.get_vocab().items()}  # type: ignore[attr-defined]
-    proxy = {index: token for token, index in proxy_tokenizer.get_vocab().items()}  # type: ignore[attr-defined]
-    different = [index for index in sorted(base.keys() & proxy.keys()) if base[index] != proxy[index]]
-    if different:
-        shown = ", ".join(f"{i}: {base[i]!r} and {proxy[i]!r}" for i in different[:5])
-        raise ValueError(
-            f"Base and proxy must share one vocabulary, but {len(different)} token ids mean different strings "
-            f"(base and proxy): {shown}. Take a proxy of the same model family."
-        )
 
 
 def is_unusable(logits: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,433 @@
+"""The vocabularies of base and proxy: padding rows, ids that mean other strings, different tokenizers.
+
+A rule works on one vocabulary, the base's. Three cases, from the plain to the hard:
+
+- Both models have one tokenizer, and their vocabularies differ at most by padding rows: `align_vocabulary`.
+- They claim to have one tokenizer: `check_tokenizers` raises if ids mean different strings.
+- They have different tokenizers: `align_vocabularies` finds the ids that both can say.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SAMPLE_TEXT = """\
+The committee met on 14 March 2023 to discuss three questions: who pays, who decides, and what happens if nobody does.
+"I don't think," said Dr. Okafor, "that we'll agree today." She was right; the vote (7 to 5) settled nothing.
+
+def area(radius: float) -> float:
+    return 3.14159 * radius ** 2  # in square metres
+
+1. Preheat the oven to 180 °C and butter a 24 cm tin.
+2. Whisk two eggs with 150 g of sugar until pale, then fold in the flour.
+Question: A train covers 240 km in 2.5 hours. How fast does it go? Answer: 240 / 2.5 = 96 km/h.
+"""
+
+_BYTES_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def align_vocabulary(
+    logits: torch.Tensor, vocabulary: int, alignment: "VocabularyAlignment | None" = None
+) -> torch.Tensor:
+    """Bring the proxy's logits `(..., V_proxy)` to the base's vocabulary, `(..., vocabulary)` float32.
+
+    Ids that only the base has get -inf; ids that only the proxy has are dropped, so that a softmax
+    renormalises over the rest. Without `alignment` equal ids are the same token.
+    """
+    if alignment is not None:
+        return alignment.to_base(logits, vocabulary)
+    missing = vocabulary - logits.shape[-1]
+    if missing > 0:
+        return torch.nn.functional.pad(logits.float(), (0, missing), value=-torch.inf)
+    return logits[..., :vocabulary].float()
+
+
+def check_tokenizers(base_tokenizer: Any, proxy_tokenizer: Any) -> None:
+    """Raise unless the ids that two tokenizers share mean the same strings.
+
+    Raises:
+        ValueError: names the first ids that differ.
+    """
+    base = {index: token for token, index in base_tokenizer.get_vocab().items()}
+    proxy = {index: token for token, index in proxy_tokenizer.get_vocab().items()}
+    different = [index for index in sorted(base.keys() & proxy.keys()) if base[index] != proxy[index]]
+    if different:
+        shown = ", ".join(f"{i}: {base[i]!r} and {proxy[i]!r}" for i in different[:5])
+        raise ValueError(
+            f"Base and proxy must share one vocabulary, but {len(different)} token ids mean different strings "
+            f"(base and proxy): {shown}. Take a proxy of the same model family, or pass "
+            "`vocabulary_alignment=align_vocabularies(base_tokenizer, proxy_tokenizer)`."
+        )
+
+
+@dataclass(frozen=True)
+class VocabularyReport:
+    """How much two tokenizers share.
+
+    Attributes:
+        shared: number of tokens that both have.
+        base_size: number of the base's tokens.
+        proxy_size: number of the proxy's tokens.
+        base_text_tokens: tokens of the sample text in the base's tokenization.
+        proxy_text_tokens: tokens of the sample text in the proxy's tokenization.
+        base_text_shared: how many of the first kind the proxy has as well: what it reads as the base wrote it.
+        proxy_text_shared: how many of the second kind the base has as well: what it can say.
+        unspellable: number of the base's tokens that no sequence of the proxy's tokens spells.
+    """
+
+    shared: int
+    base_size: int
+    proxy_size: int
+    base_text_tokens: int
+    proxy_text_tokens: int
+    base_text_shared: int
+    proxy_text_shared: int
+    unspellable: int
+
+    @property
+    def text_share(self) -> float:
+        """The smaller of the two shares of the sample text's tokens, in [0, 1]."""
+        return min(
+            self.base_text_shared / max(self.base_text_tokens, 1),
+            self.proxy_text_shared / max(self.proxy_text_tokens, 1),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.shared} tokens are shared: {self.shared / self.base_size:.1%} of the base's {self.base_size}, "
+            f"{self.shared / self.proxy_size:.1%} of the proxy's {self.proxy_size}. Of the sample text, "
+            f"{self.base_text_shared} of the base's {self.base_text_tokens} tokens and {self.proxy_text_shared} of "
+            f"the proxy's {self.proxy_text_tokens} are shared. The proxy can't spell {self.unspellable} of the "
+            "base's tokens."
+        )
+
+
+class VocabularyAlignment:
+    """Which token of a proxy is which token of a base with another tokenizer. Made by `align_vocabularies`.
+
+    What the proxy says: its distribution is restricted to the shared tokens and renormalised; q is 0 elsewhere.
+    What it reads: prompts are tokenized anew from their text. Of the generated text, a shared token is read as
+    the proxy's own. One that the proxy does not have is spelled in several tokens, as its tokenizer spells the
+    token's text alone, or failing that by the longest pieces that fit: the same text, but perhaps not the tokens
+    that the proxy would have cut it into. Special tokens without a counterpart are left out of prompts; generated
+    ones, and tokens that can't be spelled, are read as padding or end of sequence.
+
+    Attributes:
+        report: a `VocabularyReport`.
+        base_ids: the base's ids of the shared tokens, `(n,)`, rising.
+        proxy_ids: the proxy's ids of the same tokens, `(n,)`.
+    """
+
+    def __init__(
+        self,
+        base_tokenizer: PreTrainedTokenizerBase,
+        proxy_tokenizer: PreTrainedTokenizerBase,
+        sample_text: str = SAMPLE_TEXT,
+    ) -> None:
+        self._base, self._proxy = _Tokens(base_tokenizer), _Tokens(proxy_tokenizer)
+        pairs = self._match()
+        self.base_ids = torch.tensor(list(pairs), dtype=torch.long)
+        self.proxy_ids = torch.tensor(list(pairs.values()), dtype=torch.long)
+        self._proxy_of = pairs
+        candidates = (proxy_tokenizer.pad_token_id, proxy_tokenizer.eos_token_id, 0)
+        self._stand_in = next(i for i in candidates if i is not None)
+        self._spell_cached = lru_cache(maxsize=None)(self._spell)
+        self.report = self._make_report(sample_text)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.report})"
+
+    def base_id(self, proxy_id: int) -> int | None:
+        """The base's id of a proxy's token, None if it has none."""
+        return self._base_of.get(proxy_id)
+
+    def to_base(self, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """The proxy's logits `(..., V_proxy)` in the base's vocabulary, `(..., vocabulary)` float32.
+
+        Raises:
+            ValueError: a model with fewer tokens than its tokenizer.
+        """
+        for role, ids, size in (("base", self.base_ids, vocabulary), ("proxy", self.proxy_ids, logits.shape[-1])):
+            if len(ids) and int(ids.max()) >= size:
+                raise ValueError(
+                    f"The {role}'s tokenizer has the token id {int(ids.max())}, but the model's vocabulary ends at "
+                    f"{size}: align the tokenizers that belong to the models."
+                )
+        result = logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf, dtype=torch.float32)
+        result[..., self.base_ids.to(logits.device)] = logits[..., self.proxy_ids.to(logits.device)].float()
+        return result
+
+    def retokenize(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts `(B, L)` of the base in the proxy's tokens, padded on the left, and their mask: `(B, L')` both."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        rows = [
+            self._retokenize([token for token, kept in zip(ids, row_mask, strict=True) if kept])
+            for ids, row_mask in zip(input_ids.tolist(), mask.tolist(), strict=True)
+        ]
+        return self._stack([[row] for row in rows], input_ids)
+
+    def spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generated tokens `(rows, T)` of the base as the proxy reads them, and their mask: `(rows, T')` both.
+
+        Each token becomes as many columns as the longest spelling among its rows; shorter ones have holes before
+        them, zeros in the mask. So the columns of a text's beginning never change, and the last column is never a
+        hole.
+        """
+        single = self._single.to(generated.device)
+        ids = single[generated.clamp(max=len(single) - 1)]
+        if bool((ids >= 0).all()):
+            return ids, torch.ones_like(ids)
+        spelled = [[list(self._spell_cached(token)) for token in row] for row in generated.tolist()]
+        return self._stack(spelled, generated)
+
+    @staticmethod
+    def _stack(rows: list[list[list[int]]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of pieces as one tensor: pieces stand under each other, the shorter ones filled up in front."""
+        widths = [max(map(len, pieces)) for pieces in zip(*rows, strict=True)]
+        ids, mask = [], []
+        for row in rows:
+            filled = [(width - len(piece), piece) for width, piece in zip(widths, row, strict=True)]
+            ids.append([token for holes, piece in filled for token in [0] * holes + piece])
+            mask.append([kept for holes, piece in filled for kept in [0] * holes + [1] * len(piece)])
+        return like.new_tensor(ids), like.new_tensor(mask)
+
+    def _match(self) -> dict[int, int]:
+        """The proxy's id of each shared token, by the base's id, in its order."""
+        proxy_of: dict[int, int] = {}
+        for index, text in self._base.text.items():
+            match = self._proxy.by_text.get(text)
+            if match is not None and self._base.by_text[text] == index:
+                proxy_of[index] = match
+        for index, name in self._base.added.items():
+            match = self._proxy.by_name.get(name)
+            if match is not None and match not in proxy_of.values():
+                proxy_of[index] = match
+        # Tokens of the same role, if the proxy's has no other counterpart. Its end of sequence must be sayable.
+        for role in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
+            base_id, proxy_id = getattr(self._base.tokenizer, role), getattr(self._proxy.tokenizer, role)
+            if base_id is None or proxy_id is None or proxy_id in proxy_of.values():
+                continue
+            if base_id not in proxy_of or role == "eos_token_id":
+                proxy_of[base_id] = proxy_id
+        return dict(sorted(proxy_of.items()))
+
+    @cached_property
+    def _base_of(self) -> dict[int, int]:
+        return {proxy_id: base_id for base_id, proxy_id in self._proxy_of.items()}
+
+    @cached_property
+    def _single(self) -> torch.Tensor:
+        """The proxy's id of every base token that it reads as one token, else -1; one entry more for ids beyond."""
+        table = torch.full((self._base.size + 1,), -1, dtype=torch.long)
+        table[self._base.size] = self._stand_in
+        table[self.base_ids] = self.proxy_ids
+        return table
+
+    def _spell(self, base_id: int) -> tuple[int, ...]:
+        """The proxy's tokens for one generated token of the base; never empty."""
+        if base_id in self._proxy_of:
+            return (self._proxy_of[base_id],)
+        return self._spell_text(self._base.text.get(base_id, b"")) or (self._stand_in,)
+
+    def _spell_text(self, text: bytes) -> tuple[int, ...]:
+        """Some bytes in the proxy's tokens; empty if they can't be spelled."""
+        try:
+            ids = self._proxy.tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
+            if b"".join(self._proxy.text.get(i, b"\0") for i in ids) == text:
+                return tuple(ids)
+        except UnicodeDecodeError:
+            pass
+        return self._proxy.longest_pieces(text)
+
+    def _retokenize(self, ids: list[int]) -> list[int]:
+        """One prompt in the proxy's tokens; never empty."""
+        result: list[int] = []
+        run: list[int] = []
+        for index in [*ids, None]:
+            if index is not None and index not in self._base.special:
+                run.append(index)
+                continue
+            if run:
+                result += self._retokenize_text(run)
+                run = []
+            if index in self._proxy_of:
+                result.append(self._proxy_of[index])
+        prefix = self._proxy.prefix
+        if result[: len(prefix)] != prefix:
+            result = prefix + result
+        return result or [self._stand_in]
+
+    def _retokenize_text(self, ids: list[int]) -> list[int]:
+        text = self._base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        if "\ufffd" in text:  # a character cut in two has no text of its own
+            return [piece for index in ids for piece in self._spell_cached(index)]
+        return self._proxy.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _make_report(self, sample_text: str) -> VocabularyReport:
+        base_text, proxy_text = (
+            side.tokenizer(sample_text, add_special_tokens=False)["input_ids"] for side in (self._base, self._proxy)
+        )
+        unspellable = 0
+        if not self._proxy.has_every_byte:
+            ordinary = (i for i in self._base.text if i not in self._proxy_of)
+            unspellable = sum(not self._spell_text(self._base.text[i]) for i in ordinary)
+        return VocabularyReport(
+            shared=len(self._proxy_of),
+            base_size=self._base.size,
+            proxy_size=self._proxy.size,
+            base_text_tokens=len(base_text),
+            proxy_text_tokens=len(proxy_text),
+            base_text_shared=sum(i in self._proxy_of for i in base_text),
+            proxy_text_shared=sum(i in self._base_of for i in proxy_text),
+            unspellable=unspellable,
+        )
+
+
+def align_vocabularies(
+    base_tokenizer: PreTrainedTokenizerBase,
+    proxy_tokenizer: PreTrainedTokenizerBase,
+    *,
+    sample_text: str = SAMPLE_TEXT,
+    minimum_share: float = 0.8,
+) -> VocabularyAlignment:
+    """Find the tokens that a base and a proxy with different tokenizers share.
+
+    For `KADLogitsProcessor(proxy, rule, vocabulary_alignment=align_vocabularies(base_tokenizer, proxy_tokenizer))`.
+    Tokens are the same where they stand for the same bytes, special tokens where they have the same name or, if
+    they have no other counterpart, the same role (end of sequence, beginning, padding, unknown).
+
+    Args:
+        base_tokenizer: the base's tokenizer.
+        proxy_tokenizer: the proxy's.
+        sample_text: text of the kind that is to be generated.
+        minimum_share: refuse below this share of the sample text's tokens, in [0, 1].
+
+    Returns:
+        The alignment; `alignment.report` says how much is shared.
+
+    Raises:
+        ValueError: less is shared than `minimum_share`, with the report; a `minimum_share` out of range; a tokenizer
+            whose tokens can't be read as text (WordPiece, say).
+    """
+    if not 0 <= minimum_share <= 1:
+        raise ValueError(f"`minimum_share` must lie in [0, 1], got {minimum_share!r}.")
+    alignment = VocabularyAlignment(base_tokenizer, proxy_tokenizer, sample_text)
+    report = alignment.report
+    if report.text_share < minimum_share:
+        raise ValueError(
+            f"The proxy shares too little with the base: {report.text_share:.1%} of the sample text's tokens, "
+            f"`minimum_share` is {minimum_share:.1%}. {report} Take a proxy with a tokenizer nearer to the base's, or "
+            "lower `minimum_share` if your own `sample_text` shows that it serves."
+        )
+    return alignment
+
+
+class _Tokens:
+    """A tokenizer's tokens as the bytes that they stand for.
+
+    Attributes:
+        text: bytes of each token that stands for text, by id.
+        by_text: the id that stands for some bytes. Of several the lowest, byte-fallback tokens last.
+        added: name of each added token, special or not, by id.
+        special: ids of the special tokens, which stand for no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        vocabulary = tokenizer.get_vocab()
+        self.size = max(vocabulary.values()) + 1
+        self.special = set(tokenizer.all_special_ids)
+        self.added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
+        self.special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.added |= {i: token for token, i in vocabulary.items() if i in self.special}
+        self.by_name = {name: index for index, name in self.added.items()}
+
+        kind = _kind_of(tokenizer, vocabulary)
+        self.text: dict[int, bytes] = {}
+        fallback = set()
+        for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+            if index in self.special:
+                continue
+            if index in self.added:
+                self.text[index] = token.encode()
+            elif kind == "byte-level":
+                self.text[index] = bytes(_BYTES_OF[character] for character in token)
+            elif kind == "sentencepiece":
+                byte = _fallback_byte(token)
+                if byte is not None:
+                    fallback.add(index)
+                self.text[index] = token.replace("▁", " ").encode() if byte is None else byte
+            else:
+                self.text[index] = token.encode()
+        self.by_text: dict[bytes, int] = {}
+        for index in [*(i for i in self.text if i not in fallback), *sorted(fallback)]:
+            self.by_text.setdefault(self.text[index], index)
+        self.has_every_byte = all(bytes([byte]) in self.by_text for byte in range(256))
+
+    @cached_property
+    def prefix(self) -> list[int]:
+        """What the tokenizer puts before every text: a beginning-of-sequence token, say."""
+        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole = self.tokenizer("a")["input_ids"]
+        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0) if plain else 0
+        return whole[:at]
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.by_text), default=0)
+
+    def longest_pieces(self, text: bytes) -> tuple[int, ...]:
+        """Bytes cut from the left into the longest tokens that fit; empty if some byte has none."""
+        ids, at = [], 0
+        while at < len(text):
+            ends = range(min(at + self._longest, len(text)), at, -1)
+            end = next((end for end in ends if text[at:end] in self.by_text), None)
+            if end is None:
+                return ()
+            ids.append(self.by_text[text[at:end]])
+            at = end
+        return tuple(ids)
+
+
+def _kind_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Iterable[str]) -> str:
+    """How a tokenizer writes the bytes of its tokens: "byte-level", "sentencepiece" or "plain".
+
+    Raises:
+        ValueError: in another way.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return "sentencepiece" if any(token.startswith("▁") for token in vocabulary) else "plain"
+    if backend.decoder is None:
+        return "plain"
+    state = json.loads(backend.decoder.__getstate__())
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" in kinds:
+        return "byte-level"
+    if "Metaspace" in kinds or any(step.get("pattern") == {"String": "▁"} for step in steps):
+        return "sentencepiece"
+    if kinds <= {"Fuse", "ByteFallback", "Strip"}:
+        return "plain"
+    raise ValueError(
+        f"The tokenizer {tokenizer.name_or_path!r} writes its tokens in a way that can't be compared: "
+        f"{sorted(kinds)}. Byte-level and SentencePiece tokenizers can be aligned."
+    )
+
+
+def _fallback_byte(token: str) -> bytes | None:
+    """The byte of a token such as "<0x0A>", None for others."""
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        try:
+            return bytes([int(token[3:5], 16)])
+        except ValueError:
+            return None
+    return None
