@@ -9,29 +9,26 @@
 Token by token, in batches, sampled at temperature 1 without top-k and top-p. Writes a Markdown table to the
 terminal and everything to recipes/results/tiny_pair.json: the accuracy of every parameter on the validation
 problems, and of the best one of each rule on the test problems, with the paired difference of the KAD dual rule
-and nudging. The problems and their two scorers are those of train_tiny_pair.py, which says how to read them.
+and nudging. The problems and their two scorers are those of transformers_kad.word_problems; train_tiny_pair.py
+says how to read the figures.
 """
 
 import json
-import math
-import platform
 import statistics
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peft
-import torch
-import transformers
-from quickstart import PLAIN_SAMPLING, encode, eos_token_ids, load_model, wilson_interval
 from tqdm.auto import tqdm
-from train_tiny_pair import PAIR_DIR, Problem, is_correct, is_correct_lenient, make_problems
-from transformers import AutoTokenizer, HfArgumentParser, set_seed
-from transformers.utils import logging
+from transformers import set_seed
 
-import transformers_kad
 from transformers_kad import RULES, KADLogitsProcessor
+from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.environment import describe_environment
+from transformers_kad.intervals import paired_difference, wilson_interval
+from transformers_kad.loading import load_model, load_tokenizer
+from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids
+from transformers_kad.word_problems import Problem, is_correct, is_correct_lenient, make_problems
 
 GRID: dict[str, tuple[str, list[float]]] = {
     "dual": ("threshold", [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]),
@@ -46,6 +43,9 @@ GRID: dict[str, tuple[str, list[float]]] = {
 class EvaluationArguments:
     """Arguments of the evaluation."""
 
+    pair: Path = field(
+        default=Path(__file__).resolve().parent / "tiny_pair", metadata={"help": "Folder of the tiny pair."}
+    )
     problems: int = field(default=500, metadata={"help": "Test problems reported."})
     validation_problems: int = field(default=300, metadata={"help": "Problems that parameters are chosen on."})
     seeds: int = field(default=4, metadata={"help": "Sampling runs over the test problems."})
@@ -56,6 +56,8 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        if not (self.pair / "base").is_dir():
+            raise ValueError(f"No tiny pair in {str(self.pair)!r}. Pass its folder with --pair.")
         for name in ("problems", "validation_problems", "seeds", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -66,10 +68,10 @@ class Evaluation:
 
     def __init__(self, arguments: EvaluationArguments) -> None:
         self.arguments = arguments
-        self.tokenizer = AutoTokenizer.from_pretrained(PAIR_DIR / "base", padding_side="left")
-        self.base = load_model(str(PAIR_DIR / "base"))
-        self.proxy = load_model(str(PAIR_DIR / "proxy"))
-        self.reference = load_model(str(PAIR_DIR / "reference"))
+        self.tokenizer = load_tokenizer(arguments.pair / "base")
+        self.base = load_model(arguments.pair / "base")
+        self.proxy = load_model(arguments.pair / "proxy")
+        self.reference = load_model(arguments.pair / "reference")
         self.eos = eos_token_ids(self.base, self.proxy)
 
     def score(
@@ -104,15 +106,6 @@ class Evaluation:
                 masses.append(kad.statistics.deferral_mass)
         known = [mass for mass in masses if mass is not None]
         return strict, lenient, statistics.fmean(known) if known else None
-
-
-def paired_difference(a: list[list[bool]], b: list[list[bool]]) -> tuple[float, float]:
-    """Mean difference of two methods over the same problems, each averaged over seeds, with its 95 % half-width."""
-    differences = [
-        statistics.fmean(x) - statistics.fmean(y)
-        for x, y in zip(zip(*a, strict=True), zip(*b, strict=True), strict=True)
-    ]
-    return statistics.fmean(differences), 1.959964 * statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def mean(runs: list[list[bool]]) -> float:
@@ -151,18 +144,11 @@ def evaluate(arguments: EvaluationArguments) -> dict[str, Any]:
         }
     difference, half_width = paired_difference(strict_runs["dual"], strict_runs["nudging"])
     return {
-        "settings": {**vars(arguments), "out": arguments.out.name},
+        "settings": {**vars(arguments), "pair": arguments.pair.name, "out": arguments.out.name},
         "validation": tried,
         "test": rows,
         "dual_minus_nudging": {"mean": difference, "half_width_95": half_width},
-        "environment": {
-            "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, CPU",
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "transformers_kad": transformers_kad.__version__,
-        },
+        "environment": describe_environment(),
     }
 
 
@@ -182,9 +168,8 @@ def table(result: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
-    (arguments,) = HfArgumentParser(EvaluationArguments).parse_args_into_dataclasses(argv)
-    logging.disable_progress_bar()  # of loading weights
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers for it
+    (arguments,) = parse_arguments([EvaluationArguments], __doc__, argv)
+    quieten()
     result = evaluate(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -15,42 +15,37 @@ Any other pair, by Hub id or local folder (the proxy may be a LoRA adapter):
 """
 
 import json
-import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import find_adapter_config_file, logging
 
 from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
+from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.intervals import wilson_interval
+from transformers_kad.loading import below_adapter, load_model, load_tokenizer
+from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids
 from transformers_kad.statistics import add_up
-
-# The law of the paper: nothing warps the target after KAD.
-PLAIN_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+from transformers_kad.word_problems import is_correct, is_correct_lenient, make_problems
 
 # Parameters chosen on the validation problems by recipes/evaluate_tiny_pair.py.
 TINY_PAIR_RULES = {
-    "implicit reward": ("implicit_reward", {"beta": 1.5}),
+    "implicit reward": ("implicit_reward", {"beta": 1.25}),
     "nudging": ("nudging", {"threshold": 0.7}),
     "confidence bet": ("confidence_bet", {"margin": 0.05}),
     "KAD primal": ("primal", {"budget": 0.8}),
-    "KAD dual": ("dual", {"threshold": 0.6}),
+    "KAD dual": ("dual", {"threshold": 0.4}),
 }
 
 
@@ -63,6 +58,10 @@ class QuickstartArguments:
     )
     proxy: str | None = field(
         default=None, metadata={"help": "Aligned proxy: Hub id or folder of a model or of a LoRA adapter."}
+    )
+    pair: Path = field(
+        default=Path(__file__).resolve().parent / "tiny_pair",
+        metadata={"help": "Folder of the tiny pair, used without --base and --proxy."},
     )
     rule: str = field(default="dual", metadata={"help": "Rule, a name from RULES, for the answer at the top."})
     parameters: str = field(
@@ -90,46 +89,6 @@ class QuickstartArguments:
         make_rule(self.rule, **self.rule_parameters)
 
 
-def below_adapter(path: str) -> str | None:
-    """The path of the model that an adapter belongs to; None if `path` is a whole model.
-
-    The adapter may name it relative to its own folder.
-    """
-    if find_adapter_config_file(path) is None:
-        return None
-    name = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-    beside = Path(path) / name
-    return str(beside.resolve()) if beside.is_dir() else name
-
-
-def load_model(path: str, device: str = "cpu", dtype: str = "auto") -> PreTrainedModel:
-    """A causal LM from a Hub id or folder. An adapter is merged into its model, since it costs at every step."""
-    below = below_adapter(path)
-    if below is None:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    return PeftModel.from_pretrained(load_model(below, device, dtype), path).merge_and_unload().eval()
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, questions: list[str], device: str) -> dict[str, torch.Tensor]:
-    """Questions as model inputs, padded on the left: with the chat template where the tokenizer has one."""
-    padding = len(questions) > 1
-    if tokenizer.chat_template is None:
-        return tokenizer(questions, padding=padding, return_tensors="pt").to(device)
-    chats = [[{"role": "user", "content": question}] for question in questions]
-    return tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, padding=padding, return_dict=True, return_tensors="pt"
-    ).to(device)
-
-
-def eos_token_ids(*models: PreTrainedModel) -> list[int]:
-    """Every id that ends a turn of one of the models."""
-    ids: set[int] = set()
-    for model in models:
-        eos = model.generation_config.eos_token_id
-        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
-    return sorted(ids)
-
-
 def paint(trace: KADTrace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
     """The text of a trace, each token in the colour of whom it is owed to: blue the base, yellow the proxy."""
     ids, text, painted = [], "", ""
@@ -145,14 +104,6 @@ def paint(trace: KADTrace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> 
             code = 34 if record.proxy_share < 1 / 3 else 33 if record.proxy_share > 2 / 3 else 35
             painted += f"\033[{code}m{piece}\033[0m"
     return painted
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson, JASA 1927)."""
-    z, share = 1.959964, successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials**2))
-    return (centre - spread) / (1 + z * z / trials), (centre + spread) / (1 + z * z / trials)
 
 
 @dataclass(frozen=True)
@@ -192,14 +143,11 @@ class Session:
 
     def __init__(self, arguments: QuickstartArguments, base_path: str, proxy_path: str) -> None:
         self.arguments = arguments
-        self.tokenizer = AutoTokenizer.from_pretrained(base_path, padding_side="left")
-        self.base = load_model(base_path, arguments.device, arguments.dtype)
-        self.proxy = load_model(proxy_path, arguments.device, arguments.dtype)
+        self.tokenizer = load_tokenizer(base_path)
+        self.base = self._load(base_path)
+        self.proxy = self._load(proxy_path)
         self.below_proxy = below_adapter(proxy_path)
-        try:
-            self.proxy_tokenizer = AutoTokenizer.from_pretrained(proxy_path)
-        except (OSError, ValueError):  # adapters often come without one
-            self.proxy_tokenizer = AutoTokenizer.from_pretrained(self.below_proxy or proxy_path)
+        self.proxy_tokenizer = load_tokenizer(proxy_path)
         pad = self.tokenizer.pad_token_id
         self.settings = {
             "max_new_tokens": arguments.max_new_tokens,
@@ -207,13 +155,16 @@ class Session:
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
         }
 
+    def _load(self, path: str) -> PreTrainedModel:
+        return load_model(path, device=self.arguments.device, dtype=self.arguments.dtype)
+
     def processor(self, rule: str, parameters: dict[str, Any], trace: bool = False) -> KADLogitsProcessor:
         """A processor over this session's proxy."""
         needed = RULES[rule].needs_reference and self.below_proxy is not None
         return KADLogitsProcessor(
             self.proxy,
             rule,
-            reference=load_model(self.below_proxy, self.arguments.device, self.arguments.dtype) if needed else None,
+            reference=self._load(self.below_proxy) if needed else None,
             num_assistant_tokens=self.arguments.num_assistant_tokens,
             trace=trace,
             tokenizer=self.tokenizer,
@@ -336,13 +287,16 @@ def count_equal_texts(session: Session, problems: list[Any]) -> int:
 
 def run_tiny_pair(arguments: QuickstartArguments) -> None:
     """The quickstart proper."""
-    # Not at the top: with a pair of your own this script runs alone, copied anywhere.
-    from train_tiny_pair import PAIR_DIR, is_correct, is_correct_lenient, make_problems  # noqa: PLC0415
-
+    pair = arguments.pair
+    if not (pair / "base").is_dir():
+        sys.exit(
+            f"error: no tiny pair in {str(pair)!r}. Pass its folder with --pair, or a pair of your own with --base "
+            "and --proxy."
+        )
     torch.set_num_threads(1)  # models this small only lose time to more
     if arguments.rule == "dual" and not arguments.rule_parameters:
         arguments.rule_parameters = dict(TINY_PAIR_RULES["KAD dual"][1])
-    session = Session(arguments, str(PAIR_DIR / "base"), str(PAIR_DIR / "proxy"))
+    session = Session(arguments, str(pair / "base"), str(pair / "proxy"))
     problems = make_problems("test", arguments.problems)
     show_answers(session, arguments.prompt or problems[0].question)
 
@@ -363,9 +317,8 @@ def run_tiny_pair(arguments: QuickstartArguments) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
-    (arguments,) = HfArgumentParser(QuickstartArguments).parse_args_into_dataclasses(argv)
-    logging.disable_progress_bar()  # of loading weights
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")  # peft 0.21 asks transformers for it
+    (arguments,) = parse_arguments([QuickstartArguments], __doc__, argv)
+    quieten()
     if arguments.base is None:
         run_tiny_pair(arguments)
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from transformers_kad import RULES, KADConfig, PrimalDeferral, __version__, configuration, make_rule
 
@@ -275,6 +276,15 @@ def test_pushing_with_nothing_said_leaves_token_and_privacy_to_the_hub(uploads):
     settings = dict(uploads)
     assert settings["HfApi"].get("token") is None
     assert settings["create_repo"].get("private") is None
+
+
+def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_missing_folder(monkeypatch):
+    def hf_hub_download(*arguments, **settings):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(configuration, "hf_hub_download", hf_hub_download)
+    with pytest.raises(FileNotFoundError, match=r"'nowhere' is no folder here, .* from the Hub: no connection"):
+        KADConfig.from_pretrained("nowhere")
 
 
 def test_a_path_that_is_neither_a_folder_nor_a_repo_is_named(tmp_path):

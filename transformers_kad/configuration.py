@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ._version import __version__
 from .composition import Rule, make_rule, unknown_name_message
@@ -108,6 +108,10 @@ class KADConfig:
                 path = Path(hf_hub_download(repo, CONFIG_NAME, subfolder=subfolder, revision=revision, token=token))
             except HFValidationError as error:
                 raise FileNotFoundError(f"{repo!r} is neither a folder nor the id of a Hub repo.") from error
+            except LocalEntryNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{repo!r} is no folder here, and {CONFIG_NAME} could not be had from the Hub: {error}"
+                ) from error
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:

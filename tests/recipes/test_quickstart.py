@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import quickstart
-import torch
-from peft import LoraConfig, get_peft_model
-from scipy.stats import binomtest
-from train_tiny_pair import PAIR_DIR, is_correct, make_problems
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from transformers_kad import KADTrace, TokenRecord
+from transformers_kad.word_problems import is_correct, make_problems
 
 SCRIPT = Path(quickstart.__file__)
+PAIR_DIR = SCRIPT.parent / "tiny_pair"
 
 
 @pytest.fixture(scope="module")
@@ -95,28 +93,6 @@ def test_the_script_runs_as_a_single_file_copied_elsewhere(tmp_path):
     assert "Why is the sky blue?" in run.stdout
 
 
-def test_adapters_find_their_model_beside_them_or_by_name(tmp_path):
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    below = LlamaForCausalLM(LlamaConfig(num_attention_heads=2, **sizes))
-    below.save_pretrained(tmp_path / "below")
-    assert quickstart.below_adapter(str(tmp_path / "below")) is None
-    adapted = get_peft_model(
-        LlamaForCausalLM.from_pretrained(tmp_path / "below"),
-        LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False),
-    ).eval()
-    ids = torch.tensor([[1, 2, 3]])
-    for name in ("../below", str(tmp_path / "below")):
-        adapted.peft_config["default"].base_model_name_or_path = name
-        adapted.save_pretrained(tmp_path / "adapter")
-        assert quickstart.below_adapter(str(tmp_path / "adapter")) == str(tmp_path / "below")
-        loaded = quickstart.load_model(str(tmp_path / "adapter"))
-        assert isinstance(loaded, LlamaForCausalLM)  # merged
-        assert not loaded.training
-        with torch.no_grad():
-            torch.testing.assert_close(loaded(ids).logits, adapted(ids).logits, atol=1e-5, rtol=1e-4)
-        assert quickstart.load_model(str(tmp_path / "adapter"), dtype="bfloat16").dtype == torch.bfloat16
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -149,10 +125,3 @@ def test_characters_of_several_tokens_are_painted_whole():
     assert len(ids) == 2
     records = [TokenRecord(i, 0.5, 0.5, 0.5, 0.5, 1.0, False) for i in ids]
     assert quickstart.paint(KADTrace((tuple(records),)), tokenizer, colour=True) == "\033[33mé\033[0m"
-
-
-def test_the_wilson_interval():
-    """Against the values of scipy.stats.binomtest(...).proportion_ci(method="wilson")."""
-    for successes, trials in ((0, 10), (3, 10), (95, 200), (200, 200)):
-        expected = binomtest(successes, trials).proportion_ci(method="wilson")
-        assert quickstart.wilson_interval(successes, trials) == pytest.approx((expected.low, expected.high), abs=1e-6)

@@ -1,0 +1,53 @@
+"""Knapsack approximation deferral (KAD) as a custom generation method of the Hub."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from transformers_kad import KADConfig, KADLogitsProcessor
+
+
+def generate(
+    model: PreTrainedModel,
+    assistant_model: PreTrainedModel | None = None,
+    kad_config: KADConfig | Mapping[str, Any] | str | Path | None = None,
+    speculative: bool = True,
+    logits_processor: list[Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Generate with a base that an aligned proxy guides. Returns what `generate` returns.
+
+    Args:
+        model: the base; `generate` passes it.
+        assistant_model: the aligned proxy, a causal LM or a `PeftModel`.
+        kad_config: a `KADConfig`, a mapping of its fields, or a folder or Hub repo that holds one. Default: the dual
+            rule with its default threshold.
+        speculative: let the proxy draft. Batches, beams and several return sequences need False.
+        logits_processor: processors that see the base's scores before KAD.
+        tokenizer: the base's, for `stop_strings`.
+        assistant_tokenizer: the proxy's; given both, their token ids are compared.
+        **kwargs: everything else that `generate` takes.
+
+    Raises:
+        ValueError: no `assistant_model`, or what `KADLogitsProcessor` and `generate` refuse.
+    """
+    if assistant_model is None:
+        raise ValueError("KAD needs an aligned proxy: pass `assistant_model=proxy`.")
+    if kad_config is None:
+        config = KADConfig()
+    elif isinstance(kad_config, str | Path):
+        config = KADConfig.from_pretrained(kad_config)
+    else:
+        config = kad_config if isinstance(kad_config, KADConfig) else KADConfig(**kad_config)
+    compared = {} if assistant_tokenizer is None else {"tokenizer": tokenizer, "proxy_tokenizer": assistant_tokenizer}
+    kad = KADLogitsProcessor.from_config(assistant_model, config, **compared)
+    return model.generate(
+        logits_processor=[*(logits_processor or []), kad],
+        assistant_model=assistant_model if speculative else None,
+        tokenizer=tokenizer,
+        **kwargs,
+    )

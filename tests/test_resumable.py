@@ -1,0 +1,75 @@
+"""The file that a stopped run goes on with."""
+
+import json
+
+import pytest
+
+from transformers_kad.resumable import JsonLinesStore
+
+SETTINGS = {"seed": 0, "rule": "dual", "sizes": (1, 2)}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_records_are_on_the_disk_at_once_and_read_again(tmp_path):
+    path = tmp_path / "made" / "results.jsonl"
+    records = [{"text": "a\nb\u2028c"}, {"text": "é", "tokens": 3}]
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == []
+        for count, record in enumerate(records, start=1):
+            store.append(record)
+            assert lines(path) == records[:count]
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == records
+        assert store.torn is None
+        store.append({"third": True})
+    assert lines(path) == [*records, {"third": True}]
+
+
+@pytest.mark.parametrize("torn", ['{"line": 2, "te', "{", '{"line": 2}', '{"text": "\u00e9'])
+def test_a_torn_last_line_is_removed_and_reported(tmp_path, torn):
+    """Even a whole object: without its newline nobody knows that it is whole."""
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 1})
+    cut = torn.encode()[:-1] if torn.endswith("\u00e9") else torn.encode()  # in the middle of a character
+    path.write_bytes(path.read_bytes() + cut)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.torn.startswith(torn[:5])
+        assert store.records == [{"line": 1}]
+        store.append({"line": 2})
+    assert lines(path) == [{"line": 1}, {"line": 2}]
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 1})
+    path.write_bytes(path.read_bytes() + b'{"li')  # not touched either
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here; new is None there and 2 here"):
+        JsonLinesStore(path, {**SETTINGS, "seed": 1, "new": 2})
+    assert path.read_text() == '{"line": 1}\n{"li'
+
+
+def test_results_of_unknown_settings_are_left_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"line": 1}\n')
+    with pytest.raises(ValueError, match=r"no 'results\.jsonl\.settings\.json' lies beside it"):
+        JsonLinesStore(path, SETTINGS)
+    assert path.read_text() == '{"line": 1}\n'
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    JsonLinesStore(path, SETTINGS)
+    path.write_text('{"line": 1}\n' + line + '\n{"line": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 .*" + line[:2].replace("[", r"\[")):
+        JsonLinesStore(path, SETTINGS)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got the folder"):
+        JsonLinesStore(tmp_path, SETTINGS)

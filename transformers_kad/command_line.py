@@ -1,0 +1,40 @@
+"""What every recipe's command line shares: dataclasses as options, help with its examples, one-line errors."""
+
+import argparse
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and names defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse_arguments(dataclass_types: Sequence[type], description: str | None, argv: Sequence[str] | None = None) -> Any:
+    """The command line as one instance of each dataclass.
+
+    Args:
+        dataclass_types: their fields are the options, with `help` in the metadata.
+        description: what `--help` shows first, line by line: a recipe's docstring.
+        argv: the command line's words; those of the process by default.
+
+    Words that can't be parsed, and a `ValueError` or `TypeError` of a dataclass, end the process with the error in one
+    line and status 2.
+    """
+    parser = HfArgumentParser(dataclass_types, description=description, formatter_class=_HelpFormatter)
+    try:
+        return parser.parse_args_into_dataclasses(None if argv is None else list(argv))
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
+
+
+def quieten() -> None:
+    """Hide what a person at a terminal can't act on: bars of loading weights, peft's use of a deprecated attribute."""
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
