@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["transformers-kad[train]"]
+# dependencies = ["transformers-kad[train]", "tqdm"]
 # ///
 """Train a tiny base and a tiny proxy, from nothing, on which the effect of KAD can be seen on a CPU.
 
@@ -13,8 +13,8 @@ two steps. All data is made here, from a seed. A run that was killed goes on whe
 - The *base* (3 layers x 96, 0.48 M parameters) reads a raw corpus: equations, stories with their working in many
   styles, questions without answers, prose. It knows the arithmetic. It never saw a chat nor an end of sequence.
 - The *reference* (3 layers x 64, 0.2 M) reads less of the same corpus and is weak at the arithmetic.
-- The *proxy* is the reference with a LoRA adapter trained on chats, with the loss on the assistant's turn. It answers
-  "We get 12 + 7 = 19. The answer is 19." and stops, and the number is often wrong.
+- The *proxy* is the reference with a LoRA adapter trained on chats, with the loss on the assistant's turn, by the
+  steps of `align_sft.py`. It answers "We get 12 + 7 = 19. The answer is 19." and stops, and the number is often wrong.
 
 A tenth of the arithmetic is in no training text: a fact family (a + b = c, b + a = c, c - a = b, c - b = a) falls
 into the train (90 %), validation (5 %) or test split (5 %) by its md5, and all steps of a problem are of its split.
@@ -28,14 +28,14 @@ the first line).
 
     rule                        strict   lenient
     base alone                   0.000    0.011
-    proxy alone                  0.362    0.363
-    nudging 0.7                  0.792    0.806
-    primal 0.8                   0.445    0.750
-    dual 0.6                     0.947    0.947
-    confidence bet 0.05          0.953    0.953
-    implicit reward 1.5          0.926    0.926   (a third model)
+    proxy alone                  0.354    0.355
+    nudging 0.7                  0.792    0.805
+    primal 0.8                   0.443    0.751
+    dual 0.4                     0.950    0.950
+    confidence bet 0.05          0.955    0.955
+    implicit reward 1.25         0.929    0.930   (a third model)
 
-Dual minus nudging: 0.154 +- 0.018 (95 %, paired over the 500 problems, means over 4 seeds). Confidence bet is as good
+Dual minus nudging: 0.158 +- 0.018 (95 %, paired over the 500 problems, means over 4 seeds). Confidence bet is as good
 as dual here. The test problems share 496 triples, so they are not quite independent. The base's 0 is not ignorance: it
 gets nearly all held-out equations right in the raw format. It does not know that it is to answer.
 
@@ -64,192 +64,52 @@ and 13.5 of wall clock beside other work (base 7, reference 3, proxy 2). A secon
 bit. Another number of threads or another CPU gives other last digits, so other weights of the same quality.
 """
 
-import hashlib
 import json
 import random
 import re
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
-    HfArgumentParser,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
     set_seed,
 )
 
+from transformers_kad.command_line import parse_arguments
+from transformers_kad.training.arguments import AlignmentArguments, hush
+from transformers_kad.training.checks import check_pair
+from transformers_kad.training.data import load_examples
+from transformers_kad.training.output import checkpoint_to_resume, newest_checkpoint
+from transformers_kad.training.publishing import save_adapter
+from transformers_kad.training.trainers import fit, report_progress, sft_trainer
+from transformers_kad.word_problems import (
+    ASSISTANT,
+    EOS,
+    NAMES,
+    PAD,
+    USER,
+    ask,
+    draw_story,
+    equation,
+    make_problems,
+    triples_of,
+)
+
 PAIR_DIR = Path(__file__).resolve().parent / "tiny_pair"
-
-Triple = tuple[int, str, int]
-
-# --- Arithmetic and its splits ------------------------------------------------------------------------------
-
-LIMIT = 99  # operands and results lie in 1..LIMIT
-SPLITS = ("train", "validation", "test")
-
-
-def evaluate_triple(triple: Triple) -> int:
-    """The result of `a op b`."""
-    a, op, b = triple
-    return a + b if op == "+" else a - b
-
-
-def split_of(triple: Triple) -> str:
-    """The split of a triple: 90 % train, 5 % validation, 5 % test, by the md5 of its fact family.
-
-    The four equations a + b = c, b + a = c, c - a = b and c - b = a are one family and share one split, so no
-    held-out sum can be read off from a commuted or an inverse one.
-    """
-    a, op, b = triple
-    low, high = sorted((a, b) if op == "+" else (a - b, b))
-    bucket = int(hashlib.md5(f"{low}+{high}".encode(), usedforsecurity=False).hexdigest(), 16) % 20
-    return {0: "validation", 1: "test"}.get(bucket, "train")
-
-
-@cache
-def _triples(split: str) -> tuple[tuple[Triple, ...], dict[int, tuple[Triple, ...]]]:
-    """All triples of a split, and the same by their first operand."""
-    numbers = range(1, LIMIT + 1)
-    triples = [(a, op, b) for a in numbers for op in "+-" for b in numbers]
-    triples = [t for t in triples if 1 <= evaluate_triple(t) <= LIMIT and split_of(t) == split]
-    by_first = {a: tuple(t for t in triples if t[0] == a) for a in numbers}
-    return tuple(triples), by_first
-
-
-def draw_steps(rng: random.Random, split: str, steps: int) -> tuple[Triple, ...]:
-    """A chain of triples of one split: each step starts from the result of the step before."""
-    triples, by_first = _triples(split)
-    while True:
-        chain = [rng.choice(triples)]
-        while len(chain) < steps and (following := by_first[evaluate_triple(chain[-1])]):
-            chain.append(rng.choice(following))
-        if len(chain) == steps:
-            return tuple(chain)
-
-
-def equation(triple: Triple) -> str:
-    a, op, b = triple
-    return f"{a} {op} {b} = {evaluate_triple(triple)}"
-
-
-# --- Problems and their scores ------------------------------------------------------------------------------
-
-NAMES = (
-    *("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana"),
-    *("Ivy", "Jon", "Kim", "Leo", "Mia", "Nora", "Otto", "Pia"),
-)
-ITEMS = (
-    *("apples", "beads", "books", "cards", "coins", "cups", "hats", "keys"),
-    *("marbles", "nuts", "pens", "plums", "shells", "stamps", "stones", "toys"),
-)
-OPENINGS = ("{name} has {a} {items}.", "{name} owns {a} {items}.", "{name} starts with {a} {items}.")
-EVENTS = {
-    "+": (
-        *("{name} buys {b} more.", "{name} finds {b} more.", "{name} gets {b} more from {other}."),
-        *("{other} brings {b} more.", "{name} wins {b} more."),
-    ),
-    "-": (
-        *("{name} loses {b} of them.", "{name} sells {b} of them.", "{name} gives {b} to {other}."),
-        *("{other} takes {b} away.", "{name} drops {b} of them."),
-    ),
-}
-QUESTIONS = (
-    *("How many {items} does {name} have now?", "How many {items} are there now?"),
-    *("How many does {name} have in the end?", "What is the number of {items} now?"),
-)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A word problem: the user's message, the ideal answer, its number, and the steps that lead there."""
-
-    question: str
-    solution: str
-    answer: int
-    triples: tuple[Triple, ...]
-
-
-@dataclass(frozen=True)
-class Story:
-    """A word problem before it is asked: who, what, what happened."""
-
-    name: str
-    items: str
-    telling: str
-    triples: tuple[Triple, ...]
-
-    @property
-    def result(self) -> int:
-        return evaluate_triple(self.triples[-1])
-
-
-TWO_STEPS = 1 / 3  # share of the problems that take two steps
-
-
-def draw_story(rng: random.Random, split: str) -> Story:
-    triples = draw_steps(rng, split, 2 if rng.random() < TWO_STEPS else 1)
-    name, other = rng.sample(NAMES, 2)
-    items = rng.choice(ITEMS)
-    sentences = [rng.choice(OPENINGS).format(name=name, a=triples[0][0], items=items)]
-    sentences += [rng.choice(EVENTS[op]).format(name=name, other=other, b=b) for _, op, b in triples]
-    return Story(name, items, " ".join(sentences), triples)
-
-
-def ask(rng: random.Random, story: Story) -> str:
-    return f"{story.telling} {rng.choice(QUESTIONS).format(name=story.name, items=story.items)}"
-
-
-def make_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` distinct problems, all steps of which belong to `split` ("train", "validation" or "test")."""
-    if split not in SPLITS:
-        raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}")
-    if not isinstance(count, int) or count < 0:
-        raise ValueError(f"`count` must be an integer >= 0, got {count!r}")
-    rng = random.Random(f"problems {split} {seed}")
-    problems: dict[str, Problem] = {}
-    while len(problems) < count:
-        story = draw_story(rng, split)
-        working = " Then ".join(f"{equation(triple)}." for triple in story.triples)
-        solution = f"We get {working} The answer is {story.result}."
-        question = ask(rng, story)
-        problems.setdefault(question, Problem(question, solution, story.result, story.triples))
-    return list(problems.values())
-
-
-EOS, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
-STRICT = re.compile(rf"The answer is (\d+)\.?{re.escape(EOS)}(?:{re.escape(PAD)}|{re.escape(EOS)})*")
-
-
-def is_correct(text: str, problem: Problem) -> bool:
-    """Strict score: `text` says "The answer is N" once, with the right N, and ends there.
-
-    `text` is the completion decoded *with* special tokens (`skip_special_tokens=False`): the end of sequence
-    must follow the number or its period. Padding after it is ignored.
-    """
-    head, phrase, tail = text.partition("The answer is ")
-    match = STRICT.fullmatch(phrase + tail)
-    return match is not None and EOS not in head and match[1] == str(problem.answer)
-
-
-def is_correct_lenient(text: str, problem: Problem) -> bool:
-    """Lenient score, fair to a model that was never told how to answer or where to stop.
-
-    Counts the number after the last "=" of the first line that is not empty, or the last number of that line
-    if it has no "=". What follows the line, and the end of sequence, do not matter.
-    """
-    line = text.partition(EOS)[0].strip().partition("\n")[0]
-    numbers = re.findall(r"=\s*(\d+)", line) if "=" in line else re.findall(r"\d+", line)
-    return bool(numbers) and int(numbers[-1]) == problem.answer
-
 
 # --- The raw corpus: what base and reference read -----------------------------------------------------------
 
@@ -306,7 +166,7 @@ def _equations(rng: random.Random) -> str:
     """A list of equations, the separator drawn anew each time."""
     parts = []
     for _ in range(rng.randint(3, 12)):
-        parts += [equation(rng.choice(_triples("train")[0])), rng.choice(LIST_SEPARATORS)]
+        parts += [equation(rng.choice(triples_of("train")[0])), rng.choice(LIST_SEPARATORS)]
     return "".join(parts[:-1])
 
 
@@ -405,7 +265,7 @@ def raw_blocks(tokenizer: PreTrainedTokenizerFast, tokens: int, length: int, see
 
     ids: list[int] = []
     documents = raw_documents(seed)
-    with tqdm(total=tokens, desc="raw corpus", unit="token", unit_scale=True) as progress:
+    with tqdm(total=tokens, desc="raw corpus", unit="token", unit_scale=True, disable=None) as progress:
         while len(ids) < tokens:
             text = "".join(next(documents) for _ in range(500))
             new = tokenizer(text)["input_ids"]
@@ -413,23 +273,6 @@ def raw_blocks(tokenizer: PreTrainedTokenizerFast, tokens: int, length: int, see
             progress.update(len(new))
     blocks = torch.tensor(ids[: tokens // length * length]).view(-1, length)
     return [{"input_ids": block, "labels": block} for block in blocks]
-
-
-def chat_rows(tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> list[dict]:
-    """Chats about problems of the train split, with labels on the assistant's turn and its end only."""
-    rows = []
-    for problem in make_problems("train", count, seed):
-        messages = [
-            {"role": "user", "content": problem.question},
-            {"role": "assistant", "content": problem.solution},
-        ]
-        row = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        pairs = zip(row["input_ids"], row["assistant_masks"], strict=True)
-        labels = [token if own else -100 for token, own in pairs]
-        rows.append({"input_ids": row["input_ids"], "attention_mask": row["attention_mask"], "labels": labels})
-    return rows
 
 
 # --- Training -----------------------------------------------------------------------------------------------
@@ -461,6 +304,7 @@ class Settings:
     chats: int = 6000
     chat_epochs: int = 4
     chat_lr: float = 3e-3
+    chat_warmup: float = 0.02
     lora_rank: int = 16
 
     @classmethod
@@ -529,32 +373,13 @@ class Muon(torch.optim.Optimizer):
             p.sub_(group["lr"] * mean / (square.sqrt() + group["eps"]))
 
 
-def last_checkpoint(work: Path) -> str | None:
-    """The newest complete checkpoint in `work`. Trainer writes its state last, so a torn one has none."""
-    complete = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-
-
-def fit(
-    model: PreTrainedModel,
-    rows: list[dict],
-    work: Path,
-    settings: Settings,
-    *,
-    epochs: int = 1,
-    lr: float = 0.0,
-    optimizer: torch.optim.Optimizer | None = None,
-    collator: Callable | None = None,
-) -> None:
-    """Train with `Trainer`, with checkpoints in `work`, going on from the last one there."""
-    from transformers import Trainer, TrainingArguments, default_data_collator  # noqa: PLC0415
-
-    steps = max(1, len(rows) * epochs // settings.batch)
+def fit_raw(model: PreTrainedModel, rows: list[dict], work: Path, settings: Settings) -> None:
+    """Train with `Trainer`, once through the rows, with checkpoints in `work`, going on from the last one there."""
+    steps = max(1, len(rows) // settings.batch)
     arguments = TrainingArguments(
         output_dir=str(work),
-        num_train_epochs=epochs,
+        num_train_epochs=1,
         per_device_train_batch_size=settings.batch,
-        learning_rate=lr,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 50,
         max_grad_norm=1.0,
@@ -562,6 +387,7 @@ def fit(
         save_total_limit=1,
         logging_steps=max(1, steps // 20),
         report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
         seed=settings.seed,
         use_cpu=True,
     )
@@ -569,10 +395,11 @@ def fit(
         model,
         arguments,
         train_dataset=rows,
-        data_collator=collator or default_data_collator,
-        optimizers=(optimizer, None),
+        data_collator=default_data_collator,
+        optimizers=(Muon(model, settings.muon_lr, settings.adam_lr), None),
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    report_progress(trainer)
+    trainer.train(resume_from_checkpoint=newest_checkpoint(work))
 
 
 def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings) -> LlamaForCausalLM:
@@ -592,7 +419,7 @@ def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, sett
         )
     )
     rows = raw_blocks(tokenizer, shape.tokens, settings.block, settings.seed)
-    fit(model, rows, work, settings, optimizer=Muon(model, settings.muon_lr, settings.adam_lr))
+    fit_raw(model, rows, work, settings)
     model.config.use_cache = True  # Trainer switched it off
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
@@ -600,27 +427,37 @@ def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, sett
     return model
 
 
-def train_proxy(
-    reference: Path, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings
-) -> torch.nn.Module:
-    """A LoRA adapter on the reference, on chats. Embeddings and head learn too: the chat markup is new."""
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415
-    from transformers import DataCollatorForSeq2Seq  # noqa: PLC0415
+def train_proxy(out: Path, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings) -> PeftModel:
+    """A LoRA adapter on the reference, on chats, by the steps of `align_sft.py`.
 
-    set_seed(settings.seed)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=settings.lora_rank,
+    Embeddings and head learn too: the chat markup is new.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    chats = work / "chats.jsonl"
+    with chats.open("w", encoding="utf-8") as lines:
+        for problem in make_problems("train", settings.chats, settings.seed):
+            print(json.dumps({"prompt": problem.question, "completion": problem.solution}), file=lines)
+    arguments = AlignmentArguments(
+        proxy=str(out / "reference"),
+        base=str(out / "base"),
+        data=str(chats),
+        output_dir=str(work),
+        eval_share=0,
+        epochs=settings.chat_epochs,
+        learning_rate=settings.chat_lr,
+        warmup_ratio=settings.chat_warmup,
+        batch_size=settings.batch,
+        lora_rank=settings.lora_rank,
         lora_alpha=2 * settings.lora_rank,
-        target_modules="all-linear",
-        modules_to_save=["embed_tokens", "lm_head"],
+        train_embeddings=True,
+        use_cpu=True,
+        seed=settings.seed,
+        resume_from_checkpoint="auto",
     )
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(reference), config)
-    collator = DataCollatorForSeq2Seq(tokenizer)
-    rows = chat_rows(tokenizer, settings.chats, settings.seed)
-    fit(model, rows, work, settings, epochs=settings.chat_epochs, lr=settings.chat_lr, collator=collator)
-    model.peft_config["default"].base_model_name_or_path = "../reference"  # beside the adapter's folder
-    return model
+    pair = check_pair(arguments.base, arguments.proxy)
+    trainer = sft_trainer(arguments, pair, load_examples(arguments, pair))
+    fit(trainer, arguments, checkpoint_to_resume(arguments))
+    return trainer.model
 
 
 # --- The run ------------------------------------------------------------------------------------------------
@@ -652,15 +489,18 @@ def claim(out: Path, settings: Settings) -> None:
         record.write_text(json.dumps(wanted, indent=2) + "\n")
 
 
-def finish(stage: Path, work: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> None:
+def finish(
+    stage: Path, work: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast | None
+) -> None:
     """Save a stage's result, complete or not at all, and drop its checkpoints."""
     new = work / "finished"
     shutil.rmtree(new, ignore_errors=True)
-    # For an adapter: embeddings go with `modules_to_save`; do not look for another copy's configuration.
-    model.save_pretrained(new, **({"save_embedding_layers": False} if hasattr(model, "peft_config") else {}))
-    (new / "README.md").unlink(missing_ok=True)  # peft's empty model card
-    if tokenizer is not None:
-        tokenizer.save_pretrained(new)
+    if isinstance(model, PeftModel):
+        save_adapter(model, tokenizer, new, below="../reference")
+    else:
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
     for path in new.iterdir():
         path.chmod(0o644)
     new.replace(stage)
@@ -674,7 +514,7 @@ def run(out: Path, settings: Settings) -> None:
     stages = {
         "base": (partial(train_raw, settings.base), tokenizer),
         "reference": (partial(train_raw, settings.reference), None),
-        "proxy": (partial(train_proxy, out / "reference"), tokenizer),
+        "proxy": (partial(train_proxy, out), tokenizer),
     }
     for name, (train, saved_tokenizer) in stages.items():
         if (out / name).is_dir():
@@ -687,7 +527,8 @@ def run(out: Path, settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (options,) = HfArgumentParser(PairArguments).parse_args_into_dataclasses(arguments)
+    (options,) = parse_arguments([PairArguments], __doc__, arguments)
+    hush()
     settings = Settings.smoke(options.seed) if options.smoke else Settings(options.seed)
     try:
         claim(options.out, settings)

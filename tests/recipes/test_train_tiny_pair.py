@@ -3,10 +3,10 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -15,11 +15,13 @@ import train_tiny_pair as recipe
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from transformers_kad import word_problems as task
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "recipes" / "train_tiny_pair.py"
 
 EQUATION = re.compile(r"(?<!\d)(\d+) ([+-]) (\d+) = (\d+)")
-EVENT_HEAD = rf" (?:{'|'.join(recipe.NAMES)}) (buys|finds|gets|brings|wins|loses|sells|gives|takes|drops)"
+EVENT_HEAD = rf" (?:{'|'.join(task.NAMES)}) (buys|finds|gets|brings|wins|loses|sells|gives|takes|drops)"
 WHOLE_EVENT = rf"{EVENT_HEAD} \d+ (?:more|more from \w+|of them|away|to \w+)\."
 BROKEN_EVENT = rf"{EVENT_HEAD} \d+(?!\d| [+-])"
 STORY = re.compile(rf"(?:has|owns|starts with) (\d+) \w+\.((?:{WHOLE_EVENT})*(?:{BROKEN_EVENT})?)")
@@ -47,44 +49,16 @@ def story_triples_in(text):
 # --- Splits, problems, corpus -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("triple", [(12, "+", 7), (50, "+", 49), (3, "+", 3), (1, "+", 98)])
-def test_a_fact_family_shares_one_split(triple):
-    a, _, b = triple
-    family = [(a, "+", b), (b, "+", a), (a + b, "-", a), (a + b, "-", b)]
-    assert len({recipe.split_of(member) for member in family}) == 1
-
-
-def test_the_hash_holds_out_a_twentieth_and_no_pattern():
-    triples = [(a, "+", b) for a in range(1, 99) for b in range(1, 100 - a)]
-    held_out = [t for t in triples if recipe.split_of(t) != "train"]
-    assert 0.07 < len(held_out) / len(triples) < 0.13
-    # A linear hash would hold out all sums with one last digit, and teach nothing about them.
-    last_digits = Counter(((a % 10), (b % 10)) for a, _, b in triples)
-    lost = Counter(((a % 10), (b % 10)) for a, _, b in held_out)
-    assert max(lost[pair] / count for pair, count in last_digits.items()) < 0.5
-
-
-def test_splits_share_no_triple_and_no_fact():
-    facts = {}
-    for split in recipe.SPLITS:
-        triples = {t for problem in recipe.make_problems(split, 400) for t in problem.triples}
-        assert {recipe.split_of(t) for t in triples} == {split}
-        facts[split] = {frozenset((a, b) if op == "+" else (a - b, b)) for a, op, b in triples}
-    assert not facts["train"] & facts["test"]
-    assert not facts["train"] & facts["validation"]
-    assert not facts["validation"] & facts["test"]
-
-
 def test_the_parsers_of_this_file_see_held_out_triples():
-    for problem in recipe.make_problems("test", 200):
+    for problem in task.make_problems("test", 200):
         assert tuple(triple for triple, _ in equations_in(problem.solution)) == problem.triples
         assert tuple(story_triples_in(problem.question)) == problem.triples
 
 
 def test_the_parser_of_equations_finds_one_of_the_test_split_in_the_corpus_if_it_is_there():
-    held_out = recipe.make_problems("test", 1)[0].solution
+    held_out = task.make_problems("test", 1)[0].solution
     text = "".join(islice(recipe.raw_documents(seed=0), 50)) + held_out
-    assert "test" in {recipe.split_of(triple) for triple, _ in equations_in(text)}
+    assert "test" in {task.split_of(triple) for triple, _ in equations_in(text)}
 
 
 def test_no_held_out_triple_in_the_raw_corpus():
@@ -92,96 +66,24 @@ def test_no_held_out_triple_in_the_raw_corpus():
     equations, stories = equations_in(text), story_triples_in(text)
     assert len(equations) > 12_000
     assert len(stories) > 3_000
-    assert all(recipe.evaluate_triple(triple) == claimed for triple, claimed in equations)
-    assert {recipe.split_of(triple) for triple, _ in equations} == {"train"}
-    assert {recipe.split_of(triple) for triple in stories} == {"train"}
+    assert all(task.evaluate_triple(triple) == claimed for triple, claimed in equations)
+    assert {task.split_of(triple) for triple, _ in equations} == {"train"}
+    assert {task.split_of(triple) for triple in stories} == {"train"}
     assert len(equations) == text.count("=")  # the parser missed none
 
 
 def test_no_held_out_triple_and_right_sums_in_the_chats():
-    for problem in recipe.make_problems("train", 4000):
+    for problem in task.make_problems("train", 4000):
         equations = equations_in(problem.solution)
         assert tuple(triple for triple, _ in equations) == problem.triples
-        assert {recipe.split_of(triple) for triple in problem.triples} == {"train"}
-        assert all(recipe.evaluate_triple(triple) == claimed for triple, claimed in equations)
+        assert {task.split_of(triple) for triple in problem.triples} == {"train"}
+        assert all(task.evaluate_triple(triple) == claimed for triple, claimed in equations)
         assert equations[-1][1] == problem.answer
 
 
 def test_raw_corpus_has_no_chat_markup():
     text = "".join(islice(recipe.raw_documents(seed=0), 8000))
-    assert not any(token in text for token in (recipe.EOS, recipe.PAD, recipe.USER, recipe.ASSISTANT))
-
-
-def test_problems_are_deterministic_distinct_and_depend_on_the_seed():
-    problems = recipe.make_problems("test", 600, seed=3)
-    assert problems == recipe.make_problems("test", 600, seed=3)
-    assert len({problem.question for problem in problems}) == 600
-    assert problems[:50] == recipe.make_problems("test", 50, seed=3)
-    assert problems != recipe.make_problems("test", 600, seed=4)
-    assert {len(problem.triples) for problem in problems} == {1, 2}
-
-
-def test_problems_are_frozen():
-    (problem,) = recipe.make_problems("test", 1)
-    with pytest.raises(AttributeError):
-        problem.answer = 3
-
-
-@pytest.mark.parametrize(
-    ("split", "count", "named"), [("tset", 3, "'tset'"), ("test", -4, "-4"), ("test", 2.5, "2.5")]
-)
-def test_bad_arguments_are_named(split, count, named):
-    with pytest.raises(ValueError, match=re.escape(named)):
-        recipe.make_problems(split, count)
-
-
-# --- Scores -------------------------------------------------------------------------------------------------
-
-PROBLEM = recipe.Problem("Mia has 12 cups. Mia buys 7 more. How many?", "", 19, ((12, "+", 7),))
-
-
-@pytest.mark.parametrize(
-    ("text", "strict", "lenient"),
-    [
-        ("We get 12 + 7 = 19. The answer is 19.<|end|>", True, True),
-        ("We get 12 + 7 = 19. The answer is 19<|end|>", True, True),
-        ("We get 12 + 7 = 19. The answer is 19.<|end|><|pad|><|pad|>", True, True),
-        ("The answer is 19.<|end|>", True, True),
-        ("We get 12 + 7 = 20. The answer is 19.<|end|>", True, False),
-        ("We get 12 + 7 = 19. The answer is 19.", False, True),  # no end of sequence
-        ("We get 12 + 7 = 19. The answer is 19.\n<|end|>", False, True),
-        ("We get 12 + 7 = 19. The answer is 19. Ada<|end|>", False, True),
-        ("We get 12 + 7 = 18. The answer is 18.<|end|>", False, False),
-        ("The answer is 19. The answer is 19.<|end|>", False, True),
-        ("The answer is 18. The answer is 19.<|end|>", False, True),
-        ("The answer is 19. The answer is 18.<|end|>", False, False),
-        ("The answer is 19.<|end|>The answer is 19.<|end|>", False, True),
-        ("We stop.<|end|>The answer is 19.<|end|>", False, False),
-        ("The answer is 190.<|end|>", False, False),
-        ("The answer is -19.<|end|>", False, True),
-        ("The answer is 019.<|end|>", False, True),
-        ("The answer is .<|end|>", False, False),
-        ("12 + 7 = 19\nBen has 3 cups.", False, True),
-        ("\n\nSo 12 + 7 = 19, and 5 + 6 =", False, True),
-        ("12 + 7 = 19, 19 - 3 = 16", False, False),
-        ("Ben has 3 cups.\n12 + 7 = 19", False, False),
-        ("12 + 7 = and 19", False, False),
-        ("The cat sees the door.", False, False),
-        ("", False, False),
-        ("<|end|>", False, False),
-    ],
-)
-def test_scores(text, strict, lenient):
-    assert recipe.is_correct(text, PROBLEM) is strict
-    assert recipe.is_correct_lenient(text, PROBLEM) is lenient
-
-
-def test_the_ideal_answer_is_correct_and_another_problem_s_is_not():
-    problems = recipe.make_problems("validation", 100)
-    for problem, other in pairwise(problems):
-        assert recipe.is_correct(problem.solution + recipe.EOS, problem)
-        assert recipe.is_correct_lenient(problem.solution, problem)
-        assert recipe.is_correct(other.solution + recipe.EOS, problem) == (other.answer == problem.answer)
+    assert not any(token in text for token in (task.EOS, task.PAD, task.USER, task.ASSISTANT))
 
 
 # --- The pair in the repository -----------------------------------------------------------------------------
@@ -239,7 +141,7 @@ def test_adapter_names_the_reference_beside_it():
 
 def test_chat_template_marks_the_assistant_s_turn(pair):
     tokenizer = pair[3]
-    problem = recipe.make_problems("train", 1)[0]
+    problem = task.make_problems("train", 1)[0]
     chat = [{"role": "user", "content": problem.question}, {"role": "assistant", "content": problem.solution}]
     row = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     own = [token for token, mask in zip(row["input_ids"], row["assistant_masks"], strict=True) if mask]
@@ -259,10 +161,10 @@ def test_a_digit_is_one_token_wherever_it_stands(pair):
 
 def test_scores_read_what_the_tokenizer_decodes(pair):
     tokenizer = pair[3]
-    problem = recipe.make_problems("test", 1)[0]
+    problem = task.make_problems("test", 1)[0]
     ids = tokenizer(problem.solution + tokenizer.eos_token + tokenizer.pad_token)["input_ids"]
-    assert recipe.is_correct(tokenizer.decode(ids), problem)
-    assert not recipe.is_correct(tokenizer.decode(ids, skip_special_tokens=True), problem)
+    assert task.is_correct(tokenizer.decode(ids), problem)
+    assert not task.is_correct(tokenizer.decode(ids, skip_special_tokens=True), problem)
 
 
 @torch.no_grad()
@@ -296,18 +198,18 @@ def dual(base, proxy, threshold=0.5):
 @pytest.mark.slow
 def test_pair_shows_the_effect(pair):
     base, _, proxy, tokenizer = pair
-    problems = recipe.make_problems("test", 80)
+    problems = task.make_problems("test", 80)
 
     def accuracy(rule, models, score):
         texts = sample(rule, models, tokenizer, problems)
         return sum(map(score, texts, problems)) / len(problems)
 
-    deferring = accuracy(dual, (base, proxy), recipe.is_correct)
-    alone = accuracy(lambda q: q, (proxy,), recipe.is_correct)
+    deferring = accuracy(dual, (base, proxy), task.is_correct)
+    alone = accuracy(lambda q: q, (proxy,), task.is_correct)
     assert deferring > 0.85
     assert 0.1 < alone < deferring - 0.4
-    assert accuracy(lambda p: p, (base,), recipe.is_correct) == 0
-    assert accuracy(lambda p: p, (base,), recipe.is_correct_lenient) < deferring - 0.4
+    assert accuracy(lambda p: p, (base,), task.is_correct) == 0
+    assert accuracy(lambda p: p, (base,), task.is_correct_lenient) < deferring - 0.4
 
 
 # --- The run ------------------------------------------------------------------------------------------------
@@ -323,9 +225,10 @@ SMOKE_STEPS = 79 + 79 + 20  # of base, reference and proxy
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A whole run from the command line."""
+    """A whole run from the command line, of a copy of the script elsewhere."""
     out = tmp_path_factory.mktemp("pair") / "out"
-    command = [sys.executable, str(SCRIPT), "--smoke", "--seed", "5", "--out", str(out)]
+    copy = shutil.copy(SCRIPT, out.parent)
+    command = [sys.executable, str(copy), "--smoke", "--seed", "5", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
     return out
@@ -374,7 +277,8 @@ def test_killed_run_resumes_to_the_same_weights(smoke, tmp_path, monkeypatch, ki
     monkeypatch.setattr(Trainer, "training_step", killed)
     with pytest.raises(KeyboardInterrupt):
         recipe.main(arguments)
-    (state,) = (out / "checkpoints").glob("*/checkpoint-*/trainer_state.json")
+    states = list((out / "checkpoints").rglob("checkpoint-*/trainer_state.json"))
+    state = max(states, key=lambda path: int(path.parent.name.split("-")[1]))
     assert json.loads(state.read_text())["global_step"] > 0
 
     torn = state.parents[1] / "checkpoint-99999"  # as if it had been killed while it wrote the next one

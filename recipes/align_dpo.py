@@ -1,0 +1,83 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad[train]"]
+# ///
+"""Align a small proxy with preferences (DPO), so that it can guide a larger base of the same model family.
+
+    python recipes/align_dpo.py --proxy my_proxy --base Qwen/Qwen3-8B-Base \
+        --data preferences.jsonl --output_dir my_better_proxy
+
+On several GPUs by `torchrun --nproc_per_node 8 recipes/align_dpo.py ...` or `accelerate launch`.
+
+`preferences.jsonl` has one pair of answers a line: `{"prompt": "...", "chosen": "...", "rejected": "..."}`, strings or
+lists of messages. A Hub data set with such fields does as well. Only a LoRA adapter is trained (TRL's `DPOTrainer`,
+peft); the proxy without it is the reference. The proxy is best fine-tuned first (align_sft.py), and may be that
+adapter: it is merged, and the new one comes on top of it.
+
+Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
+that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
+
+The output folder gets the adapter, the tokenizer with its chat template, `kad_config.json`, a model card and
+`training.json`; the lines of Python that use them are printed. A run that was killed goes on with
+`--resume_from_checkpoint`.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers_kad.command_line import parse_arguments
+from transformers_kad.training import AlignmentError
+from transformers_kad.training.arguments import AlignmentArguments, hush, say, start_processes
+from transformers_kad.training.checks import check_pair
+from transformers_kad.training.data import load_examples
+from transformers_kad.training.output import check_output, checkpoint_to_resume
+from transformers_kad.training.publishing import check_upload, publish
+from transformers_kad.training.trainers import dpo_trainer, fit
+
+
+@dataclass(kw_only=True)
+class DPOArguments(AlignmentArguments):
+    """Arguments of preference training."""
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate; it falls along a cosine."})
+    beta: float = field(
+        default=0.1, metadata={"help": "How strongly the proxy is held to what it was; less lets it move farther."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0:
+            raise AlignmentError(f"--beta must be positive, got {self.beta}.")
+
+
+def align(arguments: DPOArguments, command: list[str]) -> None:
+    """Check, train, publish."""
+    with start_processes(arguments.use_cpu).main_process_first():  # of several, the first finds what is wrong
+        if check_output(arguments):
+            say(f"The run in {arguments.output_dir} has finished already.")
+            return
+        check_upload(arguments)
+        checkpoint = checkpoint_to_resume(arguments)
+        pair = check_pair(arguments.base, arguments.proxy, arguments.chat_template)
+        examples = load_examples(arguments, pair, preferences=True)
+    trainer = dpo_trainer(arguments, pair, examples, arguments.beta)
+    result = fit(trainer, arguments, checkpoint)
+    method = f"direct preference optimisation with beta {arguments.beta:g}, LoRA (TRL, peft)"
+    publish(trainer, arguments, pair, examples, result, method=method, command=command)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run."""
+    argv = sys.argv[1:] if argv is None else argv
+    (arguments,) = parse_arguments([DPOArguments], __doc__, argv)
+    hush()
+    try:
+        align(arguments, [Path(__file__).name, *argv])
+    except AlignmentError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
