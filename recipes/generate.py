@@ -23,16 +23,17 @@ Greedy and speculative unless told otherwise. For a base larger than one device 
 """
 
 import json
+import random
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
 import torch
-from transformers import TextStreamer, set_seed
+from transformers import GenerationConfig, TextStreamer, set_seed
 
 from transformers_kad import RULES, KADConfig, KADLogitsProcessor, KADStatistics, align_vocabularies
 from transformers_kad.command_line import parse_arguments, quieten
@@ -42,7 +43,7 @@ from transformers_kad.resumable import JsonLinesStore
 from transformers_kad.statistics import add_up
 from transformers_kad.vocabulary import check_tokenizers
 
-QUANTIZATIONS = ("torchao-int8", "torchao-int4", "bitsandbytes-8bit", "bitsandbytes-4bit")
+QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
 
 
 @dataclass
@@ -68,7 +69,9 @@ class ModelArguments:
     device: str = field(
         default="auto", metadata={"help": "Where the models run: auto (cuda, mps or cpu), cpu, cuda:1, ..."}
     )
-    dtype: str = field(default="auto", metadata={"help": "auto (as saved), float32, bfloat16 or float16."})
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of the weights; auto: as they were saved."}
+    )
     device_map: str | None = field(
         default=None,
         metadata={"help": "How the base is spread over devices: auto, or JSON as from_pretrained takes it."},
@@ -82,6 +85,16 @@ class ModelArguments:
     quantization: Literal[QUANTIZATIONS] | None = field(  # type: ignore[valid-type]
         default=None, metadata={"help": "Quantize the base when it is loaded. torchao also runs on the CPU."}
     )
+
+    def __post_init__(self) -> None:
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device}: PyTorch sees no CUDA device here.")
+        self.spread = as_json(self.device_map, "--device_map")
+        self.limits = as_json(self.max_memory, "--max_memory")
+        if self.limits is not None and (not isinstance(self.limits, dict) or self.device_map is None):
+            raise ValueError(
+                f"--max_memory takes a JSON object and goes with --device_map auto, got {self.max_memory!r}."
+            )
 
 
 @dataclass
@@ -162,13 +175,21 @@ class SamplingArguments:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p must lie in (0, 1], got {self.top_p}.")
+        if self.temperature <= 0 or self.top_k < 0:
+            raise ValueError(
+                f"--temperature must be positive and --top_k at least 0, got {self.temperature} and {self.top_k}."
+            )
+        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
+            raise ValueError("--temperature, --top_k and --top_p need --do_sample.")
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `generate`; nothing is left to the model's own generation config."""
-        warped = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        """Arguments of `generate`."""
         if not self.do_sample:
-            return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0}
-        return {**PLAIN_SAMPLING, **warped}
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        warped = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return {**PLAIN_SAMPLING, **warped, "max_new_tokens": self.max_new_tokens}
 
 
 def pick_device(name: str) -> str:
@@ -187,10 +208,10 @@ def quantization_config(name: str | None) -> Any:
         from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
         return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig  # noqa: PLC0415
+    from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
     from transformers import TorchAoConfig  # noqa: PLC0415
 
-    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Int4WeightOnlyConfig())
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def as_json(text: str | None, option: str) -> Any:
@@ -206,8 +227,16 @@ def as_json(text: str | None, option: str) -> Any:
 class Generator:
     """Base, proxy and processor, and one answer at a time."""
 
-    def __init__(self, models: ModelArguments, config: KADConfig, sampling: SamplingArguments, trace: bool) -> None:
-        base_path, proxy_path = models.base or config.base, models.proxy or config.proxy
+    def __init__(
+        self,
+        models: ModelArguments,
+        config: KADConfig,
+        sampling: SamplingArguments,
+        *,
+        folder: str | None = None,
+        trace: bool = False,
+    ) -> None:
+        base_path, proxy_path = find_models(models, config, folder)
         if base_path is None or proxy_path is None:
             raise ValueError(
                 f"Base and proxy are needed, got {base_path!r} and {proxy_path!r}: pass --base and --proxy, or a "
@@ -224,10 +253,9 @@ class Generator:
                 check_tokenizers(self.tokenizer, self.proxy_tokenizer)
             except ValueError as error:
                 raise ValueError(f"{error} On the command line: --align_vocabularies.") from error
-        max_memory = as_json(models.max_memory, "--max_memory")
         spread = {
-            "device_map": as_json(models.device_map, "--device_map"),
-            "max_memory": {int(k) if k.isdigit() else k: v for k, v in max_memory.items()} if max_memory else None,
+            "device_map": models.spread,
+            "max_memory": {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None,
             "offload_folder": models.offload_folder,
             "quantization_config": quantization_config(models.quantization),
         }
@@ -251,9 +279,10 @@ class Generator:
         ends = set(eos_token_ids(self.base)) | {self.tokenizer.eos_token_id}
         for end in (*eos_token_ids(self.kad.proxy), self.proxy_tokenizer.eos_token_id):
             ends.add(end if alignment is None or end is None else alignment.base_id(end))
+        # What the base's own configuration asks for (penalties, beams, a minimal length) is not the command's.
+        getattr(self.base, "get_base_model", lambda: self.base)().generation_config = GenerationConfig()
         self.settings = {
             **sampling.settings(),
-            "max_new_tokens": sampling.max_new_tokens,
             "eos_token_id": sorted(ends - {None}) or None,
             "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
             "logits_processor": [self.kad],
@@ -279,6 +308,22 @@ class Generator:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def find_models(models: ModelArguments, config: KADConfig, folder: str | None) -> tuple[str | None, str | None]:
+    """Base and proxy of the command line, else of the config in a folder, which may name them relative to itself."""
+
+    def resolve(name: str | None) -> str | None:
+        beside = Path(folder or "") / (name or "")
+        return str(beside) if name and folder and not Path(name).exists() and beside.exists() else name
+
+    proxy = resolve(config.proxy)
+    holds_model = folder is not None and any(
+        (Path(folder) / n).is_file() for n in ("adapter_config.json", "config.json")
+    )
+    if holds_model and (proxy is None or not Path(proxy).exists()):
+        proxy = folder  # the proxy that the config lies beside, moved or downloaded
+    return models.base or resolve(config.base), models.proxy or proxy
+
+
 def _flag(choice: str) -> bool | None:
     return {"auto": None, "yes": True, "no": False}[choice]
 
@@ -291,28 +336,51 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
     return [{"role": "system", "content": system}, *chat]
 
 
-def read_prompts(lines: TextIO) -> Iterator[tuple[int, Prompt]]:
-    """Line numbers and prompts; empty lines are passed over.
+@dataclass(frozen=True)
+class Line:
+    """One line of the input: its number from 1, the prompt, and what else a JSON object holds, such as an id."""
+
+    number: int
+    prompt: Prompt
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
+    """The prompts of a file; empty lines are passed over.
 
     Raises:
-        ValueError: a JSON object without `prompt` or `messages`, with its line number.
+        ValueError: a JSON object that can't be parsed or has neither `prompt` nor `messages`, with its line number.
     """
     for number, line in enumerate(lines, start=1):
-        text = line.rstrip("\r\n")
+        text = line.removeprefix("\ufeff").rstrip("\r\n")
         if not text.strip():
+            continue
+        if not text.lstrip().startswith("{"):
+            yield Line(number, text)
             continue
         try:
             parsed = json.loads(text)
-        except json.JSONDecodeError:
-            parsed = None
-        if not isinstance(parsed, dict):
-            yield number, text
-        elif isinstance(parsed.get("messages"), list) and parsed["messages"]:
-            yield number, parsed["messages"]
-        elif isinstance(parsed.get("prompt"), str):
-            yield number, parsed["prompt"]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} begins like JSON, but is none: {text[:80]!r} ({error}).") from error
+        messages, prompt = parsed.pop("messages", None), parsed.pop("prompt", None)
+        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
+            yield Line(number, messages, parsed)
+        elif isinstance(prompt, str) and messages is None:
+            yield Line(number, prompt, parsed)
         else:
-            raise ValueError(f'Line {number} needs a "prompt" or "messages", got {text[:80]!r}.')
+            raise ValueError(
+                f'Line {number} needs a "prompt" that is text, or "messages" with "role" and "content", got '
+                f"{text[:80]!r}."
+            )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+
+
+def seed_of(seed: int, line: int) -> int:
+    """A seed for each line, so that an answer does not depend on those before it."""
+    return random.Random(f"{seed} {line}").getrandbits(32)
 
 
 def summary(calls: list[KADStatistics], seconds: float) -> str:
@@ -344,23 +412,42 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
         print(f"Trace: {page}", file=sys.stderr)
 
 
-def run_lines(generator: Generator, arguments: PromptArguments, lines: TextIO, store: JsonLinesStore | None) -> int:
-    """Answer one prompt a line; how many failed."""
-    done = {record["line"] for record in store.records} if store else set()
+def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> Iterator[Line]:
+    """The same lines.
+
+    Raises:
+        ValueError: an answered line is not the one that is there now.
+    """
+    for line in lines:
+        if line.number in done and done[line.number]["prompt"] != line.prompt:
+            raise ValueError(
+                f"The input changed since it was answered: line {line.number} was "
+                f"{str(done[line.number]['prompt'])!r} and is {str(line.prompt)!r}. Choose another --output."
+            )
+        yield line
+
+
+def run_lines(
+    generator: Generator, arguments: PromptArguments, lines: Iterable[Line], store: JsonLinesStore | None
+) -> int:
+    """Answer one prompt a line; how many failed, earlier runs included."""
+    done = {record["line"]: record for record in store.records} if store else {}
+    failed = sum("error" in record for record in done.values())
     if store and store.torn is not None:
         print(f"A torn last line was removed and is answered anew: {store.torn!r}", file=sys.stderr)
     if done:
-        print(f"{len(done)} lines are answered already.", file=sys.stderr)
-    started, calls, failed = time.perf_counter(), list[KADStatistics](), 0
-    for number, prompt in read_prompts(lines):
-        if number in done:
+        print(f"{len(done)} lines are done already, {failed} of them failed.", file=sys.stderr)
+    started, calls = time.perf_counter(), list[KADStatistics]()
+    for line in check_answered(lines, done):
+        if line.number in done:
             continue
-        record: dict[str, Any] = {"line": number, "prompt": prompt}
+        record: dict[str, Any] = {**line.others, "line": line.number, "prompt": line.prompt}
         try:
-            ids = generator.answer(with_system(prompt, arguments.system), arguments, generator.sampling.seed + number)
+            prompt = with_system(line.prompt, arguments.system)
+            ids = generator.answer(prompt, arguments, seed_of(generator.sampling.seed, line.number))
         except ValueError as error:  # too long, say: the other lines go on
             record["error"], failed = str(error), failed + 1
-            print(f"Line {number} failed: {error}", file=sys.stderr)
+            print(f"Line {line.number} failed: {error}", file=sys.stderr)
         else:
             statistics = generator.kad.statistics
             assert statistics is not None
@@ -388,20 +475,38 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
         prompts.input = "-"
     if prompts.input is not None and prompts.trace is not None:
         raise ValueError(f"--trace shows the answer to one --prompt, got --input {prompts.input!r}.")
+    if prompts.input is None and prompts.output is not None:
+        raise ValueError(f"--output is for the answers to --input, got --prompt {prompts.prompt!r}.")
+    if prompts.trace is not None and Path(prompts.trace).is_dir():
+        raise ValueError(f"--trace must be a file, got the folder {prompts.trace!r}.")
     config = rule.to_config()
+    folder = rule.config if rule.config and Path(rule.config).is_dir() else None
     if prompts.input is None:
-        run_prompt(Generator(models, config, sampling, trace=prompts.trace is not None), prompts)
+        run_prompt(Generator(models, config, sampling, folder=folder, trace=prompts.trace is not None), prompts)
         return 0
-    if prompts.input != "-" and not Path(prompts.input).is_file():
-        raise ValueError(f"--input {prompts.input!r} is no file.")
-    store = None
-    if prompts.output is not None:
-        decides = {**vars(models), **asdict(config), **vars(sampling)}
-        decides |= {name: value for name, value in vars(prompts).items() if name != "output"}
-        store = JsonLinesStore(prompts.output, decides)
-    with nullcontext(sys.stdin) if prompts.input == "-" else open(prompts.input, encoding="utf-8") as lines:
-        failed = run_lines(Generator(models, config, sampling, trace=False), prompts, lines, store)
-    return 1 if failed else 0
+    lines: Iterable[Line] = read_prompts(sys.stdin)
+    if prompts.input != "-":  # all of it is read, and so checked, before anything is loaded
+        lines = list(read_prompts(read_file(prompts.input)))
+    with ExitStack() as stack:
+        store = None
+        if prompts.output is not None:
+            decides = {**asdict(models), **asdict(config), **asdict(sampling)}
+            decides |= {name: value for name, value in asdict(prompts).items() if name != "output"}
+            store = stack.enter_context(JsonLinesStore(prompts.output, decides))
+        generator = Generator(models, config, sampling, folder=folder)
+        return 1 if run_lines(generator, prompts, lines, store) else 0
+
+
+def read_file(path: str) -> list[str]:
+    """The lines of a text file.
+
+    Raises:
+        ValueError: there is no such file, or it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--input {path!r} can't be read as UTF-8 text: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -411,9 +516,12 @@ def main(argv: list[str] | None = None) -> int:
     quieten()
     try:
         return run(*arguments)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped. With --output, the same command goes on where it was.", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

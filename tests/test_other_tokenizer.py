@@ -7,7 +7,7 @@ import torch
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
 
-from transformers_kad import ImplicitReward, KADLogitsProcessor, align_vocabularies
+from transformers_kad import ImplicitReward, KADLogitsProcessor, VocabularyAlignment, align_vocabularies
 from transformers_kad.loading import load_model, load_tokenizer
 
 PAIR = Path(__file__).resolve().parents[1] / "recipes" / "tiny_pair"
@@ -91,10 +91,57 @@ def test_beams_and_return_sequences(base, tokenizer, alignment):
     assert twice[1] != best
 
 
-def test_a_sliding_window_refuses_holes_in_a_batch(base, tokenizer, alignment):
-    kad = make_kad(alignment, make_proxy("mistral"))
-    with pytest.raises(ValueError, match=r"MistralForCausalLM .*sliding window.*one sequence at a time"):
+def test_a_sliding_window_refuses_holes_in_a_batch_that_is_longer(base, tokenizer, alignment):
+    kad = make_kad(alignment, make_proxy("mistral"))  # a window of 8
+    with pytest.raises(ValueError, match=r"MistralForCausalLM .*sliding window of 8 .*one sequence at a time"):
         generated(base, tokenizer, kad, TEXTS)
+    proxy = tiny_model("mistral", vocabulary=len(TOKENIZERS["byte-level"]), seed=3, sliding_window=200)
+    kad = make_kad(alignment, proxy)
+    alone = [generated(base, tokenizer, kad, [text])[0] for text in TEXTS]
+    assert generated(base, tokenizer, kad, TEXTS) == alone
+
+
+def test_holes_do_not_count_as_context(base, tokenizer, alignment):
+    """The proxy's longest row ends exactly at its context; with its holes counted it would not fit."""
+    kad = make_kad(alignment)
+    rows = generated(base, tokenizer, kad, TEXTS)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    prompts = alignment.retokenize(inputs["input_ids"], inputs["attention_mask"])[1].sum(-1)
+    ids, mask, _ = alignment.spell(torch.tensor(rows)[:, :-1])
+    longest = int((prompts + mask.sum(-1)).max())
+    assert longest < prompts.max() + ids.shape[1]
+    proxy = make_proxy()
+    kad = make_kad(alignment, proxy)
+    kad.cached_proxy.context_length = longest
+    assert generated(base, tokenizer, kad, TEXTS) == rows
+    kad.cached_proxy.context_length = longest - 1
+    kad.reset()
+    with pytest.raises(ValueError, match=f"The text has {longest} tokens, but the proxy .* ends at {longest - 1}"):
+        generated(base, tokenizer, kad, TEXTS)
+
+
+def test_an_end_without_a_counterpart_is_reported(base, tokenizer, alignment, caplog):
+    proxy = make_proxy()
+    unshared = next(i for i in range(400) if alignment.base_id(i) is None)
+    proxy.generation_config.eos_token_id = [TOKENIZERS["byte-level"].eos_token_id, unshared]
+    kad = make_kad(alignment, proxy)
+    generated(base, tokenizer, kad, TEXTS[:1], eos_token_id=tokenizer.eos_token_id)
+    assert f"token ids [{unshared}], which have no counterpart" in caplog.text
+
+
+def test_only_new_tokens_are_spelled(base, tokenizer, alignment, monkeypatch):
+    spelled = []
+    spell = VocabularyAlignment.spell
+    monkeypatch.setattr(
+        VocabularyAlignment, "spell", lambda self, ids: spelled.append(ids.shape[1]) or spell(self, ids)
+    )
+    proxy = make_proxy()
+    kad = make_kad(alignment, proxy)
+    generated(base, tokenizer, kad, TEXTS[:1])
+    assert sum(spelled) <= 24
+    spelled.clear()
+    generated(base, tokenizer, kad, TEXTS[:1], assistant_model=proxy)
+    assert max(spelled) <= 6  # never the text anew
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -47,6 +47,18 @@ def test_a_chat_that_is_not_to_be_one_is_echoed(tokenizer):
         encode(tokenizer, [[{"role": "user", "content": "One hat."}]], chat=False)
 
 
+@pytest.mark.parametrize("prompts", ["One hat.", [{"role": "user", "content": "One hat."}]])
+def test_one_prompt_instead_of_several_is_refused(tokenizer, prompts):
+    with pytest.raises(TypeError, match=r"got a single one: pass .*One hat"):
+        encode(tokenizer, prompts)
+
+
+def test_what_a_template_refuses_is_echoed(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"refused the prompt: System role not supported.*One hat"):
+        encode(tokenizer, ["One hat."])
+
+
 def test_the_union_of_end_of_sequence_ids(base, proxy):
     base.generation_config.eos_token_id = [5, 2]
     proxy.generation_config.eos_token_id = 7

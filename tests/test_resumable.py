@@ -64,7 +64,8 @@ def test_results_of_unknown_settings_are_left_alone(tmp_path):
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "results.jsonl"
-    JsonLinesStore(path, SETTINGS)
+    with JsonLinesStore(path, SETTINGS):
+        pass
     path.write_text('{"line": 1}\n' + line + '\n{"line": 3}\n')
     with pytest.raises(ValueError, match=r"line 2 .*" + line[:2].replace("[", r"\[")):
         JsonLinesStore(path, SETTINGS)
@@ -73,3 +74,18 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got the folder"):
         JsonLinesStore(tmp_path, SETTINGS)
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS), pytest.raises(ValueError, match="Another run is writing to"):
+        JsonLinesStore(path, SETTINGS)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == []
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    (tmp_path / "results.jsonl.settings.json").write_text("{torn")
+    with pytest.raises(ValueError, match=r"results\.jsonl\.settings\.json' is not JSON"):
+        JsonLinesStore(path, SETTINGS)

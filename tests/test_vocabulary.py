@@ -1,6 +1,7 @@
 """Vocabularies that differ: padding rows, tokenizers that claim to be one, tokenizers that are two."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -210,7 +211,7 @@ def test_any_text_round_trips(base, proxy, text):
     read, mask = alignment.retokenize(torch.tensor([ids]))
     assert mask.all()
     assert decode(proxy, read[0].tolist()) == text
-    spelled, mask = alignment.spell(torch.tensor([ids]))
+    spelled, mask, _ = alignment.spell(torch.tensor([ids]))
     assert mask.all()
     first = decode(proxy, spelled[0].tolist())
     # A SentencePiece base begins with a space of its own making.
@@ -230,7 +231,7 @@ def test_shared_tokens_are_read_as_one_token_and_others_as_several():
     alignment = align("tiny pair", "byte-level")
     shared, unshared = 0, 0
     for base_id in range(alignment.report.base_size):
-        ids, _ = alignment.spell(torch.tensor([[base_id]]))
+        ids, _, _ = alignment.spell(torch.tensor([[base_id]]))
         if base_id in alignment.base_ids:
             assert ids.tolist() == [[int(alignment.proxy_ids[alignment.base_ids.tolist().index(base_id)])]]
             shared += 1
@@ -245,12 +246,13 @@ def test_rows_that_spell_differently_get_holes_before_the_shorter_spelling():
     alignment = align("tiny pair", "byte-level")
     lengths = [alignment.spell(torch.tensor([[i]]))[0].shape[1] for i in range(alignment.report.base_size)]
     one, three = lengths.index(1, 10), lengths.index(3)
-    ids, mask = alignment.spell(torch.tensor([[one, three, one], [one, one, three]]))
+    ids, mask, widths = alignment.spell(torch.tensor([[one, three, one], [one, one, three]]))
+    assert widths == [1, 3, 3]
     assert mask.tolist() == [[1, 1, 1, 1, 0, 0, 1], [1, 0, 0, 1, 1, 1, 1]]
     spelled = alignment.spell(torch.tensor([[three]]))[0][0].tolist()
     assert ids[0][mask[0].bool()].tolist() == [int(ids[0, 0]), *spelled, int(ids[0, 0])]
     # What has been spelled stays where it is when the texts grow.
-    longer, longer_mask = alignment.spell(torch.tensor([[one, three, one, three], [one, one, three, one]]))
+    longer, longer_mask, _ = alignment.spell(torch.tensor([[one, three, one, three], [one, one, three, one]]))
     assert torch.equal(longer[:, :7], ids)
     assert torch.equal(longer_mask[:, :7], mask)
 
@@ -337,6 +339,100 @@ def test_added_tokens_that_are_not_special_are_text():
     assert len(base("<think>")["input_ids"]) == 1
     assert TOKENIZERS["byte-level"].decode(alignment.retokenize(ids)[0][0]) == "So <think>7"
     assert TOKENIZERS["byte-level"].decode(alignment.spell(ids)[0][0]) == "So <think>7"
+
+
+CHAT = "<|user|>Hi there<|end|> and <|assistant|>So"
+
+
+def chat_tokenizers(make):
+    """A tokenizer whose special tokens are those of CHAT."""
+    tokenizer = make(eos_token="<|end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("base", [byte_level, sentencepiece_like])
+@pytest.mark.parametrize("proxy", [byte_level, sentencepiece_like])
+def test_a_chat_keeps_its_text_between_special_tokens(base, proxy):
+    """No space is made or lost after a special token, whatever the tokenizers do at the start of a text."""
+    base, proxy = chat_tokenizers(base), chat_tokenizers(proxy)
+    alignment = align_vocabularies(base, proxy, minimum_share=0)
+    read, _ = alignment.retokenize(base(CHAT, return_tensors="pt")["input_ids"])
+    assert proxy.decode(read[0], clean_up_tokenization_spaces=False) == CHAT
+    assert proxy.convert_ids_to_tokens(read[0])[0] == "<|user|>"
+
+
+def test_text_that_spells_a_special_token_of_the_proxy_stays_text():
+    base, proxy = TOKENIZERS["tiny pair"], TOKENIZERS["byte-level"]
+    alignment = align("tiny pair", "byte-level")
+    for text in ("say </s> now", "</s>"):
+        ids = base(text, return_tensors="pt")["input_ids"]
+        for read in (alignment.retokenize(ids)[0], alignment.spell(ids)[0]):
+            assert proxy.eos_token_id not in read[0].tolist()
+            assert proxy.decode(read[0]) == text
+
+
+def test_tokens_can_be_said_to_be_the_same():
+    base, proxy = chat_tokenizers(byte_level), byte_level(eos_token="</s>", pad_token="<turn_end>")
+    turn_end = proxy.convert_tokens_to_ids("<turn_end>")
+    assert align_vocabularies(base, proxy, minimum_share=0).base_id(turn_end) is None
+    alignment = align_vocabularies(base, proxy, minimum_share=0, same={"<turn_end>": "<|assistant|>"})
+    assert alignment.base_id(turn_end) == base.convert_tokens_to_ids("<|assistant|>")
+    for same, message in (({"<x>": "a"}, "'<x>', which is no token of the proxy"), ({"a": "<y>"}, "of the base")):
+        with pytest.raises(ValueError, match=message):
+            align_vocabularies(base, proxy, minimum_share=0, same=same)
+
+
+def test_added_tokens_without_a_row_in_a_model_are_left_out():
+    base, proxy = byte_level(eos_token="</s>"), byte_level(eos_token="</s>")
+    size = len(base)
+    for tokenizer in (base, proxy):
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    alignment = align_vocabularies(base, proxy)
+    assert align_vocabulary(torch.zeros(1, size), size, alignment).isfinite().all()
+    assert alignment.base_id(proxy.pad_token_id) == base.pad_token_id
+
+
+def test_an_alignment_can_be_pickled():
+    alignment = align("tiny pair", "byte-level")
+    ids = TOKENIZERS["tiny pair"]("Ada has 1 hat.", return_tensors="pt")["input_ids"]
+    expected = alignment.spell(ids)[0].tolist()
+    assert pickle.loads(pickle.dumps(alignment)).spell(ids)[0].tolist() == expected
+
+
+@pytest.mark.slow
+def test_large_vocabularies_with_many_added_tokens_are_matched():
+    """As many added tokens as Gemma has; a search through all matches for each would take minutes."""
+
+    def large(offset):
+        vocabulary = {"a": offset, "b": 1 - offset} | {f"w{i + offset}": 2 + i for i in range(100_000)}
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+        tokenizer.decoder = decoders.Fuse()
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+        fast.add_tokens([AddedToken(f"<unused{i}>", special=True) for i in range(5000)])
+        return fast
+
+    alignment = align_vocabularies(large(0), large(1), sample_text="ab")
+    assert alignment.report.shared == 2 + 99_999 + 5000
+
+
+@pytest.mark.parametrize("given", [None, "gpt2"])
+def test_what_is_no_tokenizer_is_named(given):
+    with pytest.raises(TypeError, match=f"`proxy_tokenizer` must be a tokenizer .* got {type(given).__name__}"):
+        align_vocabularies(TOKENIZERS["tiny pair"], given)
+
+
+def test_a_tokenizer_without_a_decoder_is_refused():
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="a")), name_or_path="words"
+    )
+    with pytest.raises(ValueError, match="'words' has no decoder"):
+        align_vocabularies(TOKENIZERS["tiny pair"], words)
+
+
+def test_an_empty_sample_is_refused():
+    with pytest.raises(ValueError, match="must hold text, got ' '"):
+        align_vocabularies(TOKENIZERS["tiny pair"], TOKENIZERS["byte-level"], sample_text=" ")
 
 
 def test_models_smaller_than_their_tokenizers_are_named():

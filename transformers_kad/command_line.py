@@ -16,7 +16,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parse_arguments(dataclass_types: Sequence[type], description: str | None, argv: Sequence[str] | None = None) -> Any:
+def parse_arguments(
+    dataclass_types: Sequence[type], description: str | None, argv: Sequence[str] | None = None
+) -> Any:
     """The command line as one instance of each dataclass.
 
     Args:
@@ -24,8 +26,8 @@ def parse_arguments(dataclass_types: Sequence[type], description: str | None, ar
         description: what `--help` shows first, line by line: a recipe's docstring.
         argv: the command line's words; those of the process by default.
 
-    Words that can't be parsed, and a `ValueError` or `TypeError` of a dataclass, end the process with the error in one
-    line and status 2.
+    Words that can't be parsed, and a `ValueError` or `TypeError` of a dataclass, end the process with the usage, the
+    error in one line, and status 2.
     """
     parser = HfArgumentParser(dataclass_types, description=description, formatter_class=_HelpFormatter)
     try:

@@ -60,6 +60,7 @@ class OpenCall:
     rows_stay: bool = True
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
+    _spelled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]] | None = None
 
     def proxy_text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The proxy's text `(rows, L')` and its mask for the base's text `(rows, L)`.
@@ -69,13 +70,28 @@ class OpenCall:
         prompt, prompt_mask = self.proxy_prompt or (input_ids[:, : self.prompt_length], self.attention_mask)
         generated, mask = input_ids[:, self.prompt_length :], None
         if self.vocabulary_alignment is not None:
-            generated, mask = self.vocabulary_alignment.spell(generated)
+            generated, mask = self._spell(generated)
         ids = torch.cat([_repeat_rows(prompt, like=generated), generated], dim=-1)
         if prompt_mask is None and mask is None:
             return ids, None
         prompt_mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask
         mask = torch.ones_like(generated) if mask is None else mask
         return ids, torch.cat([_repeat_rows(prompt_mask, like=mask), mask], dim=-1)
+
+    def _spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Generated tokens as the proxy reads them, and their mask. Only what is new since last time is spelled."""
+        assert self.vocabulary_alignment is not None
+        before, ids, mask, widths = self._spelled or (generated[:, :0], generated[:, :0], generated[:, :0], [])
+        shorter = min(before.shape[1], generated.shape[1])
+        same = 0
+        if len(before) == len(generated):
+            same = int((before[:, :shorter] == generated[:, :shorter]).all(dim=0).long().cumprod(0).sum())
+        kept = sum(widths[:same])
+        new_ids, new_mask, new_widths = self.vocabulary_alignment.spell(generated[:, same:])
+        ids = torch.cat([ids[: len(generated), :kept], new_ids], dim=-1) if kept else new_ids
+        mask = torch.cat([mask[: len(generated), :kept], new_mask], dim=-1) if kept else new_mask
+        self._spelled = generated, ids, mask, widths[:same] + new_widths
+        return ids, mask
 
     def finish(self, sequences: torch.Tensor, proxy_forwards: int) -> tuple[KADStatistics, KADTrace | None]:
         """Statistics and trace of the call, given what it returned, `(N, L)`."""
@@ -312,7 +328,15 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
 def _warn_about_eos(kad: Any, call: OpenCall) -> None:
     ends = _as_list(kad.proxy.generation_config.eos_token_id)
     if call.vocabulary_alignment is not None:
-        ends = [base_id for end in ends if (base_id := call.vocabulary_alignment.base_id(end)) is not None]
+        own = {end: call.vocabulary_alignment.base_id(end) for end in ends}
+        unsayable = frozenset(end for end, base_id in own.items() if base_id is None)
+        if unsayable and unsayable not in kad.eos_warned:
+            kad.eos_warned.add(unsayable)
+            logger.warning(
+                f"The proxy ends its turns with its token ids {sorted(unsayable)}, which have no counterpart among "
+                "the base's tokens: the text may run on. Name one: `align_vocabularies(..., same={proxy's: base's})`."
+            )
+        ends = [base_id for base_id in own.values() if base_id is not None]
     missing = frozenset(ends) - call.eos_token_ids
     if missing and missing not in kad.eos_warned:
         kad.eos_warned.add(missing)

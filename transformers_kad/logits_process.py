@@ -40,7 +40,8 @@ class KADLogitsProcessor(LogitsProcessor):
     Approximation Deferral", EACL 2026 (arXiv 2510.27017).
 
     Args:
-        proxy: a causal LM or a `PeftModel`, in evaluation mode, over the base's vocabulary.
+        proxy: a causal LM or a `PeftModel`, in evaluation mode, over the base's vocabulary or with a
+            `vocabulary_alignment`.
         rule: a rule object, or a name from `RULES` with its parameters as further arguments.
         reference: the proxy before alignment, for `ImplicitReward` only. For a `PeftModel` the default is the
             proxy with its adapter switched off.
@@ -107,6 +108,11 @@ class KADLogitsProcessor(LogitsProcessor):
             raise ValueError("Pass `tokenizer` as well to have it compared with `proxy_tokenizer`, got only that.")
         if proxy_tokenizer is not None and vocabulary_alignment is None:
             check_tokenizers(tokenizer, proxy_tokenizer)
+        if vocabulary_alignment is not None and not isinstance(vocabulary_alignment, VocabularyAlignment):
+            raise TypeError(
+                "`vocabulary_alignment` must come from `align_vocabularies(base_tokenizer, proxy_tokenizer)`, got "
+                f"{type(vocabulary_alignment).__name__}."
+            )
         self.tokenizer, self.vocabulary_alignment = tokenizer, vocabulary_alignment
 
         self.proxy = proxy
@@ -137,15 +143,22 @@ class KADLogitsProcessor(LogitsProcessor):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(proxy={describe(self.proxy)}, rule={self.rule!r}, "
-            f"component_temperature={self.component_temperature}, num_assistant_tokens={self.num_assistant_tokens})"
+            f"component_temperature={self.component_temperature}, num_assistant_tokens={self.num_assistant_tokens}"
+            + ("" if self.vocabulary_alignment is None else f", vocabulary_alignment={self.vocabulary_alignment!r}")
+            + ")"
         )
 
     def reset(self) -> None:
-        """Drop the caches of the proxy and the reference.
+        """Drop the caches of the proxy and the reference. Not while another thread generates with this processor.
 
         A call that continues a cache and one that fills it anew compute the same up to rounding; with a `reset()`
         before, two runs with equal seeds agree to the bit.
+
+        Raises:
+            RuntimeError: another thread's call is open.
         """
+        if self._call is not None and self._call.thread != threading.get_ident():
+            raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
         for cached in self._cached:
             cached.reset()
 
@@ -161,6 +174,11 @@ class KADLogitsProcessor(LogitsProcessor):
             ids, mask = proxy_inputs, None
         else:
             ids, mask = proxy_inputs["input_ids"], proxy_inputs.get("attention_mask")
+        if not torch.is_tensor(ids):
+            raise TypeError(
+                f"`proxy_prompt` takes tensors, got ids of type {type(ids).__name__}: tokenize with "
+                '`return_tensors="pt"`.'
+            )
         if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
             raise ValueError(
                 f"`proxy_prompt` takes ids (B, L) and a mask of that shape, got {tuple(ids.shape)} and "

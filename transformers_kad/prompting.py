@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 # The law of the paper: nothing warps the target after KAD. For `generate(**PLAIN_SAMPLING)`.
@@ -30,8 +31,12 @@ def encode(
         chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
 
     Raises:
-        ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`.
+        ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
+            template refuses.
+        TypeError: one prompt instead of several.
     """
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise TypeError(f"`prompts` must be a sequence of prompts, got a single one: pass [{prompts!r}].")
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if chat is None:
         chat = bool(chats) or tokenizer.chat_template is not None
@@ -48,9 +53,15 @@ def encode(
     messages = [
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
     ]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, padding=padding, return_dict=True, return_tensors="pt"
-    ).to(device)
+    try:
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, padding=padding, return_dict=True, return_tensors="pt"
+        )
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
+        ) from error
+    return inputs.to(device)
 
 
 def eos_token_ids(*models: PreTrainedModel) -> list[int]:

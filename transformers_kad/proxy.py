@@ -1,4 +1,4 @@
-"""A small model beside the base: its cache, its padding, its vocabulary.
+"""A small model beside the base: its cache, its padding.
 
 `CachedModel` answers one question, "what are your logits at the last positions of these texts?", and forwards
 only what its cache does not hold yet. It follows texts that grow token by token, drafts that are partly
@@ -112,9 +112,12 @@ class CachedModel:
         length = input_ids.shape[1]
         if length == 0:
             raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
-        if self.context_length is not None and length > self.context_length:
+        tokens = length
+        if self.context_length is not None and length > self.context_length and attention_mask is not None:
+            tokens = int(attention_mask.sum(dim=-1).max())
+        if self.context_length is not None and tokens > self.context_length:
             raise ValueError(
-                f"The text has {length} tokens, but the {self.role} {describe(self.model)} ends at "
+                f"The text has {tokens} tokens, but the {self.role} {describe(self.model)} ends at "
                 f"{self.context_length} (max_position_embeddings). Generate less or take a {self.role} with a "
                 "longer context."
             )
@@ -202,16 +205,19 @@ class CachedModel:
             # Only now: a prefill that records its past keeps states that sliding windows could drop.
             cache.activate_past_recording()
         self._cache = cache
-        if self._padded and any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-            self._check_holes(mask)
+        if self._padded:
+            self._check_holes(mask, cache)
         return output.logits
 
-    def _check_holes(self, mask: torch.Tensor) -> None:
+    def _check_holes(self, mask: torch.Tensor, cache: Cache) -> None:
         """A sliding window counts columns, so what is masked between tokens would push tokens out of it."""
-        if bool((mask[:, 1:] < mask[:, :-1]).any()):
+        windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+        if windows and mask.shape[1] > min(windows) and bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise ValueError(
-                f"The {self.role} {describe(self.model)} has a sliding window, and spells tokens of the base in "
-                "several of its own in some rows of the batch only. Generate one sequence at a time."
+                f"The {self.role} {describe(self.model)} has a sliding window of {min(windows)} tokens, and this text "
+                "is longer and has gaps: a mask with zeros between tokens, or tokens of the base that it spells in "
+                "several of its own in some rows of the batch only. Generate one sequence at a time, without such a "
+                "mask."
             )
 
     def _adapter_state(self) -> AbstractContextManager[None]:

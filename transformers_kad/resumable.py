@@ -6,6 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
 
 class JsonLinesStore:
     """Results, one JSON object a line, written out as soon as they are there.
@@ -24,14 +29,15 @@ class JsonLinesStore:
 
     Raises:
         ValueError: the file was made with other settings (the message shows the difference), or without any, or holds
-            a line in its middle that is no JSON object.
+            a line in its middle that is no JSON object, or another process is writing to it.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
     >>> path = Path(folder.name) / "results.jsonl"
     >>> with JsonLinesStore(path, {"seed": 0}) as store:
     ...     store.append({"line": 1})
-    >>> JsonLinesStore(path, {"seed": 0}).records
+    >>> with JsonLinesStore(path, {"seed": 0}) as store:
+    ...     store.records
     [{'line': 1}]
     >>> folder.cleanup()
     """
@@ -43,8 +49,13 @@ class JsonLinesStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.torn: str | None = None
         self._claim(json.loads(json.dumps(settings)))
-        self.records = list(self._read()) if self.path.exists() else []
         self._file = self.path.open("a", encoding="utf-8")
+        try:
+            self._lock()
+            self.records = list(self._read())
+        except BaseException:
+            self._file.close()
+            raise
 
     def __enter__(self) -> "JsonLinesStore":
         return self
@@ -57,6 +68,15 @@ class JsonLinesStore:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _lock(self) -> None:
+        """Until the file is closed, by the end of the process at the latest."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"Another run is writing to {str(self.path)!r}. Wait for it, or end it.") from error
 
     def _read(self) -> Iterator[dict[str, Any]]:
         content = self.path.read_bytes()
@@ -79,7 +99,10 @@ class JsonLinesStore:
         """Write the settings beside the results, or check that they are those of the run that is there."""
         claim = self.path.with_name(self.path.name + ".settings.json")
         if claim.exists():
-            found = json.loads(claim.read_text(encoding="utf-8"))
+            try:
+                found = json.loads(claim.read_text(encoding="utf-8"))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{str(claim)!r} is not JSON: {error}.") from error
             keys = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
             if keys:
                 listed = "; ".join(f"{key} is {found.get(key)!r} there and {settings.get(key)!r} here" for key in keys)

@@ -8,9 +8,9 @@ A rule works on one vocabulary, the base's. Three cases, from the plain to the h
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -129,15 +129,17 @@ class VocabularyAlignment:
         base_tokenizer: PreTrainedTokenizerBase,
         proxy_tokenizer: PreTrainedTokenizerBase,
         sample_text: str = SAMPLE_TEXT,
+        same: Mapping[str, str] | None = None,
     ) -> None:
         self._base, self._proxy = _Tokens(base_tokenizer), _Tokens(proxy_tokenizer)
-        pairs = self._match()
+        pairs = self._match(same or {})
         self.base_ids = torch.tensor(list(pairs), dtype=torch.long)
         self.proxy_ids = torch.tensor(list(pairs.values()), dtype=torch.long)
         self._proxy_of = pairs
         candidates = (proxy_tokenizer.pad_token_id, proxy_tokenizer.eos_token_id, 0)
         self._stand_in = next(i for i in candidates if i is not None)
-        self._spell_cached = lru_cache(maxsize=None)(self._spell)
+        self._spelled: dict[int, tuple[int, ...]] = {}
+        self._tables: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.report = self._make_report(sample_text)
 
     def __repr__(self) -> str:
@@ -151,17 +153,31 @@ class VocabularyAlignment:
         """The proxy's logits `(..., V_proxy)` in the base's vocabulary, `(..., vocabulary)` float32.
 
         Raises:
-            ValueError: a model with fewer tokens than its tokenizer.
+            ValueError: a model has fewer tokens than its tokenizer (added ones apart, which may be without a row).
         """
-        for role, ids, size in (("base", self.base_ids, vocabulary), ("proxy", self.proxy_ids, logits.shape[-1])):
-            if len(ids) and int(ids.max()) >= size:
-                raise ValueError(
-                    f"The {role}'s tokenizer has the token id {int(ids.max())}, but the model's vocabulary ends at "
-                    f"{size}: align the tokenizers that belong to the models."
-                )
+        base_ids, proxy_ids = self._table(logits.device, vocabulary, logits.shape[-1])
         result = logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf, dtype=torch.float32)
-        result[..., self.base_ids.to(logits.device)] = logits[..., self.proxy_ids.to(logits.device)].float()
+        result[..., base_ids] = logits[..., proxy_ids].float()
         return result
+
+    def _table(self, device: torch.device, base_size: int, proxy_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shared ids that both models have a row for, on a device."""
+        key = (device, base_size, proxy_size)
+        if key not in self._tables:
+            sides = (
+                ("base", self._base, self.base_ids, base_size),
+                ("proxy", self._proxy, self.proxy_ids, proxy_size),
+            )
+            for role, tokens, ids, size in sides:
+                beyond = [index for index in ids[ids >= size].tolist() if index not in tokens.added]
+                if beyond:
+                    raise ValueError(
+                        f"The {role}'s tokenizer has the token id {beyond[-1]}, but the model's vocabulary ends at "
+                        f"{size}: align the tokenizers that belong to the models."
+                    )
+            kept = (self.base_ids < base_size) & (self.proxy_ids < proxy_size)
+            self._tables[key] = self.base_ids[kept].to(device), self.proxy_ids[kept].to(device)
+        return self._tables[key]
 
     def retokenize(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -172,44 +188,48 @@ class VocabularyAlignment:
             self._retokenize([token for token, kept in zip(ids, row_mask, strict=True) if kept])
             for ids, row_mask in zip(input_ids.tolist(), mask.tolist(), strict=True)
         ]
-        return self._stack([[row] for row in rows], input_ids)
+        ids, mask, _ = self._stack([[row] for row in rows], input_ids)
+        return ids, mask
 
-    def spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Generated tokens `(rows, T)` of the base as the proxy reads them, and their mask: `(rows, T')` both.
+    def spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Generated tokens `(rows, T)` of the base as the proxy reads them.
+
+        Returns:
+            Its ids and their mask, `(rows, T')` both, and how many columns each of the T tokens takes.
 
         Each token becomes as many columns as the longest spelling among its rows; shorter ones have holes before
         them, zeros in the mask. So the columns of a text's beginning never change, and the last column is never a
         hole.
         """
-        single = self._single.to(generated.device)
-        ids = single[generated.clamp(max=len(single) - 1)]
-        if bool((ids >= 0).all()):
-            return ids, torch.ones_like(ids)
-        spelled = [[list(self._spell_cached(token)) for token in row] for row in generated.tolist()]
-        return self._stack(spelled, generated)
+        rows = [[self.spell_token(token) for token in row] for row in generated.tolist()]
+        return self._stack(rows, generated)
 
     @staticmethod
-    def _stack(rows: list[list[list[int]]], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _stack(
+        rows: Sequence[Sequence[Sequence[int]]], like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Rows of pieces as one tensor: pieces stand under each other, the shorter ones filled up in front."""
         widths = [max(map(len, pieces)) for pieces in zip(*rows, strict=True)]
         ids, mask = [], []
         for row in rows:
             filled = [(width - len(piece), piece) for width, piece in zip(widths, row, strict=True)]
-            ids.append([token for holes, piece in filled for token in [0] * holes + piece])
+            ids.append([token for holes, piece in filled for token in [*[0] * holes, *piece]])
             mask.append([kept for holes, piece in filled for kept in [0] * holes + [1] * len(piece)])
-        return like.new_tensor(ids), like.new_tensor(mask)
+        return like.new_tensor(ids), like.new_tensor(mask), widths
 
-    def _match(self) -> dict[int, int]:
+    def _match(self, same: Mapping[str, str]) -> dict[int, int]:
         """The proxy's id of each shared token, by the base's id, in its order."""
         proxy_of: dict[int, int] = {}
         for index, text in self._base.text.items():
             match = self._proxy.by_text.get(text)
             if match is not None and self._base.by_text[text] == index:
                 proxy_of[index] = match
+        matched = set(proxy_of.values())
         for index, name in self._base.added.items():
             match = self._proxy.by_name.get(name)
-            if match is not None and match not in proxy_of.values():
+            if match is not None and match not in matched:
                 proxy_of[index] = match
+                matched.add(match)
         # Tokens of the same role, if the proxy's has no other counterpart. Its end of sequence must be sayable.
         for role in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
             base_id, proxy_id = getattr(self._base.tokenizer, role), getattr(self._proxy.tokenizer, role)
@@ -217,59 +237,72 @@ class VocabularyAlignment:
                 continue
             if base_id not in proxy_of or role == "eos_token_id":
                 proxy_of[base_id] = proxy_id
+        for proxy_name, base_name in same.items():
+            ids = []
+            for role, tokens, name in (("proxy", self._proxy, proxy_name), ("base", self._base, base_name)):
+                if name not in tokens.vocabulary:
+                    raise ValueError(f"`same` names {name!r}, which is no token of the {role}.")
+                ids.append(tokens.vocabulary[name])
+            proxy_id, base_id = ids
+            proxy_of = {other: index for other, index in proxy_of.items() if index != proxy_id}
+            proxy_of[base_id] = proxy_id
         return dict(sorted(proxy_of.items()))
 
     @cached_property
     def _base_of(self) -> dict[int, int]:
         return {proxy_id: base_id for base_id, proxy_id in self._proxy_of.items()}
 
-    @cached_property
-    def _single(self) -> torch.Tensor:
-        """The proxy's id of every base token that it reads as one token, else -1; one entry more for ids beyond."""
-        table = torch.full((self._base.size + 1,), -1, dtype=torch.long)
-        table[self._base.size] = self._stand_in
-        table[self.base_ids] = self.proxy_ids
-        return table
-
-    def _spell(self, base_id: int) -> tuple[int, ...]:
+    def spell_token(self, base_id: int) -> tuple[int, ...]:
         """The proxy's tokens for one generated token of the base; never empty."""
         if base_id in self._proxy_of:
             return (self._proxy_of[base_id],)
-        return self._spell_text(self._base.text.get(base_id, b"")) or (self._stand_in,)
+        if base_id not in self._spelled:
+            self._spelled[base_id] = self._spell_text(self._base.text.get(base_id, b"")) or (self._stand_in,)
+        return self._spelled[base_id]
 
     def _spell_text(self, text: bytes) -> tuple[int, ...]:
         """Some bytes in the proxy's tokens; empty if they can't be spelled."""
         try:
-            ids = self._proxy.tokenizer(text.decode(), add_special_tokens=False)["input_ids"]
-            if b"".join(self._proxy.text.get(i, b"\0") for i in ids) == text:
-                return tuple(ids)
+            ids = self._proxy.tokenize(text.decode())
         except UnicodeDecodeError:
-            pass
-        return self._proxy.longest_pieces(text)
+            return self._proxy.longest_pieces(text)
+        spelled = self._proxy.bytes_of(ids)
+        if spelled == b" " + text:  # the tokenizer's own space, which is not in the text
+            begun = self._proxy.longest_pieces(self._proxy.text[ids[0]][1:])
+            return (*begun, *ids[1:])
+        return tuple(ids) if spelled == text else self._proxy.longest_pieces(text)
 
     def _retokenize(self, ids: list[int]) -> list[int]:
         """One prompt in the proxy's tokens; never empty."""
         result: list[int] = []
         run: list[int] = []
+        at_start = True
         for index in [*ids, None]:
             if index is not None and index not in self._base.special:
                 run.append(index)
                 continue
             if run:
-                result += self._retokenize_text(run)
-                run = []
+                result += self._retokenize_text(run, at_start)
+                run, at_start = [], False
             if index in self._proxy_of:
                 result.append(self._proxy_of[index])
+                at_start = at_start and result == self._proxy.prefix
         prefix = self._proxy.prefix
         if result[: len(prefix)] != prefix:
             result = prefix + result
         return result or [self._stand_in]
 
-    def _retokenize_text(self, ids: list[int]) -> list[int]:
-        text = self._base.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if "\ufffd" in text:  # a character cut in two has no text of its own
-            return [piece for index in ids for piece in self._spell_cached(index)]
-        return self._proxy.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _retokenize_text(self, ids: list[int], at_start: bool) -> list[int]:
+        """Text between special tokens. Where a tokenizer puts a space before all text, it is not taken for text."""
+        text = self._base.bytes_of(ids)
+        if text.startswith(b" ") and (self._base.space_at_start if at_start else self._base.space_after_special):
+            text = text[1:]
+        if at_start:  # as the proxy's tokenizer begins a text
+            try:
+                return self._proxy.tokenize(text.decode())
+            except UnicodeDecodeError:
+                pass
+        return list(self._spell_text(text)) or [piece for index in ids for piece in self.spell_token(index)]
 
     def _make_report(self, sample_text: str) -> VocabularyReport:
         base_text, proxy_text = (
@@ -281,8 +314,8 @@ class VocabularyAlignment:
             unspellable = sum(not self._spell_text(self._base.text[i]) for i in ordinary)
         return VocabularyReport(
             shared=len(self._proxy_of),
-            base_size=self._base.size,
-            proxy_size=self._proxy.size,
+            base_size=len(self._base.vocabulary),
+            proxy_size=len(self._proxy.vocabulary),
             base_text_tokens=len(base_text),
             proxy_text_tokens=len(proxy_text),
             base_text_shared=sum(i in self._proxy_of for i in base_text),
@@ -297,6 +330,7 @@ def align_vocabularies(
     *,
     sample_text: str = SAMPLE_TEXT,
     minimum_share: float = 0.8,
+    same: Mapping[str, str] | None = None,
 ) -> VocabularyAlignment:
     """Find the tokens that a base and a proxy with different tokenizers share.
 
@@ -309,17 +343,25 @@ def align_vocabularies(
         proxy_tokenizer: the proxy's.
         sample_text: text of the kind that is to be generated.
         minimum_share: refuse below this share of the sample text's tokens, in [0, 1].
+        same: tokens that are to count as one, the proxy's name for it and the base's, such as
+            `{"<end_of_turn>": "<|im_end|>"}`.
 
     Returns:
         The alignment; `alignment.report` says how much is shared.
 
     Raises:
-        ValueError: less is shared than `minimum_share`, with the report; a `minimum_share` out of range; a tokenizer
-            whose tokens can't be read as text (WordPiece, say).
+        ValueError: less is shared than `minimum_share`, with the report; a `minimum_share` out of range; an empty
+            `sample_text`; a tokenizer whose tokens can't be read as text (WordPiece, say).
+        TypeError: what is given is no tokenizer.
     """
+    for name, tokenizer in (("base_tokenizer", base_tokenizer), ("proxy_tokenizer", proxy_tokenizer)):
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"`{name}` must be a tokenizer of transformers, got {type(tokenizer).__name__}.")
+    if not sample_text.strip():
+        raise ValueError(f"`sample_text` must hold text, got {sample_text!r}.")
     if not 0 <= minimum_share <= 1:
         raise ValueError(f"`minimum_share` must lie in [0, 1], got {minimum_share!r}.")
-    alignment = VocabularyAlignment(base_tokenizer, proxy_tokenizer, sample_text)
+    alignment = VocabularyAlignment(base_tokenizer, proxy_tokenizer, sample_text, same)
     report = alignment.report
     if report.text_share < minimum_share:
         raise ValueError(
@@ -338,12 +380,12 @@ class _Tokens:
         by_text: the id that stands for some bytes. Of several the lowest, byte-fallback tokens last.
         added: name of each added token, special or not, by id.
         special: ids of the special tokens, which stand for no text.
+        vocabulary: id of every token, by its name.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        vocabulary = tokenizer.get_vocab()
-        self.size = max(vocabulary.values()) + 1
+        self.vocabulary = vocabulary = tokenizer.get_vocab()
         self.special = set(tokenizer.all_special_ids)
         self.added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
         self.special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -358,7 +400,7 @@ class _Tokens:
                 continue
             if index in self.added:
                 self.text[index] = token.encode()
-            elif kind == "byte-level":
+            elif kind == "byte-level" and _BYTES_OF.keys() >= set(token):
                 self.text[index] = bytes(_BYTES_OF[character] for character in token)
             elif kind == "sentencepiece":
                 byte = _fallback_byte(token)
@@ -371,6 +413,28 @@ class _Tokens:
         for index in [*(i for i in self.text if i not in fallback), *sorted(fallback)]:
             self.by_text.setdefault(self.text[index], index)
         self.has_every_byte = all(bytes([byte]) in self.by_text for byte in range(256))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, in which the names of special tokens are text like other text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes:
+        """The text of some tokens."""
+        return b"".join(self.text.get(index, b"") for index in ids)
+
+    @cached_property
+    def space_at_start(self) -> bool:
+        """Whether the tokenizer puts a space before a text."""
+        return self.bytes_of(self.tokenize("a")).startswith(b" ")
+
+    @cached_property
+    def space_after_special(self) -> bool:
+        """Whether the tokenizer puts a space before text that follows a special token."""
+        if not self.special:
+            return False
+        name = self.tokenizer.convert_ids_to_tokens(min(self.special))
+        ids = self.tokenizer(f"{name}a", add_special_tokens=False)["input_ids"]
+        return self.bytes_of(ids).startswith(b" ")
 
     @cached_property
     def prefix(self) -> list[int]:
@@ -405,9 +469,13 @@ def _kind_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Iterable[str]) -> s
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return "sentencepiece" if any(token.startswith("▁") for token in vocabulary) else "plain"
+        marks = {token[0] for token in vocabulary if token}
+        return "sentencepiece" if "▁" in marks else "byte-level" if "Ġ" in marks else "plain"
     if backend.decoder is None:
-        return "plain"
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no decoder, so that its tokens can't be read as text. "
+            "Byte-level and SentencePiece tokenizers can be aligned."
+        )
     state = json.loads(backend.decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     kinds = {step["type"] for step in steps}

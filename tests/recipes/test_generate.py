@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,7 @@ def test_a_line_that_fails_is_recorded_and_the_others_go_on(capsys, tmp_path):
     assert generate.main([*MODELS, "--input", str(path)]) == 1
     captured = capsys.readouterr()
     failed, right = records(captured.out)
+    assert failed["line"] == 1
     assert "512" in failed["error"]
     assert ANSWER.fullmatch(right["text"])
     assert "Line 1 failed" in captured.err
@@ -184,7 +186,7 @@ def test_a_base_spread_over_memory_and_disk(capsys, tmp_path, spread):
         "explicit": ["--device_map", json.dumps(EXPLICIT)],
     }[spread]
     generator = generate.Generator(
-        *generate_arguments(*arguments, "--offload_folder", str(tmp_path / "offloaded")), trace=False
+        *generate_arguments(*arguments, "--offload_folder", str(tmp_path / "offloaded")),
     )
     assert "disk" in generator.base.hf_device_map.values()
     assert "cpu" in generator.base.hf_device_map.values()
@@ -208,7 +210,7 @@ def generate_arguments(*words):
 @pytest.mark.slow
 def test_a_quantized_base(capsys):
     plain = answer(capsys)
-    generator = generate.Generator(*generate_arguments("--quantization", "torchao-int8"), trace=False)
+    generator = generate.Generator(*generate_arguments("--quantization", "torchao-int8"))
     weight = generator.base.model.layers[0].mlp.up_proj.weight
     assert "int8" in type(weight).__name__.lower() or "AffineQuantized" in type(weight).__name__
     ids = generator.answer(QUESTION, generate.PromptArguments(), seed=0)
@@ -232,16 +234,89 @@ def test_a_proxy_with_another_tokenizer_needs_the_flag(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--prompt", "a", "--input", "b"], "'a' and 'b'"),
-        (["--input", "missing.txt"], "'missing.txt' is no file"),
+        (["--input", "missing.txt"], "'missing.txt' can't be read"),
+        (["--prompt", "a", "--output", "b.jsonl"], "got --prompt 'a'"),
+        (["--prompt", "a", "--trace", "."], "the folder '.'"),
         (["--input", "b", "--trace", "c.html"], "got --input 'b'"),
         (["--prompt", "a", "--rule", "primal"], "'threshold'"),
-        (["--prompt", "a", "--device_map", "{cpu"], "{cpu"),
         (["--prompt", "a", "--config", "nowhere"], "nowhere"),
     ],
 )
 def test_bad_arguments_are_echoed(capsys, arguments, message):
     assert generate.main([*MODELS, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device_map", "{cpu"], "{cpu"),
+        (["--max_memory", "20GiB", "--device_map", "auto"], "got '20GiB'"),
+        (["--max_memory", '{"cpu": "1MB"}'], "goes with --device_map auto"),
+        (["--dtype", "float99"], "float99"),
+        (["--temperature", "0.7"], "need --do_sample"),
+        (["--do_sample", "--top_p", "3"], "got 3.0"),
+        (["--max_new_tokens", "0"], "got 0"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([*MODELS, "--prompt", "a", *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_input_that_changed_is_refused_by_line(capsys, tmp_path, prompts):
+    output = tmp_path / "answers.jsonl"
+    short = [*MODELS, "--max_new_tokens", "3", "--input", str(prompts), "--output", str(output)]
+    assert generate.main(short) == 0
+    before = output.read_bytes()
+    prompts.write_text("A new first line.\n" + prompts.read_text())
+    assert generate.main(short) == 2
+    error = capsys.readouterr().err
+    assert "line 1 was" in error
+    assert "A new first line." in error
+    assert output.read_bytes() == before
+
+
+def test_a_failure_of_an_earlier_run_is_not_forgotten(capsys, tmp_path):
+    path, output = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    path.write_text("So " * 600 + "\nSo\n")
+    command = [*MODELS, "--max_new_tokens", "3", "--input", str(path), "--output", str(output)]
+    assert [generate.main(command) for _ in range(2)] == [1, 1]
+    assert "2 lines are done already, 1 of them failed" in capsys.readouterr().err
+    assert len(records(output.read_text())) == 2
+
+
+def test_what_else_a_json_line_holds_is_kept(capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "So", "id": "a7"}\r\n')
+    assert generate.main([*MODELS, "--input", str(path), "--max_new_tokens", "3"]) == 0
+    (record,) = records(capsys.readouterr().out)
+    assert (record["id"], record["prompt"], record["line"]) == ("a7", "So", 1)
+
+
+def test_every_line_and_seed_has_its_own_random_numbers():
+    seeds = {generate.seed_of(seed, line) for seed in range(30) for line in range(30)}
+    assert len(seeds) == 900
+
+
+def test_the_bases_own_generation_config_is_not_the_commands(capsys, tmp_path):
+    expected = answer(capsys).out
+    shutil.copytree(PAIR / "base", tmp_path / "base")
+    config = tmp_path / "base" / "generation_config.json"
+    own = {"no_repeat_ngram_size": 1, "num_beams": 3, "min_new_tokens": 30, "repetition_penalty": 1.5}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
+    models = ["--base", str(tmp_path / "base"), *MODELS[2:]]
+    assert generate.main([*models, "--prompt", QUESTION]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_a_config_may_lie_beside_its_models_and_move_with_them(tmp_path, monkeypatch, capsys):
+    pair = shutil.copytree(PAIR, tmp_path / "moved")
+    KADConfig("dual", {"threshold": 0.6}, base="../base", proxy="somewhere/else").save_pretrained(pair / "proxy")
+    monkeypatch.chdir(tmp_path)
+    assert generate.main(["--config", "moved/proxy", "--prompt", QUESTION, "--device", "cpu"]) == 0
+    assert ANSWER.fullmatch(capsys.readouterr().out.strip())
 
 
 def test_models_are_needed(capsys):
@@ -251,12 +326,22 @@ def test_models_are_needed(capsys):
 
 def test_a_json_line_without_a_prompt_is_named(capsys, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"question": "Why?"}\n')
-    assert generate.main([*MODELS, "--input", str(path)]) == 2
-    assert 'Line 1 needs a "prompt" or "messages", got \'{"question"' in capsys.readouterr().err
+    for line, message in (
+        ('{"question": "Why?"}', 'Line 2 needs a "prompt"'),
+        ('{"prompt": 5}', 'Line 2 needs a "prompt"'),
+        ('{"messages": [{"role": "user"}]}', 'Line 2 needs a "prompt"'),
+        ('{"prompt": "torn', "Line 2 begins like JSON, but is none"),
+    ):
+        path.write_text(f"So\n{line}\n")
+        assert generate.main([*MODELS, "--input", str(path)]) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err
+        assert line[:15] in captured.err
+        assert not captured.out  # found before the first answer
 
 
 def test_sampling_is_plain_unless_asked_for():
     assert generate.SamplingArguments(do_sample=True, top_p=0.9).settings() == {
         **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0},
+        "max_new_tokens": 256,
     }

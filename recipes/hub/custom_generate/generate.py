@@ -45,6 +45,10 @@ def generate(
         config = kad_config if isinstance(kad_config, KADConfig) else KADConfig(**kad_config)
     compared = {} if assistant_tokenizer is None else {"tokenizer": tokenizer, "proxy_tokenizer": assistant_tokenizer}
     kad = KADLogitsProcessor.from_config(assistant_model, config, **compared)
+    inputs = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    several = inputs is not None and len(inputs) > 1
+    if speculative and (several or max(kwargs.get("num_return_sequences", 1), kwargs.get("num_beams", 1)) > 1):
+        raise ValueError("Batches, beams and several return sequences are not drafted: pass `speculative=False`.")
     return model.generate(
         logits_processor=[*(logits_processor or []), kad],
         assistant_model=assistant_model if speculative else None,
