@@ -211,7 +211,8 @@ def quantization_config(name: str | None) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
     from transformers import TorchAoConfig  # noqa: PLC0415
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    # Its settings for the compiler would lower the precision of all other models in float32 as well.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
 
 
 def as_json(text: str | None, option: str) -> Any:

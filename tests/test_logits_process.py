@@ -363,6 +363,12 @@ def test_a_proxy_prompt_padded_on_the_right_is_refused(proxy):
         pass
 
 
+def test_a_proxy_prompt_of_lists_is_refused(proxy):
+    kad = KADLogitsProcessor(proxy)
+    with pytest.raises(TypeError, match="got ids of type list"), kad.proxy_prompt({"input_ids": [[1, 2]]}):
+        pass
+
+
 def test_embeddings_as_prompt_need_ids_for_the_proxy(base, proxy):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
     embeds = base.get_input_embeddings()(PROMPT).detach()
@@ -518,6 +524,8 @@ def test_a_second_thread_is_refused_while_a_call_is_open(base, proxy):
         base.generate(OTHER, logits_processor=[kad], **GREEDY)
     with pytest.raises(RuntimeError, match="another thread"):
         kad(OTHER, torch.zeros(1, 50))
+    with pytest.raises(RuntimeError, match="another thread"):
+        kad.reset()
     wait.go_on.set()
     thread.join()
     assert torch.equal(results[0], expected)
@@ -584,6 +592,7 @@ def test_tokenizers_are_compared(proxy):
         ({"num_assistant_tokens": 0}, ValueError, "got 0"),
         ({"num_assistant_tokens": 2.5}, ValueError, "2.5"),
         ({"reference": "proxy"}, ValueError, "reference"),
+        ({"vocabulary_alignment": "tokenizer"}, TypeError, "align_vocabularies.* got str"),
     ],
 )
 def test_bad_arguments_are_echoed(proxy, arguments, error, message):

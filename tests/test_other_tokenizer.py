@@ -184,6 +184,10 @@ def test_the_end_of_the_proxys_turn_has_the_bases_name(base, tokenizer, alignmen
     assert f"eos_token_id=[{tokenizer.eos_token_id}]" in caplog.text
 
 
+def test_repr_shows_what_is_shared(alignment):
+    assert "375 tokens are shared" in repr(make_kad(alignment))
+
+
 def test_by_hand_the_whole_text_is_tokenized_anew(base, tokenizer, alignment):
     proxy = make_proxy()
     kad = make_kad(alignment, proxy)

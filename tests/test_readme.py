@@ -1,9 +1,14 @@
 """The README's code runs and prints what the page says; its module tree is the package's."""
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import test_proxy_kinds
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -12,7 +17,8 @@ import transformers_kad
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-EXAMPLE, BEFORE, RULE = (text for language, text in BLOCKS if language == "python")
+EXAMPLE, BEFORE, OTHER_TOKENIZER, HUB, RULE = (text for language, text in BLOCKS if language == "python")
+_, ALIGN = (text for language, text in BLOCKS if language == "bash")
 PRINTED, TREE = (text for language, text in BLOCKS if language == "")
 
 
@@ -29,6 +35,58 @@ def test_the_example_prints_what_the_page_says(capsys):
     assert len(EXAMPLE.strip().splitlines()) == 6
 
 
+def test_a_proxy_with_another_tokenizer(capsys):
+    names = dict.fromkeys(("base_path", "proxy_path"), "recipes/tiny_pair/base")
+    exec(OTHER_TOKENIZER, names)
+    assert "640 tokens are shared" in capsys.readouterr().out
+
+
+def test_the_repo_for_the_hub():
+    names = {}
+    exec(BEFORE, names)
+    exec(EXAMPLE, names)
+    exec(HUB, names)
+    assert names["ids"].shape[1] > names["inputs"]["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+def test_align_generate_and_look(tmp_path, monkeypatch):
+    """The commands of the page from an empty folder, but for the installation and the browser."""
+    commands = ALIGN.replace("\\\n", " ").strip().splitlines()
+    assert [command.split()[1:4] for command in commands][::3] == [
+        ["-m", "pip", "install"],
+        ["-m", "webbrowser", "trace.html"],
+    ]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    outputs = []
+    for command in commands[1:3]:
+        python, *words = shlex.split(command)
+        assert python == "python"
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, env=environment, check=False, timeout=600
+        )
+        assert run.returncode == 0, run.stderr
+        outputs.append(run.stdout)
+    assert re.search(r"We get 34 \+ 28 = 62\. The answer is 62\.", outputs[1])
+    assert "<html" in (tmp_path / "trace.html").read_text()
+
+
+def test_the_picture_of_the_page_is_there():
+    (path,) = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
+    assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_what_was_tried_is_that_of_the_tests():
+    header, _, *rows = re.search(r"\| proxy \| equal.*?(?=\n\n)", README, re.DOTALL)[0].splitlines()
+    names = [row.split(" | ")[0].removeprefix("| ") for row in rows]
+    assert names == list(test_proxy_kinds.KINDS)
+    columns = header.strip("| ").split(" | ")[1:]
+    assert columns == [name.replace("equal", "equal vocabularies") for name in test_proxy_kinds.VOCABULARIES]
+    assert {cell for row in rows for cell in row.strip("| ").split(" | ")[1:]} == {"exact"}
+
+
 def test_the_rule_of_the_page_is_a_rule():
     names = {"proxy": AutoModelForCausalLM.from_pretrained("recipes/tiny_pair/reference")}
     exec(RULE, names)
@@ -41,6 +99,8 @@ def test_every_module_is_in_the_tree_and_no_other():
     listed = set(re.findall(r"(\w+\.py)", package))
     present = {path.name for path in Path(transformers_kad.__file__).parent.glob("*.py")}
     assert listed == present - {"__init__.py", "_version.py"}
+    recipes = set(re.findall(r"(\w+\.py)", TREE.partition("recipes/")[2].partition("tests/")[0]))
+    assert recipes == {path.name for path in (ROOT / "recipes").glob("*.py")}
 
 
 def test_every_rule_is_in_the_table():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import generate
 import pytest
+import torch
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
 
@@ -215,6 +216,7 @@ def test_a_quantized_base(capsys):
     assert "int8" in type(weight).__name__.lower() or "AffineQuantized" in type(weight).__name__
     ids = generator.answer(QUESTION, generate.PromptArguments(), seed=0)
     assert generator.text(ids) == plain.out.strip()
+    assert torch.get_float32_matmul_precision() == "highest"  # nothing was changed for other models
 
 
 def test_a_proxy_with_another_tokenizer_needs_the_flag(capsys, tmp_path):
