@@ -4,7 +4,7 @@
 # ///
 """How much slower is a LoRA proxy that is not merged into its weights, and when does merging pay?
 
-    python recipes/benchmark_adapters.py                 # about two minutes on 2 CPU cores
+    python recipes/benchmark_adapters.py                 # about 90 seconds on 2 CPU cores
 
 Measures one proxy step (one token, a cache of --context tokens before it) for random models of several sizes: merged,
 unmerged, and unmerged with the adapter switched off, as the rule implicit_reward needs it for q0. The three take turns

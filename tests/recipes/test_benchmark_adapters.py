@@ -1,6 +1,7 @@
 """The benchmark of unmerged adapters: what it times, and what it prints."""
 
 import json
+from pathlib import Path
 
 import benchmark_adapters
 import pytest
@@ -43,3 +44,9 @@ def test_every_step_forwards_one_token():
 def test_bad_arguments_are_echoed(settings, message):
     with pytest.raises(ValueError, match=message):
         benchmark_adapters.BenchmarkArguments(**settings)
+
+
+def test_the_page_shows_the_figures_that_are_kept():
+    root = Path(benchmark_adapters.__file__).parents[1]
+    rows = json.loads((root / "recipes" / "results" / "adapters.json").read_text())["rows"]
+    assert benchmark_adapters.table(rows) in (root / "README.md").read_text()
