@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
+from .vocabulary import byte_level_text
+
 if TYPE_CHECKING:
     from .statistics import KADStatistics, SequenceStatistics, TokenRecord
 
@@ -232,7 +234,7 @@ def _label(tokenizer: Any, token_id: int) -> str:
     text = _continuation(tokenizer, _decode(tokenizer, [token_id]), [token_id], [token_id])
     name = tokenizer.convert_ids_to_tokens(token_id)
     if UNDECODED in text and isinstance(name, str):
-        raw = _bytes_of(name)
+        raw = byte_level_text(name)
         if raw is None or raw.decode("utf-8", "replace") != text:
             return name
         if raw != text.encode():
@@ -240,18 +242,6 @@ def _label(tokenizer: Any, token_id: int) -> str:
     signs = {" ": "␣", "\n": "↵", "\t": "⇥"}
     shown = "".join(signs.get(c) or (_code_point(c) if c.isspace() or _MARKED.match(c) else c) for c in text)
     return shown or name or ""
-
-
-def _bytes_of(name: str) -> bytes | None:
-    """The bytes that a token of a byte-level tokenizer stands for; None if it can't be one's.
-
-    These tokenizers write each byte as a character that can be printed: itself if it is one in Latin-1, else the
-    next one from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
-    return bytes(byte_of[c] for c in name) if all(c in byte_of for c in name) else None
 
 
 def _source_hash(source: str) -> str:

@@ -400,8 +400,8 @@ class _Tokens:
                 continue
             if index in self.added:
                 self.text[index] = token.encode()
-            elif kind == "byte-level" and _BYTES_OF.keys() >= set(token):
-                self.text[index] = bytes(_BYTES_OF[character] for character in token)
+            elif kind == "byte-level":
+                self.text[index] = byte_level_text(token) or token.encode()
             elif kind == "sentencepiece":
                 byte = _fallback_byte(token)
                 if byte is not None:
@@ -489,6 +489,13 @@ def _kind_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Iterable[str]) -> s
         f"The tokenizer {tokenizer.name_or_path!r} writes its tokens in a way that can't be compared: "
         f"{sorted(kinds)}. Byte-level and SentencePiece tokenizers can be aligned."
     )
+
+
+def byte_level_text(token: str) -> bytes | None:
+    """The bytes that a token of a byte-level tokenizer stands for; None if it can't be one's."""
+    if not _BYTES_OF.keys() >= set(token):
+        return None
+    return bytes(_BYTES_OF[character] for character in token)
 
 
 def _fallback_byte(token: str) -> bytes | None:
