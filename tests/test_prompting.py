@@ -1,5 +1,6 @@
 """Prompts as model inputs, and the ids that end a text."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ from transformers import AutoTokenizer
 from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids
 
 PAIR = Path(__file__).resolve().parents[1] / "recipes" / "tiny_pair"
+
+
+@pytest.fixture(autouse=True)
+def as_before(base, proxy, monkeypatch):
+    """The models are shared by all tests: their configurations are changed as copies."""
+    for model in (base, proxy):
+        monkeypatch.setattr(model, "generation_config", copy.deepcopy(model.generation_config))
 
 
 @pytest.fixture
