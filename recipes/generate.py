@@ -32,107 +32,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from transformers_kad import RULES, KADConfig, KADLogitsProcessor, KADStatistics, align_vocabularies
+from transformers_kad import KADConfig, KADStatistics
+from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments
 from transformers_kad.command_line import parse_arguments, quieten
-from transformers_kad.loading import below_adapter, load_model, load_tokenizer
-from transformers_kad.prompting import PLAIN_SAMPLING, Prompt, encode, eos_token_ids
+from transformers_kad.pair import Pair
+from transformers_kad.prompting import Prompt, encode
 from transformers_kad.resumable import JsonLinesStore
 from transformers_kad.statistics import add_up
-from transformers_kad.vocabulary import check_tokenizers
-
-QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
-
-
-@dataclass
-class ModelArguments:
-    """Which models, and where they run."""
-
-    base: str | None = field(
-        default=None, metadata={"help": "Base: Hub id or folder. Default: the one that --config names."}
-    )
-    proxy: str | None = field(
-        default=None,
-        metadata={"help": "Aligned proxy: Hub id or folder of a model or an adapter. Default: the one of --config."},
-    )
-    reference: str | None = field(
-        default=None,
-        metadata={
-            "help": "The proxy before alignment, for the rule implicit_reward. Default: the model below the adapter."
-        },
-    )
-    align_vocabularies: bool = field(
-        default=False, metadata={"help": "Base and proxy have different tokenizers: use the tokens that both have."}
-    )
-    device: str = field(
-        default="auto", metadata={"help": "Where the models run: auto (cuda, mps or cpu), cpu, cuda:1, ..."}
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "Of the weights; auto: as they were saved."}
-    )
-    device_map: str | None = field(
-        default=None,
-        metadata={"help": "How the base is spread over devices: auto, or JSON as from_pretrained takes it."},
-    )
-    max_memory: str | None = field(
-        default=None, metadata={"help": 'For --device_map auto, as JSON: \'{"0": "20GiB", "cpu": "60GiB"}\'.'}
-    )
-    offload_folder: str | None = field(
-        default=None, metadata={"help": "Where weights go that fit neither on a device nor in memory."}
-    )
-    quantization: Literal[QUANTIZATIONS] | None = field(  # type: ignore[valid-type]
-        default=None, metadata={"help": "Quantize the base when it is loaded. torchao also runs on the CPU."}
-    )
-
-    def __post_init__(self) -> None:
-        if self.device.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError(f"--device {self.device}: PyTorch sees no CUDA device here.")
-        self.spread = as_json(self.device_map, "--device_map")
-        self.limits = as_json(self.max_memory, "--max_memory")
-        if self.limits is not None and (not isinstance(self.limits, dict) or self.device_map is None):
-            raise ValueError(
-                f"--max_memory takes a JSON object and goes with --device_map auto, got {self.max_memory!r}."
-            )
-
-
-@dataclass
-class RuleArguments:
-    """Which rule, and its parameters. What is not given here comes from --config, or has its default."""
-
-    config: str | None = field(
-        default=None, metadata={"help": "Folder or Hub repo with a kad_config.json, such as an aligned proxy's."}
-    )
-    rule: Literal[tuple(RULES)] | None = field(  # type: ignore[valid-type]
-        default=None, metadata={"help": "Rule; default: that of --config, else dual."}
-    )
-    threshold: float | None = field(default=None, metadata={"help": "Of dual, nudging and blend_in."})
-    budget: float | None = field(default=None, metadata={"help": "Of primal and exact."})
-    tolerance: float | None = field(default=None, metadata={"help": "Of exact."})
-    max_states: int | None = field(default=None, metadata={"help": "Of exact."})
-    margin: float | None = field(default=None, metadata={"help": "Of confidence_bet."})
-    variant: str | None = field(default=None, metadata={"help": "Of cascade: diff, opt, token_v2 or token_v3."})
-    alpha: float | None = field(default=None, metadata={"help": "Of cascade."})
-    beta: float | None = field(default=None, metadata={"help": "Of implicit_reward."})
-    weight: float | None = field(default=None, metadata={"help": "Of ensemble."})
-    component_temperature: float | None = field(
-        default=None, metadata={"help": "Divides both models' logits before the rule. Default 1."}
-    )
-    num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length. Default 5."})
-
-    def to_config(self) -> KADConfig:
-        """The settings of --config with what was given beside it."""
-        config = asdict(KADConfig.from_pretrained(self.config)) if self.config else {}
-        if self.rule is not None and self.rule != config.get("rule", "dual"):
-            config |= {"rule": self.rule, "parameters": {}}
-        own = ("config", "rule", "component_temperature", "num_assistant_tokens")
-        parameters = {name: value for name, value in vars(self).items() if name not in own and value is not None}
-        config["parameters"] = {**config.get("parameters", {}), **parameters}
-        for name in ("component_temperature", "num_assistant_tokens"):
-            if getattr(self, name) is not None:
-                config[name] = getattr(self, name)
-        return KADConfig(**config)
 
 
 @dataclass
@@ -160,71 +68,6 @@ class PromptArguments:
     )
 
 
-@dataclass
-class SamplingArguments:
-    """How tokens are drawn."""
-
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest answer, in tokens."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample from the target r; else its likeliest token."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the target, after KAD. Needs --do_sample."})
-    top_k: int = field(default=0, metadata={"help": "Of the target; 0: all tokens. Needs --do_sample."})
-    top_p: float = field(default=1.0, metadata={"help": "Of the target. Needs --do_sample."})
-    seed: int = field(default=0, metadata={"help": "Every line of a file is sampled from a seed of its own."})
-    speculative: bool = field(default=True, metadata={"help": "Let the proxy draft: the same distribution, faster."})
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens must be at least 1, got {self.max_new_tokens}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p must lie in (0, 1], got {self.top_p}.")
-        if self.temperature <= 0 or self.top_k < 0:
-            raise ValueError(
-                f"--temperature must be positive and --top_k at least 0, got {self.temperature} and {self.top_k}."
-            )
-        if not self.do_sample and (self.temperature, self.top_k, self.top_p) != (1.0, 0, 1.0):
-            raise ValueError("--temperature, --top_k and --top_p need --do_sample.")
-
-    def settings(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        if not self.do_sample:
-            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        warped = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {**PLAIN_SAMPLING, **warped, "max_new_tokens": self.max_new_tokens}
-
-
-def pick_device(name: str) -> str:
-    """The device that "auto" stands for."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def quantization_config(name: str | None) -> Any:
-    """The configuration that transformers takes, or None."""
-    if name is None:
-        return None
-    library, _, kind = name.partition("-")
-    if library == "bitsandbytes":
-        from transformers import BitsAndBytesConfig  # noqa: PLC0415
-
-        return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-    from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
-    from transformers import TorchAoConfig  # noqa: PLC0415
-
-    # Its settings for the compiler would lower the precision of all other models in float32 as well.
-    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
-
-
-def as_json(text: str | None, option: str) -> Any:
-    """The value of an option that is JSON or one word."""
-    if text is None or not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{option} must be JSON, got {text!r} ({error}).") from error
-
-
 class Generator:
     """Base, proxy and processor, and one answer at a time."""
 
@@ -237,55 +80,15 @@ class Generator:
         folder: str | None = None,
         trace: bool = False,
     ) -> None:
-        base_path, proxy_path = find_models(models, config, folder)
-        if base_path is None or proxy_path is None:
-            raise ValueError(
-                f"Base and proxy are needed, got {base_path!r} and {proxy_path!r}: pass --base and --proxy, or a "
-                "--config that names them."
-            )
-        self.sampling, self.device = sampling, pick_device(models.device)
-        self.tokenizer, self.proxy_tokenizer = load_tokenizer(base_path), load_tokenizer(proxy_path)
-        alignment = None
-        if models.align_vocabularies:
-            alignment = align_vocabularies(self.tokenizer, self.proxy_tokenizer)
-            print(alignment.report, file=sys.stderr)
-        else:
-            try:
-                check_tokenizers(self.tokenizer, self.proxy_tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{error} On the command line: --align_vocabularies.") from error
-        spread = {
-            "device_map": models.spread,
-            "max_memory": {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None,
-            "offload_folder": models.offload_folder,
-            "quantization_config": quantization_config(models.quantization),
-        }
-        where = {"device": self.device, "dtype": models.dtype}
-        merge = models.quantization is None and models.device_map is None
-        self.base = load_model(
-            base_path, **where, merge=merge, **{name: value for name, value in spread.items() if value is not None}
-        )
-        rule = config.make_rule()
-        switched_off = rule.needs_reference and models.reference is None and below_adapter(proxy_path) is not None
-        self.kad = KADLogitsProcessor.from_config(
-            load_model(proxy_path, **where, merge=not switched_off),
-            config,
-            reference=load_model(models.reference, **where) if models.reference else None,
-            trace=trace,
-            tokenizer=self.tokenizer,
-            proxy_tokenizer=self.proxy_tokenizer,
-            vocabulary_alignment=alignment,
-        )
-        pad = self.tokenizer.pad_token_id
-        ends = set(eos_token_ids(self.base)) | {self.tokenizer.eos_token_id}
-        for end in (*eos_token_ids(self.kad.proxy), self.proxy_tokenizer.eos_token_id):
-            ends.add(end if alignment is None or end is None else alignment.base_id(end))
-        # What the base's own configuration asks for (penalties, beams, a minimal length) is not the command's.
-        getattr(self.base, "get_base_model", lambda: self.base)().generation_config = GenerationConfig()
+        models.complete(config, folder)
+        self.sampling = sampling
+        # One copy of the weights serves as proxy and as reference where the adapter can be switched off.
+        self.pair = Pair(models, merge_proxy=not config.make_rule().needs_reference or models.reference is not None)
+        self.kad = self.pair.processor(config, trace=trace)
         self.settings = {
             **sampling.settings(),
-            "eos_token_id": sorted(ends - {None}) or None,
-            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "eos_token_id": self.pair.eos_token_ids,
+            "pad_token_id": self.pair.pad_token_id,
             "logits_processor": [self.kad],
         }
         if sampling.speculative:
@@ -293,36 +96,21 @@ class Generator:
 
     def answer(self, prompt: Prompt, arguments: PromptArguments, seed: int, streamer: Any = None) -> list[int]:
         """The ids of one answer. Equal seeds give equal answers, whatever was answered before."""
-        inputs = encode(self.tokenizer, [prompt], self.device, chat=_flag(arguments.chat))
+        pair = self.pair
+        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat))
         self.kad.reset()
         set_seed(seed)
         if arguments.proxy_chat == "same":
-            ids = self.base.generate(**inputs, **self.settings, streamer=streamer)
+            ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         else:
-            own = encode(self.proxy_tokenizer, [prompt], self.device, chat=_flag(arguments.proxy_chat))
+            own = encode(pair.proxy_tokenizer, [prompt], pair.device, chat=_flag(arguments.proxy_chat))
             with self.kad.proxy_prompt(own):
-                ids = self.base.generate(**inputs, **self.settings, streamer=streamer)
+                ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     def text(self, ids: list[int]) -> str:
         """An answer without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def find_models(models: ModelArguments, config: KADConfig, folder: str | None) -> tuple[str | None, str | None]:
-    """Base and proxy of the command line, else of the config in a folder, which may name them relative to itself."""
-
-    def resolve(name: str | None) -> str | None:
-        beside = Path(folder or "") / (name or "")
-        return str(beside) if name and folder and not Path(name).exists() and beside.exists() else name
-
-    proxy = resolve(config.proxy)
-    holds_model = folder is not None and any(
-        (Path(folder) / n).is_file() for n in ("adapter_config.json", "config.json")
-    )
-    if holds_model and (proxy is None or not Path(proxy).exists()):
-        proxy = folder  # the proxy that the config lies beside, moved or downloaded
-    return models.base or resolve(config.base), models.proxy or proxy
+        return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def _flag(choice: str) -> bool | None:
@@ -402,14 +190,14 @@ def summary(calls: list[KADStatistics], seconds: float) -> str:
 
 def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
     """Answer --prompt, streamed."""
-    streamer = TextStreamer(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(generator.pair.tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
     prompt = with_system(arguments.prompt or "", arguments.system)
     generator.answer(prompt, arguments, generator.sampling.seed, streamer)
     assert generator.kad.statistics is not None
     print(summary([generator.kad.statistics], time.perf_counter() - started), file=sys.stderr)
     if arguments.trace and generator.kad.trace is not None:
-        page = generator.kad.trace.to_html(arguments.trace, generator.tokenizer, title=arguments.prompt)
+        page = generator.kad.trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
         print(f"Trace: {page}", file=sys.stderr)
 
 

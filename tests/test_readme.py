@@ -1,5 +1,6 @@
 """The README's code runs and prints what the page says; its module tree is the package's."""
 
+import importlib
 import os
 import re
 import shlex
@@ -13,12 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import transformers_kad
+from transformers_kad.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 EXAMPLE, BEFORE, OTHER_TOKENIZER, HUB, RULE = (text for language, text in BLOCKS if language == "python")
-_, ALIGN = (text for language, text in BLOCKS if language == "bash")
+_, ALIGN, MEASURE, PAPER, HARNESS = (text for language, text in BLOCKS if language == "bash")
 PRINTED, TREE = (text for language, text in BLOCKS if language == "")
 
 
@@ -73,9 +75,35 @@ def test_align_generate_and_look(tmp_path, monkeypatch):
     assert "<html" in (tmp_path / "trace.html").read_text()
 
 
-def test_the_picture_of_the_page_is_there():
-    (path,) = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
-    assert (ROOT / path).read_bytes().startswith(b"\x89PNG")
+def commands(block):
+    """The words of each recipe's call in a block."""
+    for line in block.replace("\\\n", " ").strip().splitlines():
+        python, script, *words = shlex.split(line)
+        if script.startswith("recipes/"):
+            assert python == "python"
+            yield Path(script).stem, words
+
+
+@pytest.mark.parametrize("block", [MEASURE, PAPER], ids=["tiny", "paper"])
+def test_the_commands_that_measure_are_understood(block, monkeypatch):
+    understood = []
+    for name, words in commands(block):
+        recipe = importlib.import_module(name)
+        worker = "evaluate" if name in ("run_eval", "sweep") else "run"
+        monkeypatch.setattr(recipe, worker, lambda *given, **_: understood.append(given) or 0)
+        assert recipe.main(words) == 0
+    assert len(understood) == {MEASURE: 4, PAPER: 2}[block]
+    if block == PAPER:
+        for _, evaluation, chosen, _ in understood:
+            assert {*evaluation.task} == {*TASKS} - {"tiny"}
+            assert {"kad-dual", "kad-primal", "nudging", "aligned"} <= {method.name for method in chosen.methods()}
+
+
+def test_the_pictures_of_the_page_are_there():
+    paths = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
+    assert len(paths) == 4
+    for path in paths:
+        assert (ROOT / path).read_bytes().startswith((b"\x89PNG", b"<?xml"))
 
 
 def test_the_table_of_what_was_tried_is_that_of_the_tests():

@@ -114,7 +114,13 @@ def test_a_text_worked_out_by_hand():
         [Round(5, 2, False, [0.5, 0.25, 1.0]), Round(5, 0, False, [0.0]), Round(3, 2, True, [1, 1])]
     )
     assert statistics == SequenceStatistics(
-        tokens=6, rounds=3, drafted=13, accepted=4, deferral_mass=3.75 / 6, acceptance_histogram=(1, 0, 2, 0, 0, 0)
+        tokens=6,
+        rounds=3,
+        drafted=13,
+        accepted=4,
+        deferral_mass=3.75 / 6,
+        acceptance_histogram=(1, 0, 2, 0, 0, 0),
+        deferral_masses=(0.5, 0.25, 1.0, 0.0, 1.0, 1.0),
     )
     assert statistics.acceptance_rate == 4 / 13
     assert statistics.tokens_per_round == 2
@@ -299,6 +305,7 @@ def test_rows_that_decode_side_by_side_have_their_own_masses_lengths_and_records
     assert masses.unique().numel() > 3
     assert statistics[0].deferral_mass == pytest.approx(float(masses[:, 0].mean()), abs=1e-6)
     assert statistics[1].deferral_mass == pytest.approx(float(masses[:2, 1].mean()), abs=1e-6)
+    assert [s.deferral_masses for s in statistics] == [tuple(masses[:, 0].tolist()), tuple(masses[:2, 1].tolist())]
     assert [(s.tokens, s.rounds, s.drafted, s.accepted) for s in statistics] == [(3, 3, 0, 0), (2, 2, 0, 0)]
     assert [s.acceptance_histogram for s in statistics] == [(3,), (2,)]
     assert all(s.acceptance_rate is None and s.tokens_per_round == 1 for s in statistics)

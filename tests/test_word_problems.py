@@ -99,6 +99,21 @@ def test_scores(text, strict, lenient):
     assert task.is_correct_lenient(text, PROBLEM) is lenient
 
 
+@pytest.mark.parametrize(
+    ("text", "strict", "lenient"),
+    [
+        ("12 + 7 = 19. The answer is 18.<|end|>", "18", "19"),
+        ("12 + 7 = 019. The answer is 018.<|end|>", "018", "19"),
+        ("The answer is 0.<|end|>", "0", "0"),
+        ("The answer is 19.", None, "19"),
+        ("The cat sees the door.<|end|>", None, None),
+    ],
+)
+def test_extraction(text, strict, lenient):
+    assert task.extract_answer(text) == strict
+    assert task.extract_answer_lenient(text) == lenient
+
+
 def test_the_ideal_answer_is_correct_and_another_problem_s_is_not():
     problems = task.make_problems("validation", 100)
     for problem, other in pairwise(problems):

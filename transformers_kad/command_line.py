@@ -1,4 +1,4 @@
-"""What every recipe's command line shares: dataclasses as options, help with its examples, one-line errors."""
+"""Parsing a command line: dataclasses as options, help with its examples, one-line errors."""
 
 import argparse
 import warnings

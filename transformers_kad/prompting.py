@@ -21,6 +21,7 @@ def encode(
     device: str = "cpu",
     *,
     chat: bool | None = None,
+    **template_arguments: Any,
 ) -> BatchEncoding:
     """Prompts as model inputs `(B, L)`, padded on the left where there are several.
 
@@ -29,6 +30,7 @@ def encode(
         prompts: questions, or chats (lists of messages with `role` and `content`).
         device: where the tensors go.
         chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
+        **template_arguments: what the chat template understands beside messages, say `enable_thinking=False`.
 
     Raises:
         ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
@@ -55,7 +57,12 @@ def encode(
     ]
     try:
         inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, padding=padding, return_dict=True, return_tensors="pt"
+            messages,
+            add_generation_prompt=True,
+            padding=padding,
+            return_dict=True,
+            return_tensors="pt",
+            **template_arguments,
         )
     except TemplateError as error:
         raise ValueError(

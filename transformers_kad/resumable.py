@@ -1,10 +1,10 @@
-"""A file of JSON Lines that a run appends to, and that a later run goes on with. Nothing twice, nothing lost."""
+"""Files of JSON Lines that a run appends to, and that a later run goes on with. Nothing twice, nothing lost."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 try:
     import fcntl
@@ -47,12 +47,11 @@ class JsonLinesStore:
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.torn: str | None = None
         self._claim(json.loads(json.dumps(settings)))
         self._file = self.path.open("a", encoding="utf-8")
         try:
-            self._lock()
-            self.records = list(self._read())
+            lock(self._file, self.path)
+            self.records, self.torn = read_json_lines(self.path)
         except BaseException:
             self._file.close()
             raise
@@ -65,35 +64,7 @@ class JsonLinesStore:
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write a result; when this returns, it is on the disk."""
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def _lock(self) -> None:
-        """Until the file is closed, by the end of the process at the latest."""
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"Another run is writing to {str(self.path)!r}. Wait for it, or end it.") from error
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            self.torn = content[whole : whole + 80].decode(errors="replace")
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-        # Not splitlines(): text may hold other characters that end lines.
-        for number, line in enumerate(content[:whole].decode().split("\n")[:-1], start=1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{str(self.path)!r}, line {number} is not JSON: {line[:80]!r} ({error}).") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{str(self.path)!r}, line {number} must hold an object, got {line[:80]!r}.")
-            yield record
+        append_json_lines(self._file, [record])
 
     def _claim(self, settings: dict[str, Any]) -> None:
         """Write the settings beside the results, or check that they are those of the run that is there."""
@@ -103,12 +74,10 @@ class JsonLinesStore:
                 found = json.loads(claim.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{str(claim)!r} is not JSON: {error}.") from error
-            keys = [key for key in {**found, **settings} if found.get(key) != settings.get(key)]
-            if keys:
-                listed = "; ".join(f"{key} is {found.get(key)!r} there and {settings.get(key)!r} here" for key in keys)
+            if found != settings:
                 raise ValueError(
-                    f"{str(self.path)!r} holds results of a run with other settings: {listed}. Choose another file, "
-                    "or repeat the settings to go on."
+                    f"{str(self.path)!r} holds results of a run with other settings: "
+                    f"{describe_differences(found, settings)}. Choose another file, or repeat the settings to go on."
                 )
         elif self.path.exists() and self.path.stat().st_size:
             raise ValueError(
@@ -116,6 +85,68 @@ class JsonLinesStore:
                 "Choose another file."
             )
         else:
-            new = claim.with_name(claim.name + ".new")
-            new.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            new.replace(claim)
+            write_whole(claim, json.dumps(settings, indent=2) + "\n")
+
+
+def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records to an open file, one a line; when this returns, they are on the disk."""
+    file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The records of a file, and the beginning of a torn last line, which is removed from the file.
+
+    Raises:
+        ValueError: a line that is no JSON object.
+    """
+    content, torn = path.read_bytes(), None
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        torn = content[whole : whole + 80].decode(errors="replace")
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    return list(_parse(path, content[:whole])), torn
+
+
+def _parse(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+    # Not splitlines(): text may hold other characters that end lines.
+    for number, line in enumerate(content.decode().split("\n")[:-1], start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{str(path)!r}, line {number} is not JSON: {line[:80]!r} ({error}).") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{str(path)!r}, line {number} must hold an object, got {line[:80]!r}.")
+        yield record
+
+
+def lock(file: IO[str], path: Path) -> None:
+    """Keep other runs from a file until it is closed, by the end of the process at the latest.
+
+    Raises:
+        ValueError: another run has it.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"Another run is writing to {str(path)!r}. Wait for it, or end it.") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that it is either as before or whole, whenever the run is stopped."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Where two settings differ, for an error message."""
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)

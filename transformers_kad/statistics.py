@@ -32,6 +32,8 @@ class SequenceStatistics:
             are no mask.
         acceptance_histogram: entry k is the number of rounds that emitted k draft tokens, for k up to the longest
             draft.
+        deferral_masses: D at each emitted position of one sequence; None for rules that are no mask, without any
+            token, and where several sequences are added up.
 
     Identities: tokens = accepted + rounds - rounds that end on a draft token; sum(histogram) = rounds;
     sum(k * histogram[k]) = accepted.
@@ -43,6 +45,7 @@ class SequenceStatistics:
     accepted: int = 0
     deferral_mass: float | None = None
     acceptance_histogram: tuple[int, ...] = ()
+    deferral_masses: tuple[float, ...] | None = field(default=None, repr=False)
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -252,6 +255,7 @@ class StepRecorder:
                 rounds=length,
                 deferral_mass=mean_or_none(mass),
                 acceptance_histogram=(length,) if length else (),
+                deferral_masses=all_or_none(mass),
             )
             for length, mass in zip(lengths, masses, strict=True)
         ]
@@ -337,6 +341,7 @@ class RoundRecorder:
             accepted=sum(self.accepted),
             deferral_mass=mean_or_none(masses),
             acceptance_histogram=tuple(histogram),
+            deferral_masses=all_or_none(masses),
         )
         if not self.trace:
             return [statistics], None
@@ -357,12 +362,17 @@ def make_record(
     return TokenRecord(token, p, q, r, mass, share, drafted, base, proxy)
 
 
+def all_or_none(values: Iterable[float | None]) -> tuple[float, ...] | None:
+    """The same values, None if there are none or any is None."""
+    listed = tuple(values)
+    known = tuple(value for value in listed if value is not None)
+    return known if known and len(known) == len(listed) else None
+
+
 def mean_or_none(values: Iterable[float | None]) -> float | None:
     """Their mean, None if there are none or any is None."""
-    known = list(values)
-    if not known or any(value is None for value in known):
-        return None
-    return sum(value for value in known if value is not None) / len(known)
+    known = all_or_none(values)
+    return sum(known) / len(known) if known else None
 
 
 def add_up(sequences: Sequence[SequenceStatistics], *, base_forwards: int, proxy_forwards: int) -> KADStatistics:

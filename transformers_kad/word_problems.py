@@ -154,23 +154,33 @@ EOS, PAD, USER, ASSISTANT = "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 STRICT = re.compile(rf"The answer is (\d+)\.?{re.escape(EOS)}(?:{re.escape(PAD)}|{re.escape(EOS)})*")
 
 
-def is_correct(text: str, problem: Problem) -> bool:
-    """Strict score: `text` says "The answer is N" once, with the right N, and ends there.
+def extract_answer(text: str) -> str | None:
+    """The number of a completion that says "The answer is N" once, and ends there; None for any other text.
 
     `text` is the completion decoded *with* special tokens (`skip_special_tokens=False`): the end of sequence
     must follow the number or its period. Padding after it is ignored.
     """
     head, phrase, tail = text.partition("The answer is ")
     match = STRICT.fullmatch(phrase + tail)
-    return match is not None and EOS not in head and match[1] == str(problem.answer)
+    return match[1] if match is not None and EOS not in head else None
 
 
-def is_correct_lenient(text: str, problem: Problem) -> bool:
-    """Lenient score, fair to a model that was never told how to answer or where to stop.
+def extract_answer_lenient(text: str) -> str | None:
+    """The number of a completion, fair to a model that was never told how to answer or where to stop.
 
     Counts the number after the last "=" of the first line that is not empty, or the last number of that line
-    if it has no "=". What follows the line, and the end of sequence, do not matter.
+    if it has no "=". What follows the line, and the end of sequence, do not matter. Leading zeros are dropped.
     """
     line = text.partition(EOS)[0].strip().partition("\n")[0]
     numbers = re.findall(r"=\s*(\d+)", line) if "=" in line else re.findall(r"\d+", line)
-    return bool(numbers) and int(numbers[-1]) == problem.answer
+    return (numbers[-1].lstrip("0") or "0") if numbers else None
+
+
+def is_correct(text: str, problem: Problem) -> bool:
+    """Strict score: :func:`extract_answer` finds the right number."""
+    return extract_answer(text) == str(problem.answer)
+
+
+def is_correct_lenient(text: str, problem: Problem) -> bool:
+    """Lenient score: :func:`extract_answer_lenient` finds the right number."""
+    return extract_answer_lenient(text) == str(problem.answer)

@@ -118,9 +118,14 @@ def test_help_says_what_it_does_and_explains_every_option(recipe, tmp_path):
 
 COPIES = {
     "quickstart": ("--pair", PAIR, "--problems", "2", "--max_new_tokens", "4"),
-    "evaluate_tiny_pair": (
-        *("--pair", PAIR, "--problems", "2", "--validation_problems", "2", "--seeds", "1"),
-        *("--max_new_tokens", "2", "--out", "figures.json"),
+    "run_eval": ("--pair", PAIR, "--limit", "2", "--max_new_tokens", "4"),
+    "sweep": (
+        *("--pair", PAIR, "--limit", "2", "--max_new_tokens", "4", "--no_speculative"),
+        *("--method", "base", "kad-dual:threshold=0.3,0.5"),
+    ),
+    "tune": (
+        *("--pair", PAIR, "--limit", "2", "--max_new_tokens", "4", "--no_speculative"),
+        *("--trials", "2", "--goal", "accuracy"),
     ),
     "benchmark_adapters": ("--sizes", "1M", "--repetitions", "2", "--steps", "2", "--context", "4"),
     "generate": ("--base", PAIR / "base", "--proxy", PAIR / "proxy", "--prompt", "Ada has 1 hat."),
@@ -141,7 +146,7 @@ def test_it_runs_as_a_single_file_copied_elsewhere(name, tmp_path):
     assert run.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "evaluate_tiny_pair"])
+@pytest.mark.parametrize("name", ["quickstart", "run_eval", "sweep", "tune"])
 def test_without_the_pair_a_copy_says_what_to_pass(name, tmp_path):
     run = run_copy(ROOT / "recipes" / f"{name}.py", tmp_path)
     assert run.returncode != 0

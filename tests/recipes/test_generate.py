@@ -189,8 +189,8 @@ def test_a_base_spread_over_memory_and_disk(capsys, tmp_path, spread):
     generator = generate.Generator(
         *generate_arguments(*arguments, "--offload_folder", str(tmp_path / "offloaded")),
     )
-    assert "disk" in generator.base.hf_device_map.values()
-    assert "cpu" in generator.base.hf_device_map.values()
+    assert "disk" in generator.pair.base.hf_device_map.values()
+    assert "cpu" in generator.pair.base.hf_device_map.values()
     ids = generator.answer(QUESTION, generate.PromptArguments(), seed=0)
     assert generator.text(ids) == plain.out.strip()
     assert generator.kad.statistics.accepted > 0
@@ -212,7 +212,7 @@ def generate_arguments(*words):
 def test_a_quantized_base(capsys):
     plain = answer(capsys)
     generator = generate.Generator(*generate_arguments("--quantization", "torchao-int8"))
-    weight = generator.base.model.layers[0].mlp.up_proj.weight
+    weight = generator.pair.base.model.layers[0].mlp.up_proj.weight
     assert "int8" in type(weight).__name__.lower() or "AffineQuantized" in type(weight).__name__
     ids = generator.answer(QUESTION, generate.PromptArguments(), seed=0)
     assert generator.text(ids) == plain.out.strip()

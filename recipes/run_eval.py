@@ -1,0 +1,69 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad[eval]"]
+# ///
+r"""Measure what each rule buys: accuracy with intervals, speed, acceptance and deferral, on the same questions.
+
+The tiny pair on its own held-out problems, some minutes on 2 CPU cores:
+
+    python recipes/run_eval.py --task tiny --method base proxy nudging:threshold=0.7 kad-dual:threshold=0.4
+
+Any pair on public tasks, each model a Hub id or a folder:
+
+    python recipes/run_eval.py --base allenai/OLMo-2-1124-13B --proxy allenai/OLMo-2-0425-1B-Instruct \
+        --task gsm8k math500 --method base proxy kad-primal:budget=0.8 kad-dual:threshold=0.3,0.4 --output results
+
+Several GPUs, one model copy each: `torchrun --nproc_per_node 8 recipes/run_eval.py ...`. The results do not depend on
+the number of processes. A run that was stopped goes on when the same command is given again; --output may also be
+taken up again with more methods, tasks or samples.
+
+Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_qa, tiny.
+
+Methods: base, proxy, aligned (the model that --aligned names), assisted (stock speculative decoding), nudging,
+kad-primal, kad-dual, kad-exact, confidence-bet, cascade-diff, cascade-opt, cascade-token-v2, cascade-token-v3,
+implicit-reward, ensemble, blend-in, config (what --config holds). With parameters: kad-dual:threshold=0.4. Several
+values make several methods: kad-dual:threshold=0.3,0.4:num_assistant_tokens=3,5.
+
+The folder of the results receives results.jsonl (one line an instance, method and sample), the tables as summary.json
+and summary.md, and plots as PNG and SVG.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers_kad.arguments import ModelArguments
+from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
+from transformers_kad.evaluation.session import evaluate
+
+TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
+
+
+@dataclass
+class RecordArguments:
+    """What is recorded."""
+
+    positions: bool = field(
+        default=False, metadata={"help": "Record the deferral mass at every position in results.jsonl."}
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run."""
+    types = (ModelArguments, EvaluationArguments, MethodArguments, EvaluationSampling, RecordArguments)
+    models, evaluation, chosen, sampling, record = parse_arguments(types, __doc__, argv)
+    quieten()
+    try:
+        evaluate(models, evaluation, chosen, sampling, positions=record.positions, default_pair=TINY_PAIR)
+        return 0
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""The tables: figures worked out by hand, methods in order, differences with their p-values."""
+
+import json
+
+import pytest
+
+from transformers_kad.evaluation.methods import parse_methods
+from transformers_kad.evaluation.report import make_report, summarize, to_markdown, write_report
+from transformers_kad.evaluation.results import ResultsFolder, hash_of
+from transformers_kad.intervals import wilson_interval
+
+
+def line(instance, method="base", prediction="1", sample=0, **more):
+    return {
+        "task": "tiny",
+        "method": method,
+        "instance": str(instance),
+        "sample": sample,
+        "prediction": prediction,
+        "answer": "1",
+        "correct": prediction == "1",
+        "correct_lenient": True,
+        "error": None,
+        "tokens": 10,
+        "seconds": 0.5,
+        **more,
+    }
+
+
+RULED = {"rounds": 4, "drafted": 8, "accepted": 6, "acceptance_histogram": [1, 0, 3], "deferral_mass": 0.25}
+
+
+def test_the_figures_of_a_method_by_hand():
+    other = {**RULED, "tokens": 30, "seconds": 1.5, "rounds": 10, "drafted": 12, "accepted": 4, "deferral_mass": 0.5}
+    lines = [
+        line(0, "kad", **RULED),
+        line(0, "kad", "2", 1, **RULED),
+        line(
+            1,
+            "kad",
+            **other,
+        ),
+        line(1, "kad", None, 1, **{**RULED, "error": "ValueError", "correct_lenient": False}),
+    ]
+    found = summarize(lines)
+    assert (found["instances"], found["samples"], found["accuracy"], found["failed"]) == (2, 2, 0.5, 1)
+    assert (found["low"], found["high"]) == pytest.approx(wilson_interval(1, 2))
+    assert found["accuracy_lenient"] == 0.75
+    assert found["tokens_per_second"] == pytest.approx(60 / 3)
+    assert found["deferral_mass"] == pytest.approx((3 * 10 * 0.25 + 30 * 0.5) / 60)
+    assert found["acceptance_rate"] == pytest.approx(22 / 36)
+    assert found["tokens_per_round"] == pytest.approx(60 / 22)
+    assert found["acceptance_histogram"] == [4, 0, 12]
+
+
+def test_a_method_without_a_rule_has_neither_acceptance_nor_deferral():
+    found = summarize([line(0), line(1)])
+    assert found["acceptance_rate"] is found["deferral_mass"] is found["tokens_per_round"] is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    methods = parse_methods(["kad-dual", "proxy", "base"])
+    with ResultsFolder(tmp_path) as folder:
+        folder.prepare()
+        configs = [
+            {"task": "tiny", "method": m.label, "name": m.name, "shown_parameters": m.parameters} for m in methods
+        ]
+        folder.describe(configs)
+        for method, config in zip(methods, configs, strict=True):
+            right = {"kad-dual": 8, "proxy": 3, "base": 0}[method.name]
+            more = RULED if method.config else {}
+            seconds = {"kad-dual": 0.25, "proxy": 0.1, "base": 0.5}[method.name]
+            folder.append(
+                {
+                    **line(i, method.label, "1" if i < right else "2", **more),
+                    "seconds": seconds,
+                    **{"batch": method.label, "batch_number": 0, "batch_size": 8, "row": i, "config": hash_of(config)},
+                }
+                for i in range(8)
+            )
+        folder.merge()
+    return folder
+
+
+def test_methods_stand_in_a_fixed_order_with_their_speed_against_the_base(folder):
+    rows = make_report(folder)["rows"]
+    assert [row["method"] for row in rows] == ["base", "proxy", "kad-dual threshold=0.4"]
+    assert [row["speedup"] for row in rows] == pytest.approx([1, 5, 2])
+    assert [row["accuracy"] for row in rows] == [0, 3 / 8, 1]
+
+
+def test_every_pair_is_compared_on_the_same_instances(folder):
+    comparisons = {(c["method_a"], c["method_b"]): c for c in make_report(folder)["comparisons"]}
+    assert len(comparisons) == 3
+    assert comparisons["base", "kad-dual threshold=0.4"]["p_value"] == pytest.approx(2 / 2**8)
+    assert comparisons["proxy", "kad-dual threshold=0.4"]["p_value"] == pytest.approx(2 / 2**5)
+
+
+def test_the_report_is_written_for_people_and_for_programs(folder, tmp_path):
+    report = make_report(folder, dtype="float32")
+    as_json, as_markdown = write_report(report, tmp_path)
+    assert json.loads(as_json.read_text()) == report
+    assert as_markdown.read_text() == to_markdown(report)
+    assert {"device", "torch", "transformers", "dtype", "commit"} <= report["environment"].keys()
+    lines = as_markdown.read_text().splitlines()
+    assert "| kad-dual threshold=0.4 | 1.000 | 0.676 to 1.000 | 1.000 | 40.0 | × 2.00 | 0.25 | 0.75 | 2.50 |" in lines
+    assert "| base | 1.000 ± 0.000 | 0.0078 | 0.0234 |" in lines
+    assert "| proxy | 0.625 ± 0.359 | 0.0625 | 0.1250 |" in lines
+    assert "failed" not in as_markdown.read_text()

@@ -1,0 +1,137 @@
+"""Results survive stops: nothing twice, nothing lost, nothing of another configuration."""
+
+import pytest
+
+from transformers_kad.evaluation.results import ResultsFolder, hash_of
+
+CONFIG = {"task": "tiny", "method": "base", "seed": 0}
+
+
+def lines(number, size=2, config=CONFIG, **more):
+    return [
+        {
+            "task": config["task"],
+            "method": config["method"],
+            "sample": 0,
+            "batch": f"{config['task']}/{config['method']}/0/{number}",
+            "batch_number": number,
+            "batch_size": size,
+            "row": row,
+            "config": hash_of(config),
+            **more,
+        }
+        for row in range(size)
+    ]
+
+
+def write(path, process, *batches):
+    with ResultsFolder(path, process) as folder:
+        for batch in batches:
+            folder.append(batch)
+
+
+def keys(path):
+    return [(r["batch_number"], r["row"]) for r in ResultsFolder(path).read()]
+
+
+def opened(path, *configs):
+    with ResultsFolder(path) as folder:
+        mended = folder.prepare()
+        folder.describe(configs or [CONFIG])
+    return mended
+
+
+def test_files_of_all_processes_are_merged_in_one_order(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 1, lines(1), lines(10))
+    write(tmp_path, 0, lines(2), lines(0))
+    assert keys(tmp_path) == []
+    mended = opened(tmp_path)
+    assert (mended.torn, mended.incomplete) == ((), ())
+    assert keys(tmp_path) == [(number, row) for number in (0, 1, 2, 10) for row in (0, 1)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "configs.json", "results.jsonl"]
+
+
+def test_a_stop_between_merging_and_clearing_up_repeats_nothing(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    part = (tmp_path / "results.0.jsonl").read_bytes()
+    opened(tmp_path)
+    (tmp_path / "results.0.jsonl").write_bytes(part)
+    opened(tmp_path)
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("cut", [1, 30, 200])
+def test_a_torn_batch_goes_as_a_whole_and_is_reported(tmp_path, cut):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0), lines(1, size=3))
+    part = tmp_path / "results.0.jsonl"
+    part.write_bytes(part.read_bytes()[:-cut])
+    mended = opened(tmp_path)
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+    assert mended.incomplete == ("tiny/base/0/1",)
+    assert len(mended.torn) == 1
+    assert mended.torn[0].startswith('{"task": "tiny"')
+
+
+def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0, size=3, run=1)[:2], lines(0, size=3, run=2))
+    opened(tmp_path)
+    assert [record["run"] for record in ResultsFolder(tmp_path).read()] == [2, 2, 2]
+
+
+def test_results_of_other_settings_are_refused_with_the_difference(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    with pytest.raises(ValueError, match="'base' on 'tiny' with other settings: seed is 0 there and 1 here"):
+        opened(tmp_path, {**CONFIG, "seed": 1})
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+    opened(tmp_path, CONFIG, {**CONFIG, "method": "proxy", "seed": 1})  # another method may have others
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+
+
+def test_settings_without_a_result_bind_nobody(tmp_path):
+    opened(tmp_path)
+    opened(tmp_path, {**CONFIG, "seed": 1})
+    assert list(ResultsFolder(tmp_path).configs().values()) == [{**CONFIG, "seed": 1}]
+
+
+def test_settings_may_be_described_one_by_one(tmp_path):
+    other = {**CONFIG, "method": "proxy"}
+    with ResultsFolder(tmp_path) as folder:
+        folder.prepare()
+        for config in (CONFIG, other):
+            folder.describe([config])
+            folder.append(lines(0, config=config))
+    opened(tmp_path)
+    assert list(ResultsFolder(tmp_path).configs().values()) == [CONFIG, other]
+
+
+def test_results_that_no_settings_explain_are_refused(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    opened(tmp_path)
+    (tmp_path / "configs.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe"):
+        opened(tmp_path)
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with ResultsFolder(tmp_path) as first, ResultsFolder(tmp_path) as second:
+        first.prepare()
+        with pytest.raises(ValueError, match="Another run is writing"):
+            second.prepare()
+    opened(tmp_path)
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "here").write_text("")
+    with pytest.raises(ValueError, match="got the file"):
+        ResultsFolder(tmp_path / "here")
+
+
+def test_the_hash_tells_configurations_apart_and_not_their_order():
+    assert hash_of(CONFIG) == hash_of(dict(reversed(CONFIG.items())))
+    assert hash_of(CONFIG) != hash_of({**CONFIG, "seed": 1})

@@ -1,0 +1,456 @@
+r"""Answers: found in a model's text, and compared with the right one.
+
+A prompt asks for a *stated* answer: "The answer is 72.", "The answer is (B)." or `\boxed{72}`. Every extractor takes
+the last stated answer of a text. Only a text that ended by itself (`ended=True`) has fallbacks, named in each
+docstring: a text that was cut at the token limit has no last sentence that could be read as its answer, and a number
+or a letter that touches the cut may not be whole. Where no rule finds anything the prediction is None: wrong.
+
+>>> extract_number("48 / 2 = 24, so the answer is 24? No: 24 + 48 = 72. **Answer: $1,072.00**")
+'1072.00'
+>>> answers_match("1072.00", "1072", "number")
+True
+"""
+
+import atexit
+import faulthandler
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from importlib.util import find_spec
+from typing import IO, Literal, get_args
+
+Comparison = Literal["text", "number", "math"]
+
+logger = logging.getLogger(__name__)
+
+
+def answers_match(prediction: str | None, answer: str, comparison: str) -> bool:
+    r"""Whether a prediction says the same as the right answer.
+
+    Args:
+        prediction: what an extractor found; None is wrong.
+        answer: the right answer.
+        comparison: "text": the same string (an option's letter). "number": the same value, exactly
+            (:func:`number_value`). "math": the same meaning, by math-verify: 1/2 = 0.5, (x + 1)^2 = x^2 + 2x + 1,
+            \sqrt{117} = 3\sqrt{13}. Works in every thread and always returns (:class:`MathVerifier`).
+
+    Raises:
+        ValueError: an unknown comparison, or a right answer that is no number where numbers are compared.
+        ImportError: math-verify is not installed.
+
+    >>> answers_match("18.0", "18", "number"), answers_match("0.33", "1/3", "number")
+    (True, False)
+    """
+    if comparison not in get_args(Comparison):
+        raise ValueError(f"`comparison` must be one of {get_args(Comparison)}, got {comparison!r}.")
+    right = number_value(answer) if comparison == "number" else None
+    if comparison == "number" and right is None:
+        raise ValueError(f"Numbers are compared, but the right answer {answer!r} is none.")
+    if prediction is None or comparison == "text":
+        return prediction == answer
+    if comparison == "number":
+        return number_value(prediction) == right
+    return prediction.strip() == answer.strip() or _verifier.equal(prediction, answer)
+
+
+# --- Statements: "The answer is" ----------------------------------------------------------------------------
+
+_MARKUP = r"[\s*_`\"“”'‘’~≈]"
+_OPENING = r"(?:[(\[{$€£¥]|\\[(\[$]|\\(?:boxed|text|math)[a-z]*\s*\{)"  # what may open around an answer
+_DENIAL = r"(?:not|never|cannot|neither|nor)\b"
+# "The answer is", "**Answer**: ", "the correct answer to the question would be", "Final answer =", "#### ".
+_STATED = re.compile(
+    r"(?<!wrong )(?<!incorrect )\b(?:answer|(?:correct|right|best) (?:option|choice))\b"
+    rf"(?:\s+(?!is\b|{_DENIAL})\w+){{0,5}}?{_MARKUP}*"
+    r"(?:\b(?:is|was|be|equals|becomes|comes to|comes out to)\b(?:\s*:)?|[:=])|####",
+    re.IGNORECASE,
+)
+
+
+def _is_whole(text: str, end: int, ended: bool) -> bool:
+    """Whether what ends at `end` is known to be complete: a text that was cut must go on after it."""
+    return ended or bool(text[end:].lstrip(",/"))
+
+
+# --- Boxes --------------------------------------------------------------------------------------------------
+
+# A box that opens, one without braces, an escaped character, a brace.
+_BOX_OR_BRACE = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*)(?:\{|(?P<bare>[^\s{}$\\.,]+))|\\.|[{}]", re.DOTALL)
+
+
+def _boxes(text: str) -> list[tuple[int, str]]:
+    """Start and content of every complete box, in the order of their starts."""
+    boxes = []
+    open_braces: list[re.Match[str]] = []
+    for match in _BOX_OR_BRACE.finditer(text):
+        if match["bare"]:
+            boxes.append((match.start(), match["bare"]))
+        elif match[0].endswith("{") and match[0] != r"\{":
+            open_braces.append(match)
+        elif match[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if opening["box"]:
+                boxes.append((opening.start(), text[opening.end() : match.start()].strip()))
+    return sorted(boxes)
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""The content of the last complete `\boxed{...}` (or `\fbox{...}`, `\boxed 5`), nested braces included.
+
+    >>> print(extract_boxed(r"so $\boxed{\frac{1}{2}}$, which is not \boxed{\frac{1}{"))
+    \frac{1}{2}
+    """
+    boxes = _boxes(text)
+    return boxes[-1][1] if boxes else None
+
+
+# --- Numbers ------------------------------------------------------------------------------------------------
+
+_DIGITS = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?"
+# A sign and a currency in either order, a whole number before a fraction, digits, a denominator: -$1,234.50, 2 1/2.
+_NUMBER = rf"[-−–]?(?:\\?[$€£¥]\s?)?[-−–]?(?:\d+ (?=\d+/\d))?{_DIGITS}(?:\s?[/⁄]\s?\d+(?:\.\d+)?)?"
+_ANY_NUMBER = re.compile(rf"(?<![^\W_])(?<!\d\.){_NUMBER}")  # not inside a word; the minus of 10-3 is no sign
+_VALUE = re.compile(rf"(?P<sign>-?)(?:(?P<whole>\d+) )?(?P<digits>{_DIGITS})(?:/(?P<denominator>[\d.]+))?")
+_BEFORE_NUMBER = (
+    rf"(?:{_MARKUP}|{_OPENING}|\b(?:approximately|about|around|roughly|exactly|only|just|simply|now|then|therefore|thus"
+    r"|equal to|a total of)\b)*+"
+)
+_UNIT = r"\s*+(?:[^\W\d]+\s*)?"
+_OPERATOR = rf"{_UNIT}(?:[-−+*×÷·x]|\\times|\\cdot|\\div)\s*"  # a slash belongs to the number
+_CALCULATION = rf"{_NUMBER}(?:{_OPERATOR}{_NUMBER})*{_UNIT}={_MARKUP}*"
+# A number, or the result of a calculation: "72", "3 apples + 4 pears = 7", "12/4 = 3", but the 72 of "72 = 48 + 24".
+_STATED_NUMBER = re.compile(
+    rf"{_BEFORE_NUMBER}(?:(?=(?:{_NUMBER}{_OPERATOR}|{_DIGITS}\s?/)){_CALCULATION})*(?P<number>{_NUMBER})"
+)
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{(\d+)\}\s*\{(\d+)\}|(\d)(\d))")
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,?\\[,!]|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
+
+
+def _plain(text: str) -> str:
+    r"""Fractions and thousands separators of LaTeX as plain ones: `2\frac{1}{2}` is "2 1/2"."""
+
+    def fraction(match: re.Match[str]) -> str:
+        gap = " " if text[: match.start()][-1:].isdigit() else ""
+        return f"{gap}{match[1] or match[3]}/{match[2] or match[4]}"
+
+    return _LATEX_COMMA.sub(",", _LATEX_FRACTION.sub(fraction, text))
+
+
+def _cleaned(number: str) -> str:
+    """A match of `_NUMBER` without currency and commas, with an ASCII minus."""
+    bare = re.sub(r"[$€£¥\\,]", "", re.sub(r"[−–]", "-", number)).strip()
+    return re.sub(r"\s*[/⁄]\s*", "/", re.sub(r"^-\s*", "-", bare))
+
+
+def number_value(text: str) -> Fraction | None:
+    r"""The value of a number that stands alone, or None if it is none.
+
+    Thousands separators, a currency, a closing period and a percent sign do not matter: 50% has the value 50, since
+    the sets that ask for percentages give them as plain numbers. Fractions and mixed numbers have their exact value.
+
+    >>> number_value("-$1,234.50"), number_value(r"2\frac{1}{2}"), number_value("50%"), number_value("seven")
+    (Fraction(-2469, 2), Fraction(5, 2), Fraction(50, 1), None)
+    """
+    number = re.sub(r"\s*\\?%$", "", _plain(text.strip()).rstrip("."))
+    match = _VALUE.fullmatch(_cleaned(number)) if re.fullmatch(_NUMBER, number) else None
+    if match is None:
+        return None
+    try:
+        value = Fraction(match["digits"]) / Fraction(match["denominator"] or 1) + Fraction(match["whole"] or 0)
+    except (ValueError, ZeroDivisionError):  # more digits than Python reads, or 1/0
+        return None
+    return -value if match["sign"] else value
+
+
+def _is_list_marker(text: str, start: int, end: int) -> bool:
+    """Whether a number is the "2." that a line begins with."""
+    line = text[:start].rpartition("\n")[2]
+    return not line.strip(" \t#*>_-") and bool(re.match(r"[.)][*_]*[ \t]+\S", text[end:]))
+
+
+def extract_number(text: str, ended: bool = True) -> str | None:
+    r"""The number that a text gives as its answer, without currency, commas and unit: "-3", "1234.50", "1/2".
+
+    In this order:
+
+    1. The last stated number: "The answer is 72", "Answer: 72", "#### 72", `\boxed{72}`. Of a calculation there, the
+       result: "The answer is 48 + 24 = 72". Nothing but markup, a currency or a word like "about" may stand between.
+    2. If the text ended by itself, its last number, the markers of a list left out.
+
+    Args:
+        text: the completion.
+        ended: False if it was cut at the token limit.
+
+    >>> extract_number("3 apples and 4 pears, so 7")
+    '7'
+    >>> extract_number("The answer is $1,234.50 (about 12 a day).")
+    '1234.50'
+    """
+    text = _plain(text)
+    stated = []
+    for statement in _STATED.finditer(text):
+        match = _STATED_NUMBER.match(text, statement.end())
+        if match and _is_whole(text, match.end(), ended) and not _is_list_marker(text, *match.span("number")):
+            stated.append((match.start("number"), match["number"]))
+    for start, content in _boxes(text):
+        if numbers := _ANY_NUMBER.findall(content.rpartition("=")[2]):
+            stated.append((start, numbers[0]))
+    if stated:
+        return _cleaned(max(stated)[1])
+    if not ended:
+        return None
+    found = list(_ANY_NUMBER.finditer(text))
+    found = [match for match in found if not _is_list_marker(text, *match.span())] or found
+    return _cleaned(found[-1][0]) if found else None
+
+
+# --- Options ------------------------------------------------------------------------------------------------
+
+_BEFORE_OPTION = re.compile(
+    rf"(?:{_MARKUP}|{_OPENING}|\b(?:the|option|choice|letter|answer|most|likely|probably|clearly|definitely|therefore"
+    r"|thus|then|indeed)\b)*",
+    re.IGNORECASE,
+)
+_AFTER_OPTION = re.compile(r"[)\]}*_`\"”'’$.]*")
+# "A" and "I" are words too: "the answer is A because" names an option, "Answer: A dog" does not.
+_WORD_FOLLOWS = re.compile(r"\s+(?!(?:because|since|as|is|and|or|for|which|with|by|due|but|so|not)\b)[a-z]")
+_OTHER_OPTION = re.compile(r"\s*(?:\\text\s*\{\s*)?(?:\bor\b|\band\b|/|&)\s*\}?")
+
+
+def _option_at(text: str, position: int, letters: str) -> tuple[str, int] | None:
+    """The letter of an option that stands at `position`, markup and words like "option" skipped, and where it ends.
+
+    A small letter needs a bracket, "(b)" or "b)", or has to be the last thing of its line.
+    """
+    start = _BEFORE_OPTION.match(text, position).end()  # type: ignore[union-attr]
+    letter, after = text[start : start + 1], text[start + 1 :]
+    if not letter or letter.upper() not in letters or re.match(r"\w|[-'’]\w", after):
+        return None
+    if letter.islower() and not re.match(r"[)\]}]|\.?\s*(?:\n|$)", after):
+        return None
+    if letter in "AI" and _WORD_FOLLOWS.match(after):
+        return None
+    return letter.upper(), start + 1
+
+
+def _is_undecided(text: str, end: int, letters: str) -> bool:
+    """Whether an option that ends at `end` goes on with another: "(A) or (C)", but not "(A) and (C) is wrong"."""
+    joint = _OTHER_OPTION.match(text, _AFTER_OPTION.match(text, end).end())  # type: ignore[union-attr]
+    second = _option_at(text, joint.end(), letters) if joint else None
+    return second is not None and not re.match(r"[)\]}*]*\s+(?:is|are|was|has|does)\b", text[second[1] :])
+
+
+def _only(found: list[tuple[str, ...]]) -> str | None:
+    """The letter that all matches agree on."""
+    letters = {letter for groups in found for letter in groups if letter}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def extract_option(text: str, letters: str, ended: bool = True) -> str | None:
+    r"""The letter of the option that a text gives as its answer.
+
+    In this order:
+
+    1. The last stated option: "The answer is (B)", "**Answer: B**", "correct answer: **(C) Paris**",
+       `\boxed{\text{(B)}}`. One that is not decided, "The answer is (A) or (C)", is no answer, and nothing further is
+       looked for.
+
+    If the text ended by itself (options that are denied, "not (A)", left out):
+
+    2. The last option that is called right or chosen: "option B is the best", "(B) is correct", "I choose (B)".
+    3. A last line that is nothing but a letter.
+    4. The one letter that lines begin with: "B", "B. Paris", "(B) Paris, because".
+    5. The one letter that is marked anywhere: "(B)", "**B**", "option B".
+
+    Where 4 and 5 find several letters, there is no answer: a text that goes through all options ends without a choice.
+
+    Args:
+        text: the completion.
+        letters: the options' letters, capital: "ABCD".
+        ended: False if it was cut at the token limit.
+
+    >>> extract_option("A. because the sun is a star, so the answer is D", "ABCD")
+    'D'
+    >>> print(extract_option("Because bats are mammals, (A) and (C) are alike.", "ABCD"))
+    None
+    """
+    stated: list[tuple[int, str | None]] = []
+    for statement in _STATED.finditer(text):
+        option = _option_at(text, statement.end(), letters)
+        if option and _is_whole(text, option[1], ended):
+            stated.append((option[1], None if _is_undecided(text, option[1], letters) else option[0]))
+    for start, content in _boxes(text):
+        if option := _option_at(content, 0, letters):
+            stated.append((start, None if _is_undecided(content, option[1], letters) else option[0]))
+    if stated:
+        return max(stated, key=lambda item: item[0])[1]
+    if not ended:
+        return None
+    marked = rf"\(([{letters}])\)|\b(?i:option|choice)\s+[(*]*([{letters}])\b|\*\*([{letters}])\b[^*\n]*\*\*"
+    text = re.sub(rf"\b(?:not|cannot be|can['’]t be|isn['’]t|rather than|instead of)\s+(?:{marked})", "", text)
+    named = rf"(?:{marked}|\b([{re.sub('[AI]', '', letters)}])\b)"
+    chosen = re.findall(
+        rf"{named}[)*]*\s+(?:is|must be|would be|should be|seems)\s+(?:(?:the|most|clearly|therefore|probably)\s+)*"
+        rf"(?:correct|right|true|best|answer)\b|\b(?i:choose|pick|select|go with|going with)\s+(?:the\s+)?{named}",
+        text,
+    )
+    if chosen:
+        return _only(chosen[-1:])
+    last = re.fullmatch(rf"[\W_]*([{letters}])[\W_]*", text.strip().rpartition("\n")[2], re.IGNORECASE)
+    if last:
+        return last[1].upper()
+    lines = re.findall(
+        rf"^[ \t#*>_-]*(?:\(([{letters}])\)|([{letters}])(?:[).:]|\*\*|[ \t]*$))(?!\W*is (?:not|in|wrong|false))",
+        text,
+        re.MULTILINE,
+    )
+    return _only(lines) if lines else _only(re.findall(marked, text))
+
+
+# --- Mathematics --------------------------------------------------------------------------------------------
+
+_FORMULA = re.compile(r"\$\$([^$]+)\$\$|\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_BEFORE_EXPRESSION = re.compile(f"{_MARKUP}*")
+_SENTENCE = re.compile(r"[^\n]{1,300}?(?=\.(?:\s|$)|,?\s(?:because|since|which|where)\b|\n|$)")
+
+
+def extract_math(text: str, ended: bool = True) -> str | None:
+    r"""The expression that a text gives as its answer, as it stands there (LaTeX or plain).
+
+    In this order:
+
+    1. The content of the last complete `\boxed{...}`: :func:`extract_boxed`.
+    2. The last statement: the formula, or else the rest of the sentence, after "The answer is" or "Answer:".
+    3. If the text ended by itself, its last formula ($...$, \(...\), \[...\]), or else its last number.
+
+    Args:
+        text: the completion.
+        ended: False if it was cut at the token limit.
+
+    >>> print(extract_math(r"Hence $x = 2$. The final answer is $\frac{3}{4}$. I hope that helps."))
+    \frac{3}{4}
+    """
+    boxed = extract_boxed(text)
+    if boxed:
+        return boxed
+    for statement in [*_STATED.finditer(text)][::-1]:
+        start = _BEFORE_EXPRESSION.match(text, statement.end()).end()  # type: ignore[union-attr]
+        match = _FORMULA.match(text, start) or _SENTENCE.match(text, start)
+        if match and _is_whole(text, match.end(), ended) and (expression := _expression(match)):
+            return expression
+    if not ended:
+        return None
+    formulas = list(_FORMULA.finditer(text))
+    return _expression(formulas[-1]) if formulas else extract_number(text)
+
+
+def _expression(match: re.Match[str]) -> str:
+    """What stands in a formula's delimiters, or all of a sentence, without markup."""
+    content = next((group for group in match.groups() if group), match[0])
+    return content.strip(" \n*`$").rstrip(".")
+
+
+class MathVerifier:
+    """math-verify in a process of its own, started at the first comparison and kept.
+
+    math-verify parses LaTeX and lets sympy simplify it, which can take for ever (9^{9^9}). Its own timeout is a
+    signal: it works in the main thread only, and not while Python computes with huge integers. In a process of its own
+    each comparison is watched by a timer that ends the process; the answer then counts as wrong, a warning says so,
+    and the next comparison starts a new process. Hence it works in every thread, one comparison at a time.
+
+    Args:
+        timeout: seconds for one comparison.
+    """
+
+    def __init__(self, timeout: float = 10.0) -> None:
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        atexit.register(self.close)
+
+    def equal(self, prediction: str, answer: str) -> bool:
+        """Whether two expressions mean the same; not symmetric: of the answer `x = 5`, the prediction may be `5`.
+
+        Raises:
+            ImportError: math-verify is not installed, or does not run.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self.close()
+                self._start()
+            try:
+                reply = self._ask([prediction, answer])
+                if reply is None:
+                    self.close()
+            except BaseException:  # an interrupt would leave a reply behind, which the next question would read
+                self.close()
+                raise
+        if reply is None:
+            logger.warning(
+                "Comparing %r with %r took more than %g s: counted as wrong.", prediction, answer, self.timeout
+            )
+        return reply is True
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _start(self) -> None:
+        if find_spec("math_verify") is None:
+            raise ImportError('Comparing mathematics needs math-verify: pip install "transformers-kad[eval]"')
+        # This file, which imports nothing but the standard library: the process has no torch and starts in a second.
+        command = [sys.executable, "-P", __file__, str(self.timeout)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
+        )
+        if self._ask([r"\frac{1}{2}", "0.5"]) is not True:  # without a parser everything would be unequal
+            self.close()
+            raise ImportError('math-verify does not run here: pip install "transformers-kad[eval]"')
+
+    def _ask(self, pair: list[str]) -> bool | None:
+        """The process's reply; None if it ended instead."""
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(pair) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return None
+        reply = self._process.stdout.readline()
+        return json.loads(reply) if reply else None
+
+
+_verifier = MathVerifier()
+
+
+def _serve(questions: IO[str], replies: IO[str], timeout: float) -> None:
+    """The process of a `MathVerifier`: reads pairs of prediction and answer, writes true or false, a line each."""
+    from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    def expression(text: str) -> list:
+        formula = f"${text.replace('$', '')}$"
+        return parse(formula, extraction_config=[LatexExtractionConfig()], parsing_timeout=None)
+
+    with open(os.devnull, "w") as nowhere:
+        for line in questions:
+            prediction, answer = json.loads(line)
+            faulthandler.dump_traceback_later(timeout, exit=True, file=nowhere)
+            equal = verify(expression(answer), expression(prediction), timeout_seconds=None)
+            faulthandler.cancel_dump_traceback_later()
+            replies.write(json.dumps(bool(equal)) + "\n")
+            replies.flush()
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)  # what the libraries print goes to stderr, not among the replies
+        _serve(sys.stdin, channel, float(sys.argv[1]))

@@ -1,0 +1,223 @@
+"""Figures of an evaluation: one row a task and method, every pair of methods compared, as Markdown and JSON."""
+
+import json
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import evaluate
+
+from ..environment import describe_environment
+from ..metrics import metric_path
+from ..resumable import write_whole
+from .comparison import Comparison, compare_methods
+from .methods import PLAIN_METHODS, RULE_METHODS
+from .results import ResultsFolder
+from .tasks import get_task
+
+Record = Mapping[str, Any]
+
+
+@cache
+def _metric(name: str) -> Any:
+    return evaluate.load(metric_path(name))
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """The figures of one method on one task.
+
+    Args:
+        records: all its lines of `results.jsonl`, every instance with equally many samples.
+
+    Returns:
+        Accuracy with its 95 % interval (over instances), speed, and what the drafts and the rule did; None where a
+        method has no such figure.
+    """
+    records = sorted(records, key=lambda r: (r["instance"], r["sample"]))
+    instances = len({record["instance"] for record in records})
+    accuracy = _metric("answer_accuracy").compute(
+        predictions=[r["prediction"] for r in records],
+        references=[r["answer"] for r in records],
+        comparison=get_task(records[0]["task"]).comparison,
+        samples=len(records) // instances,
+    )
+    lenient = [r["correct_lenient"] for r in records if "correct_lenient" in r]
+    tokens, seconds = [r["tokens"] for r in records], [max(r["seconds"], 1e-6) for r in records]
+    ruled = [r for r in records if "rounds" in r]
+    drafted = any(r["drafted"] for r in ruled)
+    summary: dict[str, Any] = {
+        "task": records[0]["task"],
+        "method": records[0]["method"],
+        "instances": instances,
+        "samples": len(records) // instances,
+        "accuracy": accuracy["accuracy"],
+        "low": accuracy["low"],
+        "high": accuracy["high"],
+        "accuracy_lenient": sum(lenient) / len(lenient) if lenient else None,
+        "failed": sum(r["error"] is not None for r in records),
+        "mean_tokens": sum(tokens) / len(tokens),
+        "tokens_per_second": _metric("throughput").compute(tokens=tokens, seconds=seconds)["tokens_per_second"],
+        "deferral_mass": None,
+        "acceptance_rate": None,
+        "acceptance_length": None,
+        "tokens_per_round": None,
+        "acceptance_histogram": None,
+    }
+    if ruled:
+        summary["deferral_mass"] = _metric("deferral_mass").compute(
+            masses=[r["deferral_mass"] for r in ruled], tokens=[r["tokens"] for r in ruled]
+        )["deferral_mass"]
+    if drafted:
+        length = _metric("acceptance_length").compute(histograms=[r["acceptance_histogram"] for r in ruled])
+        rate = _metric("acceptance_rate").compute(
+            drafted=[r["drafted"] for r in ruled], accepted=[r["accepted"] for r in ruled]
+        )
+        summary |= {
+            "acceptance_rate": rate["acceptance_rate"],
+            "acceptance_length": length["acceptance_length"],
+            "acceptance_histogram": length["histogram"],
+            "tokens_per_round": sum(r["tokens"] for r in ruled) / max(sum(r["rounds"] for r in ruled), 1),
+        }
+    return summary
+
+
+def make_report(
+    folder: ResultsFolder, *, device: str = "cpu", dtype: str = "auto", processes: int = 1
+) -> dict[str, Any]:
+    """The figures of everything that a folder holds, and with what they were measured."""
+    configs = folder.configs()
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in folder.read():
+        groups.setdefault((record["task"], record["method"]), []).append(record)
+    rows, comparisons = [], []
+    for task in dict.fromkeys(task for task, _ in groups):
+        methods = sorted(
+            (method for of, method in groups if of == task),
+            key=lambda method: _order(configs[groups[task, method][0]["config"]]),
+        )
+        summaries = [summarize(groups[task, method]) for method in methods]
+        base = next((s["tokens_per_second"] for s in summaries if s["method"] == "base"), None)
+        for method, summary in zip(methods, summaries, strict=True):
+            config = configs[groups[task, method][0]["config"]]
+            summary["speedup"] = summary["tokens_per_second"] / base if base else None
+            summary["parameters"], summary["name"] = config["shown_parameters"], config["name"]
+        rows += summaries
+        comparisons += [{"task": task, **vars(c)} for c in compare(groups, task, methods)]
+    environment = {**describe_environment(device), "dtype": dtype, "processes": processes, "commit": current_commit()}
+    return {"rows": rows, "comparisons": comparisons, "environment": environment}
+
+
+def _order(config: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
+    names = [*PLAIN_METHODS, *RULE_METHODS, "config"]
+    return names.index(config["name"]), [
+        (key, value if isinstance(value, int | float) else 0.0, str(value))
+        for key, value in config["shown_parameters"].items()
+    ]
+
+
+def compare(groups: Mapping[tuple[str, str], Sequence[Record]], task: str, methods: Sequence[str]) -> list[Comparison]:
+    """Every pair of methods on the instances and samples that all of them have."""
+    if len(methods) < 2:
+        return []
+    samples = min(max(r["sample"] for r in groups[task, method]) + 1 for method in methods)
+    common = set.intersection(*({r["instance"] for r in groups[task, method]} for method in methods))
+    scores: dict[str, dict[str, list[bool]]] = {}
+    for method in methods:
+        own: dict[str, list[bool]] = {}
+        for record in sorted(groups[task, method], key=lambda r: (r["instance"], r["sample"])):
+            if record["instance"] in common and record["sample"] < samples:
+                own.setdefault(record["instance"], []).append(record["correct"])
+        scores[method] = own
+    return compare_methods(scores) if common else []
+
+
+@cache
+def current_commit() -> str | None:
+    """The commit of the checkout that the package lies in; None where it is installed without one."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """A table a task, then what the differences to its best method are worth."""
+    parts = []
+    for task in dict.fromkeys(row["task"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["task"] == task]
+        parts.append(f"**{task}**, {rows[0]['instances']} instances, {rows[0]['samples']} samples each\n")
+        parts.append(_table(rows))
+        comparisons = [c for c in report["comparisons"] if c["task"] == task]
+        if comparisons:
+            parts.append(_differences(rows, comparisons))
+    environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if value is not None)
+    return "\n".join([*parts, f"Measured with: {environment}", ""])
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = {
+        "method": lambda row: row["method"],
+        "accuracy": lambda row: _number(row["accuracy"], 3),
+        "95 % interval": lambda row: f"{row['low']:.3f} to {row['high']:.3f}",
+        "lenient": lambda row: _number(row["accuracy_lenient"], 3),
+        "tokens/s": lambda row: _number(row["tokens_per_second"], 1),
+        "speed": lambda row: "–" if row["speedup"] is None else f"× {row['speedup']:.2f}",
+        "deferral mass": lambda row: _number(row["deferral_mass"], 2),
+        "acceptance": lambda row: _number(row["acceptance_rate"], 2),
+        "tokens/round": lambda row: _number(row["tokens_per_round"], 2),
+        "failed": lambda row: str(row["failed"]),
+    }
+    if not any(row["failed"] for row in rows):
+        del columns["failed"]
+    if all(row["accuracy_lenient"] is None for row in rows):
+        del columns["lenient"]
+    return _markdown(list(columns), [[show(row) for show in columns.values()] for row in rows])
+
+
+def _differences(rows: Sequence[Mapping[str, Any]], comparisons: Iterable[Mapping[str, Any]]) -> str:
+    best = max(rows, key=lambda row: row["accuracy"])["method"]
+    lines = []
+    for c in comparisons:
+        if best in (c["method_a"], c["method_b"]):
+            other, sign = (c["method_b"], 1) if c["method_a"] == best else (c["method_a"], -1)
+            width = "" if c["half_width"] is None else f" ± {c['half_width']:.3f}"
+            lines.append(
+                [
+                    other,
+                    f"{sign * c['difference']:.3f}{width}",
+                    _p_value(c["p_value"]),
+                    _p_value(c["adjusted_p_value"]),
+                ]
+            )
+    header = [f"{best} minus", "difference", "p", "p, all pairs (Holm)"]
+    return _markdown(header, lines)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `summary.json` and `summary.md` into a folder."""
+    paths = [folder / "summary.json", folder / "summary.md"]
+    write_whole(paths[0], json.dumps(report, indent=2) + "\n")
+    write_whole(paths[1], to_markdown(report))
+    return paths

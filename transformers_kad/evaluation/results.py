@@ -1,0 +1,157 @@
+"""A folder of results that one process or many write to, and that a later run goes on with."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+from ..resumable import append_json_lines, describe_differences, lock, read_json_lines, write_whole
+
+RESULTS, CONFIGS, LOCK = "results.jsonl", "configs.json", ".lock"
+
+
+def hash_of(config: Mapping[str, Any]) -> str:
+    """A short name of a configuration: equal configurations have equal ones."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Mended:
+    """What was found broken and put right when a folder was opened.
+
+    Attributes:
+        torn: beginnings of torn last lines, removed.
+        incomplete: batches that a stop left unfinished; their lines were removed.
+    """
+
+    torn: tuple[str, ...] = ()
+    incomplete: tuple[str, ...] = ()
+
+
+class ResultsFolder:
+    """Results of an evaluation, one JSON object a line, one line an instance, method and sample.
+
+    `results.jsonl` holds what is merged, `results.<process>.jsonl` what a process has written since, and
+    `configs.json` the configuration behind every line's `config`. Lines carry `batch`, the unit in which they were
+    made, and `batch_size`, by which a batch that a stop cut short is recognised.
+
+    The first process owns the folder: it opens it before all others (`prepare`) and merges at the end. The others
+    only append to files of their own.
+
+    Args:
+        path: the folder, made if it is missing.
+        process: number of this process.
+    """
+
+    def __init__(self, path: str | Path, process: int = 0) -> None:
+        self.path = Path(path)
+        if self.path.is_file():
+            raise ValueError(f"Results go into a folder, got the file {str(self.path)!r}.")
+        self.process = process
+        self._described: set[str] = set()
+        self._file: IO[str] | None = None
+        self._lock: IO[str] | None = None
+
+    def __enter__(self) -> "ResultsFolder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in (self._file, self._lock):
+            if file is not None:
+                file.close()
+
+    def prepare(self) -> Mended:
+        """Take the folder, and merge what a stopped run left.
+
+        For the first process only, before any other touches the folder.
+
+        Raises:
+            ValueError: another run is writing to it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / LOCK).open("a", encoding="utf-8")
+        lock(self._lock, self.path)
+        return self.merge()
+
+    def describe(self, configs: Sequence[Mapping[str, Any]]) -> None:
+        """Note the configurations of the lines that will be written.
+
+        Args:
+            configs: each with `task` and `method`.
+
+        Raises:
+            ValueError: the folder holds results of the same task and method with another configuration (the message
+                shows the difference).
+        """
+        known, used = self.configs(), {record["config"] for record in self.read()}
+        for name in used - known.keys():
+            raise ValueError(
+                f"{str(self.path / RESULTS)!r} holds results of the configuration {name!r}, which {CONFIGS!r} does "
+                "not describe. Choose another --output."
+            )
+        kept = {name: config for name, config in known.items() if name in used}
+        for config in configs:
+            for found in kept.values():
+                if (found["task"], found["method"]) == (config["task"], config["method"]) and found != config:
+                    raise ValueError(
+                        f"{str(self.path)!r} holds results of {config['method']!r} on {config['task']!r} with other "
+                        f"settings: {describe_differences(found, config)}. Choose another --output, or repeat the "
+                        "settings to go on."
+                    )
+        kept |= {name: known[name] for name in self._described}
+        new = {hash_of(config): dict(config) for config in configs}
+        self._described |= new.keys()
+        write_whole(self.path / CONFIGS, json.dumps(kept | new, indent=2) + "\n")
+
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Every configuration, by the name that lines carry."""
+        path = self.path / CONFIGS
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def read(self) -> list[dict[str, Any]]:
+        """Every merged record."""
+        path = self.path / RESULTS
+        return read_json_lines(path)[0] if path.exists() else []
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a whole batch; when this returns, it is on the disk."""
+        if self._file is None:
+            self._file = (self.path / f"results.{self.process}.jsonl").open("a", encoding="utf-8")
+        append_json_lines(self._file, records)
+
+    def merge(self) -> Mended:
+        """Put every process's lines into `results.jsonl`, in an order that does not depend on who made them."""
+        merged: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        torn, incomplete = [], []
+        parts = sorted(self.path.glob("results.*.jsonl"))
+        for path in [self.path / RESULTS, *parts]:
+            if not path.exists():
+                continue
+            records, rest = read_json_lines(path)
+            if rest is not None:
+                torn.append(rest)
+            batches: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            for record in records:
+                batches.setdefault((record["config"], record["batch"]), []).append(record)
+            for key, batch in batches.items():
+                # A batch that was cut short is made again behind its own beginning: the whole one counts.
+                whole = batch[-batch[0]["batch_size"] :]
+                if [record["row"] for record in whole] == list(range(batch[0]["batch_size"])):
+                    merged.setdefault(key, whole)
+                else:
+                    incomplete.append(key[1])
+        lines = sorted(
+            (record for batch in merged.values() for record in batch),
+            key=lambda r: (r["task"], r["method"], r["sample"], r["batch_number"], r["row"]),
+        )
+        if merged or parts:
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            write_whole(self.path / RESULTS, text)
+        for path in parts:
+            path.unlink()
+        return Mended(tuple(torn), tuple(incomplete))

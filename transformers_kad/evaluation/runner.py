@@ -1,0 +1,239 @@
+"""The run itself: batches of instances, each answered by a method, recorded as soon as it is there."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from .decoding import Answer, Decoder, decides
+from .methods import Method
+from .results import Mended, ResultsFolder, hash_of
+from .tasks import Instance, Task
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A task's instances and how they are asked.
+
+    Attributes:
+        task: the task.
+        instances: the instances, in the order of the data set.
+        examples: solved instances that stand before every question.
+        max_new_tokens: longest answer.
+        num_samples: how often each instance is answered.
+        batch_size: instances at once. A batch is also what a seed, a process and a resumed run work on: with another
+            batch size the samples are others.
+        seed: of the sampling.
+        positions: record the deferral mass at every position.
+    """
+
+    task: Task
+    instances: Sequence[Instance]
+    max_new_tokens: int
+    examples: Sequence[Instance] = ()
+    num_samples: int = 1
+    batch_size: int = 16
+    seed: int = 0
+    positions: bool = False
+
+    def config(self, method: Method, decoder: Decoder) -> dict[str, Any]:
+        """Everything that the results of a method depend on, as JSON values."""
+        asked = "\n".join(f"{i.id} {i.question} {i.answer}" for i in (*self.examples, *self.instances))
+        return {
+            "task": self.task.name,
+            "method": method.label,
+            "name": method.name,
+            "shown_parameters": method.parameters,
+            "instances": len(self.instances),
+            "questions": hashlib.sha256(asked.encode()).hexdigest()[:12],
+            "few_shot": len(self.examples),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "positions": self.positions,
+            **decides(decoder, method),
+        }
+
+    def batches(self, method: Method) -> Iterator["Batch"]:
+        """All batches of a method."""
+        for sample in range(self.num_samples):
+            for number, start in enumerate(range(0, len(self.instances), self.batch_size)):
+                yield Batch(self, method, sample, number, self.instances[start : start + self.batch_size])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Instances that one method answers at once."""
+
+    workload: Workload
+    method: Method
+    sample: int
+    number: int
+    instances: Sequence[Instance]
+
+    @property
+    def key(self) -> str:
+        """Its name, unique in a folder of results."""
+        return f"{self.workload.task.name}/{self.method.label}/{self.sample}/{self.number}"
+
+    @property
+    def seed(self) -> int:
+        """A seed of its own, so that its answers do not depend on who answers it, or after what."""
+        return random.Random(f"{self.workload.seed} {self.key}").getrandbits(32)
+
+
+def run_evaluation(
+    decoder: Decoder,
+    workloads: Sequence[Workload],
+    methods: Sequence[Method],
+    folder: ResultsFolder,
+    *,
+    state: PartialState | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Answer every instance by every method, as far as the folder does not hold it yet.
+
+    The batches that are left are dealt out to the processes one by one, and each process writes a batch down when it
+    is done. When all are through, the first process merges their files.
+
+    Args:
+        decoder: the models.
+        workloads: the tasks.
+        methods: the methods.
+        folder: where results go.
+        state: the processes; this one alone by default.
+        report: called by the first process with what a person should know.
+
+    Raises:
+        ValueError: the folder holds results of other settings, or a method lacks what it needs.
+    """
+    state = state or PartialState()
+    for method in methods:
+        decoder.prepare(method)
+    configs = {(w.task.name, m.label): w.config(m, decoder) for w in workloads for m in methods}
+    if state.is_main_process:
+        _report_mended(folder.prepare(), report)
+        folder.describe(list(configs.values()))
+    state.wait_for_everyone()
+    done = {(record["config"], record["batch"]) for record in folder.read()}
+    batches = [batch for w in workloads for m in methods for batch in w.batches(m)]
+    names = {key: hash_of(config) for key, config in configs.items()}
+    left = [b for b in batches if (names[b.workload.task.name, b.method.label], b.key) not in done]
+    if state.is_main_process and len(left) < len(batches):
+        report(f"{len(batches) - len(left)} of {len(batches)} batches are done already.")
+    state.wait_for_everyone()  # nobody writes while somebody still reads
+    mine = left[state.process_index :: state.num_processes]
+    with Progress(sum(len(batch.instances) for batch in mine), state.is_main_process) as progress:
+        warm: set[str] = set()
+        for batch in mine:
+            if batch.method.label not in warm:
+                warm.add(batch.method.label)
+                warm_up(decoder, batch)
+            records = answer_batch(decoder, batch, names[batch.workload.task.name, batch.method.label])
+            folder.append(records)
+            progress.update(batch, records)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        folder.merge()
+    state.wait_for_everyone()
+
+
+def answer_batch(decoder: Decoder, batch: Batch, config: str) -> list[dict[str, Any]]:
+    """The records of a batch, one a line of the results."""
+    workload = batch.workload
+    prompts = [workload.task.messages(instance, workload.examples) for instance in batch.instances]
+    answers = decoder.answer(batch.method, prompts, batch.seed, workload.max_new_tokens)
+    return [
+        {
+            "task": workload.task.name,
+            "method": batch.method.label,
+            "instance": instance.id,
+            "sample": batch.sample,
+            "batch": batch.key,
+            "batch_number": batch.number,
+            "batch_size": len(batch.instances),
+            "row": row,
+            "config": config,
+            **score(workload.task, instance, answer),
+            **measure(answer, positions=workload.positions),
+        }
+        for row, (instance, answer) in enumerate(zip(batch.instances, answers, strict=True))
+    ]
+
+
+def warm_up(decoder: Decoder, batch: Batch) -> None:
+    """Answer unrecorded: the first call of a process takes a second more than those that follow."""
+    decoder.answer(batch.method, [batch.workload.task.messages(batch.instances[0])], seed=0, max_new_tokens=2)
+
+
+def score(task: Task, instance: Instance, answer: Answer) -> dict[str, Any]:
+    """What the answer says, and whether it is right. A failed one is wrong."""
+    if answer.error is not None:
+        prediction = lenient = None
+    else:
+        prediction = task.extract(answer.text, answer.ended)
+        lenient = task.lenient(answer.text) if task.lenient is not None else None
+    scores: dict[str, Any] = {
+        "prediction": prediction,
+        "answer": instance.answer,
+        "correct": task.is_correct(prediction, instance),
+    }
+    if task.lenient is not None:
+        scores["correct_lenient"] = task.is_correct(lenient, instance)
+    return scores | {"text": answer.text, "ended": answer.ended, "error": answer.error}
+
+
+def measure(answer: Answer, *, positions: bool) -> dict[str, Any]:
+    """What the answer cost, and how it came about."""
+    statistics = answer.statistics
+    measured: dict[str, Any] = {"tokens": answer.tokens, "seconds": round(answer.seconds, 6)}
+    if statistics is not None:
+        measured |= {
+            "rounds": statistics.rounds,
+            "drafted": statistics.drafted,
+            "accepted": statistics.accepted,
+            "acceptance_histogram": list(statistics.acceptance_histogram),
+            "deferral_mass": statistics.deferral_mass,
+        }
+        if positions and statistics.deferral_masses is not None:
+            measured["deferral_masses"] = [round(mass, 4) for mass in statistics.deferral_masses]
+    return measured
+
+
+def _report_mended(mended: Mended, report: Callable[[str], None]) -> None:
+    for torn in mended.torn:
+        report(f"A torn last line was removed, its batch is answered anew: {torn!r}")
+    for batch in mended.incomplete:
+        report(f"The batch {batch!r} was cut short and is answered anew.")
+
+
+class Progress:
+    """A bar with the accuracy and the speed so far."""
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, unit="answer", disable=None if shown else True)
+        self._right = self._answers = self._tokens = 0
+        self._seconds = 0.0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def update(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> None:
+        """Count a batch."""
+        self._right += sum(record["correct"] for record in records)
+        self._tokens += sum(record["tokens"] for record in records)
+        self._seconds += sum(record["seconds"] for record in records)
+        self._answers += len(records)
+        self._bar.set_description(f"{batch.workload.task.name}, {batch.method.label}")
+        self._bar.set_postfix(
+            accuracy=f"{self._right / self._answers:.3f}",
+            speed=f"{self._tokens / max(self._seconds, 1e-9):.0f} tokens/s",
+        )
+        self._bar.update(len(records))

@@ -1,0 +1,1 @@
+"""Accepted draft tokens a round and their histogram, as an `evaluate` module."""

@@ -1,0 +1,1 @@
+"""Accepted / drafted tokens, as an `evaluate` module."""

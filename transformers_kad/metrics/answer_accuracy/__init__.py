@@ -1,0 +1,1 @@
+"""Answer accuracy with a 95 % interval, as an `evaluate` module."""

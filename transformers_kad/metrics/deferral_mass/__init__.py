@@ -1,0 +1,1 @@
+"""Mean deferral mass D, as an `evaluate` module."""

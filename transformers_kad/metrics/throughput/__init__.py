@@ -1,0 +1,1 @@
+"""Tokens per second, as an `evaluate` module."""

@@ -1,0 +1,132 @@
+"""Base and proxy together, loaded for `generate`."""
+
+import sys
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from .arguments import ModelArguments
+from .composition import RULES
+from .configuration import KADConfig
+from .loading import below_adapter, load_model, load_tokenizer
+from .logits_process import KADLogitsProcessor
+from .prompting import eos_token_ids
+from .vocabulary import align_vocabularies, check_tokenizers
+
+
+class Pair:
+    """Base and proxy, loaded, with what a call of `generate` needs to know of both.
+
+    Args:
+        models: which, and where; `base` and `proxy` are given.
+        merge_proxy: merge the proxy's adapter into its weights, since it costs at every step otherwise.
+
+    Attributes:
+        base: the base, in evaluation mode. Its own `generation_config` is emptied: penalties, beams and minimal
+            lengths that a model brings along are not the caller's.
+        proxy: the proxy.
+        tokenizer: the base's tokenizer, with the proxy's chat template if it has none of its own.
+        proxy_tokenizer: the proxy's tokenizer.
+        alignment: the `VocabularyAlignment` of both, None where their vocabularies are one.
+        device: where inputs go.
+        eos_token_ids: every id of the base's vocabulary that ends a turn of either model, or None.
+        pad_token_id: what finished rows are filled with.
+
+    Raises:
+        ValueError: tokenizers that differ, without `align_vocabularies`.
+    """
+
+    def __init__(self, models: ModelArguments, *, merge_proxy: bool = True) -> None:
+        assert models.base is not None and models.proxy is not None
+        self.models = models
+        self.device = pick_device(models.device)
+        self.tokenizer, self.proxy_tokenizer = load_tokenizer(models.base), load_tokenizer(models.proxy)
+        self.alignment = None
+        if models.align_vocabularies:
+            self.alignment = align_vocabularies(self.tokenizer, self.proxy_tokenizer)
+            print(self.alignment.report, file=sys.stderr)
+        else:
+            try:
+                check_tokenizers(self.tokenizer, self.proxy_tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{error} On the command line: --align_vocabularies.") from error
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = self.proxy_tokenizer.chat_template
+        self.base = self.load_large(models.base)
+        self.proxy = self._load(models.proxy, merge=merge_proxy)
+        ends = set(eos_token_ids(self.base)) | {self.tokenizer.eos_token_id}
+        for end in (*eos_token_ids(self.proxy), self.proxy_tokenizer.eos_token_id):
+            ends.add(end if self.alignment is None or end is None else self.alignment.base_id(end))
+        self.eos_token_ids = sorted(ends - {None}) or None
+        pad = self.tokenizer.pad_token_id
+        self.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
+        forget_generation_settings(self.base)
+
+    def _load(self, path: str, **kwargs: Any) -> PreTrainedModel:
+        return load_model(path, device=self.device, dtype=self.models.dtype, **kwargs)
+
+    def load_large(self, path: str) -> PreTrainedModel:
+        """A model as large as the base: spread over devices and quantized as the base is."""
+        models = self.models
+        spread = {
+            "device_map": models.spread,
+            "max_memory": {int(k) if str(k).isdigit() else k: v for k, v in (models.limits or {}).items()} or None,
+            "offload_folder": models.offload_folder,
+            "quantization_config": quantization_config(models.quantization),
+        }
+        merge = models.quantization is None and models.device_map is None
+        return self._load(path, merge=merge, **{name: value for name, value in spread.items() if value is not None})
+
+    @cached_property
+    def reference(self) -> PreTrainedModel | None:
+        """The proxy before alignment, loaded when it is first asked for.
+
+        None for a proxy with an adapter that can be switched off, and where nothing is known of it.
+        """
+        if self.models.reference is not None:
+            return self._load(self.models.reference)
+        below = below_adapter(str(self.models.proxy))
+        merged = not hasattr(self.proxy, "peft_config")
+        return self._load(below) if below is not None and merged else None
+
+    def processor(self, config: KADConfig, *, trace: bool = False) -> KADLogitsProcessor:
+        """A processor over the pair with the settings of a config."""
+        return KADLogitsProcessor.from_config(
+            self.proxy,
+            config,
+            reference=self.reference if RULES[config.rule].needs_reference else None,
+            trace=trace,
+            tokenizer=self.tokenizer,
+            proxy_tokenizer=self.proxy_tokenizer,
+            vocabulary_alignment=self.alignment,
+        )
+
+
+def forget_generation_settings(model: PreTrainedModel) -> None:
+    """Empty a model's own generation settings, also those of the model below an adapter."""
+    getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
+
+
+def pick_device(name: str) -> str:
+    """The device that "auto" stands for."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def quantization_config(name: str | None) -> Any:
+    """The configuration that transformers takes, or None."""
+    if name is None:
+        return None
+    library, _, kind = name.partition("-")
+    if library == "bitsandbytes":
+        from transformers import BitsAndBytesConfig  # noqa: PLC0415
+
+        return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
+    from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
+    from transformers import TorchAoConfig  # noqa: PLC0415
+
+    # Its settings for the compiler would lower the precision of all other models in float32 as well.
+    return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
