@@ -77,10 +77,8 @@ class Generator:
         config: KADConfig,
         sampling: SamplingArguments,
         *,
-        folder: str | None = None,
         trace: bool = False,
     ) -> None:
-        models.complete(config, folder)
         self.sampling = sampling
         # One copy of the weights serves as proxy and as reference where the adapter can be switched off.
         self.pair = Pair(models, merge_proxy=not config.make_rule().needs_reference or models.reference is not None)
@@ -269,9 +267,9 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
     if prompts.trace is not None and Path(prompts.trace).is_dir():
         raise ValueError(f"--trace must be a file, got the folder {prompts.trace!r}.")
     config = rule.to_config()
-    folder = rule.config if rule.config and Path(rule.config).is_dir() else None
+    models.complete(config, rule.config if rule.config and Path(rule.config).is_dir() else None)
     if prompts.input is None:
-        run_prompt(Generator(models, config, sampling, folder=folder, trace=prompts.trace is not None), prompts)
+        run_prompt(Generator(models, config, sampling, trace=prompts.trace is not None), prompts)
         return 0
     lines: Iterable[Line] = read_prompts(sys.stdin)
     if prompts.input != "-":  # all of it is read, and so checked, before anything is loaded
@@ -279,10 +277,10 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
     with ExitStack() as stack:
         store = None
         if prompts.output is not None:
-            decides = {**asdict(models), **asdict(config), **asdict(sampling)}
+            decides = {**asdict(config), **asdict(models), **asdict(sampling)}
             decides |= {name: value for name, value in asdict(prompts).items() if name != "output"}
             store = stack.enter_context(JsonLinesStore(prompts.output, decides))
-        generator = Generator(models, config, sampling, folder=folder)
+        generator = Generator(models, config, sampling)
         return 1 if run_lines(generator, prompts, lines, store) else 0
 
 

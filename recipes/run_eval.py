@@ -47,6 +47,9 @@ class RecordArguments:
     positions: bool = field(
         default=False, metadata={"help": "Record the deferral mass at every position in results.jsonl."}
     )
+    retry_failed: bool = field(
+        default=False, metadata={"help": "Answer those questions anew that failed in an earlier run."}
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     models, evaluation, chosen, sampling, record = parse_arguments(types, __doc__, argv)
     quieten()
     try:
-        evaluate(models, evaluation, chosen, sampling, positions=record.positions, default_pair=TINY_PAIR)
+        evaluate(models, evaluation, chosen, sampling, default_pair=TINY_PAIR, **vars(record))
         return 0
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -61,17 +61,30 @@ class GridArguments(MethodArguments):
         if self.draft_lengths:
             lengths = ",".join(map(str, self.draft_lengths))
             self.method = [
-                word if word in ("base", "proxy", "aligned") else f"{word}:num_assistant_tokens={lengths}"
+                word
+                if word in ("base", "proxy", "aligned") or "num_assistant_tokens=" in word
+                else f"{word}:num_assistant_tokens={lengths}"
                 for word in self.method
             ]
 
 
+@dataclass
+class SweepArguments(EvaluationArguments):
+    """Which questions, and how they are asked."""
+
+    output: str = field(
+        default="kad_sweep", metadata={"help": "Folder for the results; a stopped sweep goes on in it."}
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
-    types = (ModelArguments, EvaluationArguments, GridArguments, EvaluationSampling)
+    types = (ModelArguments, SweepArguments, GridArguments, EvaluationSampling)
     models, evaluation, grid, sampling = parse_arguments(types, __doc__, argv)
     quieten()
     try:
+        if grid.draft_lengths and not sampling.speculative:
+            raise ValueError(f"--draft_lengths {grid.draft_lengths} have no effect with --no_speculative.")
         evaluate(models, evaluation, grid, sampling, positions=True, default_pair=TINY_PAIR)
         return 0
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -14,8 +14,9 @@ The most accurate setting that is at least half as fast again as the base alone:
         --rules kad-dual kad-primal --goal accuracy --min_speedup 1.5 --draft_lengths 2 8
 
 Tune on other questions than those that you report: another --split. --goal both searches the front between accuracy
-and tokens/s. A trial is given up when another setting is more accurate for sure (a paired test) and not slower. A
-search that was stopped goes on with the same command; more --trials go on with a finished one.
+and tokens/s. A trial is given up when by a paired test another setting is more accurate, and no slower where speed
+counts; one that is as good as all that were tried before is given up with a chance of 5 % at most. A search that was
+stopped goes on with the same command; more --trials go on with a finished one. Anything else needs another --output.
 
 The folder of the results receives kad_config.json, which `generate.py --config` and `KADConfig.from_pretrained` read,
 tuning.json with every trial and the front, and plots of both.
@@ -23,7 +24,7 @@ tuning.json with every trial and the front, and plots of both.
 
 import json
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +36,8 @@ from transformers_kad.arguments import ModelArguments
 from transformers_kad.command_line import parse_arguments, quieten
 from transformers_kad.environment import describe_environment
 from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
-from transformers_kad.evaluation.plots import Point, plot_accuracy_parameter, plot_accuracy_speed
+from transformers_kad.evaluation.figures import points_of
+from transformers_kad.evaluation.plots import plot_accuracy_parameter, plot_accuracy_speed
 from transformers_kad.evaluation.results import ResultsFolder
 from transformers_kad.evaluation.session import say
 from transformers_kad.evaluation.tuning import SEARCH_RANGES, Goal, Tuner, feasible, finished, front, method_of
@@ -74,16 +76,21 @@ class TuningArguments:
         self.aim = Goal(self.goal != "speed", self.goal != "accuracy", self.min_speedup, self.min_accuracy)
 
 
-def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
-    """The study in a folder, new or as a stopped run left it.
+@dataclass
+class TuningEvaluationArguments(EvaluationArguments):
+    """Which questions, and how they are asked."""
 
-    Raises:
-        ValueError: the study there has another goal.
-    """
+    output: str = field(
+        default="kad_tuning", metadata={"help": "Folder for the results; a stopped search goes on in it."}
+    )
+
+
+def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
+    """The study in a folder, new or as an earlier run left it."""
     storage = f"sqlite:///{folder / 'study.db'}"
     names = optuna.get_all_study_names(storage)
     tried = len(optuna.load_study(study_name="kad", storage=storage).trials) if "kad" in names else 0
-    study = optuna.create_study(
+    return optuna.create_study(
         study_name="kad",
         storage=storage,
         # A run that goes on must not draw once more what the one before drew.
@@ -91,15 +98,6 @@ def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
         directions=goal.directions,
         load_if_exists=True,
     )
-    described = asdict(goal)
-    found = study.user_attrs.get("goal", described)
-    if found != described:
-        raise ValueError(
-            f"The study in {str(folder)!r} has the goal {found}, got {described}. Choose another --output, or repeat "
-            "the goal to go on."
-        )
-    study.set_user_attr("goal", described)
-    return study
 
 
 def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
@@ -108,10 +106,12 @@ def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
     def row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         accuracy = trial.user_attrs.get("accuracy")
         interval = None if accuracy is None else wilson_interval(accuracy * instances, instances)
+        method = method_of(trial.params)
         return {
             "trial": trial.number,
-            "method": trial.user_attrs["method"],
-            "parameters": method_of(trial.params).parameters,
+            "method": method.label,
+            "name": method.name,
+            "parameters": method.parameters,
             "state": trial.state.name.lower(),
             "accuracy": accuracy,
             "interval": interval,
@@ -120,7 +120,7 @@ def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
         }
 
     return {
-        "goal": study.user_attrs["goal"],
+        "goal": study.user_attrs["settings"]["goal"],
         "instances": instances,
         "base_tokens_per_second": study.user_attrs["base_tokens_per_second"],
         "trials": [row(trial) for trial in finished(study)],
@@ -129,19 +129,37 @@ def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """What was tried: accuracy against speed, and against the parameter."""
-    points = {}
-    for row in result["trials"]:
-        if row["accuracy"] is not None:
-            value = next(iter(row["parameters"].values()))
-            group = row["method"].partition(" ")[0]
-            speed = row["speedup"] * result["base_tokens_per_second"]
-            points[row["method"]] = Point(row["method"], row["accuracy"], *row["interval"], speed, group, value)
-    tried = list(points.values())
+    """What was tried: accuracy against speed, and against the parameter. Settings that generated nothing are left out.
+
+    Returns:
+        The files that were written; none where nothing is left.
+    """
+    rows = {
+        row["method"]: row
+        | dict(zip(("low", "high"), row["interval"], strict=True))
+        | {"tokens_per_second": row["speedup"] * result["base_tokens_per_second"]}
+        for row in result["trials"]
+        if row["speedup"]
+    }
+    if not rows:
+        return []
+    tried = points_of(list(rows.values()))
     return [
         *plot_accuracy_speed(tried, folder / "plots" / "tuning_accuracy_speed"),
         *plot_accuracy_parameter(tried, folder / "plots" / "tuning_accuracy_parameter"),
     ]
+
+
+def headline(result: dict[str, Any]) -> str:
+    """What the front's settings have in common, in a line above them."""
+    trials, best, goal = len(result["trials"]), len(result["front"]), result["goal"]
+    tried = f"Of {trials} settings on {result['instances']} questions"
+    if goal["accuracy"] and goal["speed"]:
+        return f"{tried}, those that no other one beats in accuracy and tokens/s, the most accurate first:"
+    most, other = ("most accurate", "fastest") if goal["accuracy"] else ("fastest", "most accurate")
+    if best == 1:
+        return f"{tried}, the {most}:"
+    return f"{tried}, {best} tie for the {most}, the {other} of them first:"
 
 
 def run(
@@ -154,6 +172,8 @@ def run(
     if len(evaluation.task) != 1:
         raise ValueError(f"One task is tuned on, got {evaluation.task}.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if tuning.draft_lengths and not sampling.speculative:
+        raise ValueError(f"--draft_lengths {tuning.draft_lengths} have no effect with --no_speculative.")
     (workload,) = evaluation.workloads(sampling)
     decoder = make_decoder(models, evaluation, sampling, state, default_pair=TINY_PAIR)
     with ResultsFolder(evaluation.output) as folder:
@@ -174,7 +194,7 @@ def run(
     config = method_of(best[0].params).config
     assert config is not None
     written = replace(config, base=models.base, proxy=models.proxy).save_pretrained(folder.path)
-    print(f"Of {len(result['trials'])} settings on {len(workload.instances)} questions:")
+    print(headline(result))
     for row in result["front"]:
         low, high = row["interval"]
         print(
@@ -187,7 +207,7 @@ def run(
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
-    types = (ModelArguments, EvaluationArguments, EvaluationSampling, TuningArguments)
+    types = (ModelArguments, TuningEvaluationArguments, EvaluationSampling, TuningArguments)
     arguments = parse_arguments(types, __doc__, argv)
     quieten()
     try:

@@ -86,6 +86,27 @@ def test_two_runs_at_once_are_refused(tmp_path):
 
 def test_settings_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "results.jsonl"
+    path.write_text('{"line": 1}\n')
     (tmp_path / "results.jsonl.settings.json").write_text("{torn")
     with pytest.raises(ValueError, match=r"results\.jsonl\.settings\.json' is not JSON"):
         JsonLinesStore(path, SETTINGS)
+
+
+def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, {"seed": 0}):
+        pass
+    with JsonLinesStore(path, {"seed": 1}) as store:
+        store.append({"line": 1})
+    with pytest.raises(ValueError, match="seed is 1 there and 0 here"):
+        JsonLinesStore(path, {"seed": 0})
+
+
+def test_a_run_beside_another_leaves_its_settings_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, {"seed": 0}) as first:
+        with pytest.raises(ValueError, match="Another run is writing"):
+            JsonLinesStore(path, {"seed": 1})
+        first.append({"line": 1})
+    with JsonLinesStore(path, {"seed": 0}) as again:
+        assert again.records == [{"line": 1}]

@@ -18,6 +18,11 @@ QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
 class ModelArguments:
     """Which models, and where they run. The command line of every recipe that takes a pair.
 
+    Attributes:
+        spread: `device_map`, parsed.
+        limits: `max_memory`, parsed.
+        gpus: where a spread base may lie, of several processes on one machine; None: everywhere.
+
     Raises:
         ValueError: a device that is not there, or JSON that can't be parsed.
     """
@@ -61,6 +66,7 @@ class ModelArguments:
     def __post_init__(self) -> None:
         if self.device.startswith("cuda") and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device}: PyTorch sees no CUDA device here.")
+        self.gpus: list[int] | None = None
         self.spread = as_json(self.device_map, "--device_map")
         self.limits = as_json(self.max_memory, "--max_memory")
         if self.limits is not None and (not isinstance(self.limits, dict) or self.device_map is None):

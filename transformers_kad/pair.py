@@ -32,6 +32,7 @@ class Pair:
         alignment: the `VocabularyAlignment` of both, None where their vocabularies are one.
         device: where inputs go.
         eos_token_ids: every id of the base's vocabulary that ends a turn of either model, or None.
+        proxy_eos_token_ids: the ids of the proxy's vocabulary that end its turns.
         pad_token_id: what finished rows are filled with.
 
     Raises:
@@ -57,8 +58,9 @@ class Pair:
         self.base = self.load_large(models.base)
         self.proxy = self._load(models.proxy, merge=merge_proxy)
         ends = set(eos_token_ids(self.base)) | {self.tokenizer.eos_token_id}
-        for end in (*eos_token_ids(self.proxy), self.proxy_tokenizer.eos_token_id):
-            ends.add(end if self.alignment is None or end is None else self.alignment.base_id(end))
+        self.proxy_eos_token_ids = sorted({*eos_token_ids(self.proxy), self.proxy_tokenizer.eos_token_id} - {None})
+        for end in self.proxy_eos_token_ids:
+            ends.add(end if self.alignment is None else self.alignment.base_id(end))
         self.eos_token_ids = sorted(ends - {None}) or None
         pad = self.tokenizer.pad_token_id
         self.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
@@ -70,9 +72,12 @@ class Pair:
     def load_large(self, path: str) -> PreTrainedModel:
         """A model as large as the base: spread over devices and quantized as the base is."""
         models = self.models
+        limits = {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None
+        if limits is None and models.gpus is not None and isinstance(models.spread, str):
+            limits = {gpu: free_memory(gpu) for gpu in models.gpus}
         spread = {
             "device_map": models.spread,
-            "max_memory": {int(k) if str(k).isdigit() else k: v for k, v in (models.limits or {}).items()} or None,
+            "max_memory": limits,
             "offload_folder": models.offload_folder,
             "quantization_config": quantization_config(models.quantization),
         }
@@ -107,6 +112,11 @@ class Pair:
 def forget_generation_settings(model: PreTrainedModel) -> None:
     """Empty a model's own generation settings, also those of the model below an adapter."""
     getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
+
+
+def free_memory(gpu: int) -> int:
+    """What a model may take of a GPU, in bytes; a tenth of what is free is left for caches and activations."""
+    return int(torch.cuda.mem_get_info(gpu)[0] * 0.9)
 
 
 def pick_device(name: str) -> str:

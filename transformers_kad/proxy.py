@@ -16,6 +16,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Cache, PreTrainedModel
 
 
+class ContextLengthError(ValueError):
+    """A text is longer than a model's context."""
+
+
+class UnusableLogitsError(ValueError):
+    """A model's logits are NaN, +inf or all -inf."""
+
+
 class CachedModel:
     """A causal LM with a cache of its own that is rolled back or refilled as the texts demand.
 
@@ -116,7 +124,7 @@ class CachedModel:
         if self.context_length is not None and length > self.context_length and attention_mask is not None:
             tokens = int(attention_mask.sum(dim=-1).max())
         if self.context_length is not None and tokens > self.context_length:
-            raise ValueError(
+            raise ContextLengthError(
                 f"The text has {tokens} tokens, but the {self.role} {describe(self.model)} ends at "
                 f"{self.context_length} (max_position_embeddings). Generate less or take a {self.role} with a "
                 "longer context."
@@ -297,10 +305,12 @@ def is_unusable(logits: torch.Tensor) -> torch.Tensor:
     return ~logits.amax(-1).isfinite()
 
 
-def unusable_logits_error(role: str, model: PreTrainedModel | None, position: int, row: int = 0) -> ValueError:
+def unusable_logits_error(
+    role: str, model: PreTrainedModel | None, position: int, row: int = 0
+) -> UnusableLogitsError:
     """The error for such a row: which model, which position of the text (in tokens), which sequence."""
     name = f"{role} {describe(model)}" if model is not None else role
-    return ValueError(
+    return UnusableLogitsError(
         f"The logits of the {name} for position {position} of sequence {row} are NaN, +inf or all -inf. Check the "
         "weights and the dtype (float16 overflows where bfloat16 does not), and for the base the processors before "
         "KAD, which may have banned every token."

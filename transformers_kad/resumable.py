@@ -47,10 +47,10 @@ class JsonLinesStore:
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._claim(json.loads(json.dumps(settings)))
         self._file = self.path.open("a", encoding="utf-8")
         try:
             lock(self._file, self.path)
+            self._claim(json.loads(json.dumps(settings)))
             self.records, self.torn = read_json_lines(self.path)
         except BaseException:
             self._file.close()
@@ -69,7 +69,8 @@ class JsonLinesStore:
     def _claim(self, settings: dict[str, Any]) -> None:
         """Write the settings beside the results, or check that they are those of the run that is there."""
         claim = self.path.with_name(self.path.name + ".settings.json")
-        if claim.exists():
+        holds_results = self.path.stat().st_size > 0
+        if claim.exists() and holds_results:
             try:
                 found = json.loads(claim.read_text(encoding="utf-8"))
             except json.JSONDecodeError as error:
@@ -79,7 +80,7 @@ class JsonLinesStore:
                     f"{str(self.path)!r} holds results of a run with other settings: "
                     f"{describe_differences(found, settings)}. Choose another file, or repeat the settings to go on."
                 )
-        elif self.path.exists() and self.path.stat().st_size:
+        elif holds_results:
             raise ValueError(
                 f"{str(self.path)!r} holds results, but no {claim.name!r} lies beside it to say of which settings. "
                 "Choose another file."

@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_kad import KADLogitsProcessor
 from transformers_kad.arguments import ModelArguments
-from transformers_kad.evaluation.decoding import Decoder, is_failure
+from transformers_kad.evaluation.decoding import Decoder, as_text, is_failure
 from transformers_kad.evaluation.methods import PLAIN_METHODS, RULE_METHODS, parse_methods
 from transformers_kad.pair import Pair
 from transformers_kad.prompting import PLAIN_SAMPLING, encode
+from transformers_kad.proxy import ContextLengthError, UnusableLogitsError
 from transformers_kad.word_problems import EOS, make_problems
 
 PAIR = Path(__file__).resolve().parents[2] / "recipes" / "tiny_pair"
@@ -44,6 +45,10 @@ def texts(answers):
 @pytest.mark.parametrize("speculative", [False, True], ids=["token-by-token", "speculative"])
 def test_every_method_answers_the_same_again(pair, name, speculative):
     decoder = Decoder(pair, dict(PLAIN_SAMPLING), speculative=speculative, aligned=str(PAIR / "proxy"))
+    if name == "assisted" and not speculative:
+        with pytest.raises(ValueError, match="'assisted' is speculative"):
+            decoder.prepare(method(name))
+        return
     first = decoder.answer(method(name), QUESTIONS[:2], 7, 12)
     decoder.answer(method("kad-dual:threshold=0.9"), QUESTIONS[2:], 1, 8)
     again = decoder.answer(method(name), QUESTIONS[:2], 7, 12)
@@ -51,7 +56,7 @@ def test_every_method_answers_the_same_again(pair, name, speculative):
     assert all(answer.error is None and 1 <= answer.tokens <= 12 and answer.seconds > 0 for answer in first)
 
 
-@pytest.mark.parametrize("name", ["base", "assisted", "ensemble"])
+@pytest.mark.parametrize("name", ["base", "ensemble"])
 def test_another_seed_gives_other_answers(decoder, name):
     assert texts(decoder.answer(method(name), QUESTIONS, 7, 30)) != texts(
         decoder.answer(method(name), QUESTIONS, 8, 30)
@@ -97,7 +102,7 @@ def test_the_proxy_speaks_when_it_is_asked_alone(pair, decoder):
     (base,) = greedy.answer(method("base"), QUESTIONS[:1], 0, 40)
     assert (base.ended, base.tokens) == (False, 40)
     # Stock speculative decoding is the base's own distribution.
-    (assisted,) = greedy.answer(method("assisted"), QUESTIONS[:1], 0, 40)
+    (assisted,) = Decoder(pair, {"do_sample": False}).answer(method("assisted"), QUESTIONS[:1], 0, 40)
     assert assisted.text == base.text
 
 
@@ -140,6 +145,45 @@ def test_the_room_behind_the_prompt_is_used_up_and_no_more(pair):
     assert answer.tokens <= limit - prompt
 
 
+def test_a_long_prompt_leaves_the_others_their_room(pair):
+    decoder = Decoder(pair, {"do_sample": False}, speculative=False)
+    long = QUESTIONS[1]
+    while encode(pair.tokenizer, [long])["input_ids"].shape[1] < pair.base.config.max_position_embeddings - 40:
+        long = f"{QUESTIONS[1]} {long}"
+    long = long[len(QUESTIONS[1]) // 2 :]
+    beside, _ = decoder.answer(method("kad-dual"), [QUESTIONS[0], long], 0, 40)
+    (alone,) = decoder.answer(method("kad-dual"), QUESTIONS[:1], 0, 40)
+    assert texts([beside]) == texts([alone])
+    assert beside.ended
+
+
+def test_chats_become_plain_text_where_there_is_no_template(pair):
+    chat = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1."},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert as_text(chat) == "One?\n\n1.\n\nTwo?\n"
+    plain = Decoder(pair, {"do_sample": False}, speculative=False, chat=False)
+    questions = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
+    answers = plain.answer(method("kad-dual"), questions, 0, 20)
+    assert [answer.error for answer in answers] == [None, None]
+    assert texts(answers) == texts(plain.answer(method("kad-dual"), [q + "\n" for q in QUESTIONS[:2]], 0, 20))
+
+
+def test_stock_speculative_decoding_needs_vocabularies_of_one_size():
+    pair = load()
+    pair.base.resize_token_embeddings(704)
+    with pytest.raises(ValueError, match="got 704 and 640 rows"):
+        Decoder(pair, {"do_sample": False}).prepare(method("assisted"))
+
+
+def test_two_decoders_may_share_a_pair(pair):
+    first, second = (Decoder(pair, {"do_sample": False}, speculative=False) for _ in range(2))
+    for decoder in (first, second):
+        assert decoder.answer(method("proxy"), QUESTIONS[:1], 0, 40)[0].ended
+
+
 @pytest.mark.parametrize("name", ["base", "kad-dual"])
 def test_logits_that_are_nan_are_a_failure_with_a_reason(name):
     pair = load()
@@ -151,7 +195,9 @@ def test_logits_that_are_nan_are_a_failure_with_a_reason(name):
 
 
 def test_what_is_no_fault_of_a_prompt_ends_the_run():
-    assert is_failure(ValueError("too long"))
+    assert is_failure(ContextLengthError("too long"))
+    assert is_failure(UnusableLogitsError("NaN"))
+    assert not is_failure(ValueError("another proxy"))
     assert is_failure(RuntimeError("probability tensor contains either `inf`, `nan` or element < 0"))
     assert is_failure(torch.OutOfMemoryError())
     assert not is_failure(RuntimeError("CUDA error: device-side assert"))

@@ -21,10 +21,13 @@ def test_masses_are_averaged_over_the_texts_that_reach_a_position():
 def test_points_are_grouped_by_method_and_draft_length_and_carry_the_rules_parameter():
     row = {"name": "kad-dual", "accuracy": 0.5, "low": 0.4, "high": 0.6, "tokens_per_second": 7.0}
     parameters = [{"threshold": 0.3}, {"threshold": 0.3, "num_assistant_tokens": 3}, {}]
-    points = points_of([{**row, "method": str(number), "parameters": p} for number, p in enumerate(parameters)])
+    rows = [{**row, "method": str(number), "parameters": p} for number, p in enumerate(parameters)]
+    assisted = {**row, "name": "assisted", "method": "assisted", "parameters": {"num_assistant_tokens": 7}}
+    points = points_of([*rows, assisted])
     assert [(point.group, point.value) for point in points] == [
         ("kad-dual", 0.3),
         ("kad-dual, draft 3", 0.3),
         ("kad-dual", None),
+        ("assisted, draft 7", None),
     ]
     assert (points[0].low, points[0].high, points[0].tokens_per_second) == (0.4, 0.6, 7.0)

@@ -40,6 +40,12 @@ def test_several_values_make_several_methods_each_once():
     ]
 
 
+def test_values_that_differ_little_have_labels_that_differ():
+    assert labels("kad-dual:threshold=0.12345678,0.1234567,0.9999999,1.0") == [
+        f"kad-dual threshold={value}" for value in ("0.12345678", "0.1234567", "0.9999999", "1")
+    ]
+
+
 def test_a_name_that_settles_a_parameter():
     (method,) = parse_methods(["cascade-token-v3:alpha=0.25"])
     assert method.config.parameters == {"variant": "token_v3", "alpha": 0.25}
@@ -62,7 +68,7 @@ def test_the_rule_of_a_config():
     config = KADConfig(rule="primal", parameters={"budget": 0.9}, num_assistant_tokens=7, base="b", proxy="q")
     (method,) = parse_methods(["config"], config=config)
     assert method.config == config
-    assert method.label == "config budget=0.9 num_assistant_tokens=7"
+    assert method.label == "config primal budget=0.9 num_assistant_tokens=7"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,7 @@ def test_the_rule_of_a_config():
         (["base:threshold=0.4"], {}, TypeError, "threshold"),
         (["base", "kad-primal"], {"parameters": {"margin": 0.1}}, ValueError, "base, kad-primal.*margin"),
         (["config"], {}, ValueError, "--config"),
+        (["base", "proxy"], {"settings": {"num_assistant_tokens": 3}}, ValueError, "num_assistant_tokens"),
         (["assisted:num_assistant_tokens=0"], {}, ValueError, "positive integer, got 0"),
         (["kad-dual:num_assistant_tokens=2.5"], {}, ValueError, "2.5"),
     ],

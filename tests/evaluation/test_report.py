@@ -64,7 +64,13 @@ def folder(tmp_path):
     with ResultsFolder(tmp_path) as folder:
         folder.prepare()
         configs = [
-            {"task": "tiny", "method": m.label, "name": m.name, "shown_parameters": m.parameters} for m in methods
+            {
+                "task": "tiny",
+                "method": m.label,
+                "shared": {"instances": 8},
+                "own": {"name": m.name, "shown_parameters": m.parameters},
+            }
+            for m in methods
         ]
         folder.describe(configs)
         for method, config in zip(methods, configs, strict=True):
@@ -108,3 +114,32 @@ def test_the_report_is_written_for_people_and_for_programs(folder, tmp_path):
     assert "| base | 1.000 ± 0.000 | 0.0078 | 0.0234 |" in lines
     assert "| proxy | 0.625 ± 0.359 | 0.0625 | 0.1250 |" in lines
     assert "failed" not in as_markdown.read_text()
+
+
+def test_a_method_that_was_stopped_is_listed_as_unfinished_and_compared_with_nothing(folder):
+    with ResultsFolder(folder.path) as again:
+        again.prepare()
+        (nudging,) = parse_methods(["nudging"])
+        own = {"name": nudging.name, "shown_parameters": nudging.parameters}
+        new = {"task": "tiny", "method": nudging.label, "shared": {"instances": 8}, "own": own}
+        again.describe([new])
+        base = next(c for c in again.configs().values() if c["method"] == "base")
+        for config, sample in ((new, 0), (base, 1)):  # a new method, and a second sample of an old one
+            again.append(
+                {
+                    **line(i, config["method"], sample=sample),
+                    **{"batch": f"{config['method']} {sample}", "batch_number": 0, "batch_size": 3, "row": i},
+                    "config": hash_of(config),
+                }
+                for i in range(3)
+            )
+        again.merge()
+    report = make_report(again)
+    assert [row["method"] for row in report["rows"]] == ["base", "proxy", "kad-dual threshold=0.4"]
+    assert [(row["instances"], row["samples"]) for row in report["rows"]] == [(8, 1)] * 3
+    assert len(report["comparisons"]) == 3
+    assert report["unfinished"] == [
+        {"task": "tiny", "method": "base", "answers": 11, "of": 16},
+        {"task": "tiny", "method": nudging.label, "answers": 3, "of": 8},
+    ]
+    assert "Unfinished: base on tiny, 11 of 16 answers." in to_markdown(report)

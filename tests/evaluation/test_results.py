@@ -4,7 +4,7 @@ import pytest
 
 from transformers_kad.evaluation.results import ResultsFolder, hash_of
 
-CONFIG = {"task": "tiny", "method": "base", "seed": 0}
+CONFIG = {"task": "tiny", "method": "kad-dual", "shared": {"seed": 0}, "own": {"threshold": 0.4}}
 
 
 def lines(number, size=2, config=CONFIG, **more):
@@ -18,6 +18,7 @@ def lines(number, size=2, config=CONFIG, **more):
             "batch_size": size,
             "row": row,
             "config": hash_of(config),
+            "error": None,
             **more,
         }
         for row in range(size)
@@ -70,7 +71,7 @@ def test_a_torn_batch_goes_as_a_whole_and_is_reported(tmp_path, cut):
     part.write_bytes(part.read_bytes()[:-cut])
     mended = opened(tmp_path)
     assert keys(tmp_path) == [(0, 0), (0, 1)]
-    assert mended.incomplete == ("tiny/base/0/1",)
+    assert mended.incomplete == ("tiny/kad-dual/0/1",)
     assert len(mended.torn) == 1
     assert mended.torn[0].startswith('{"task": "tiny"')
 
@@ -82,20 +83,61 @@ def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_pa
     assert [record["run"] for record in ResultsFolder(tmp_path).read()] == [2, 2, 2]
 
 
-def test_results_of_other_settings_are_refused_with_the_difference(tmp_path):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shared": {"seed": 1}}, "seed is 0 there and 1 here"),
+        ({"own": {"threshold": 0.5}}, "threshold is 0.4 there and 0.5 here"),
+        ({"method": "base", "shared": {"seed": 1}}, "'kad-dual' on 'tiny' under other settings: seed is 0 there"),
+    ],
+)
+def test_results_under_other_settings_are_refused_with_the_difference(tmp_path, changed, message):
     opened(tmp_path)
     write(tmp_path, 0, lines(0))
-    with pytest.raises(ValueError, match="'base' on 'tiny' with other settings: seed is 0 there and 1 here"):
-        opened(tmp_path, {**CONFIG, "seed": 1})
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, {**CONFIG, **changed})
     assert keys(tmp_path) == [(0, 0), (0, 1)]
-    opened(tmp_path, CONFIG, {**CONFIG, "method": "proxy", "seed": 1})  # another method may have others
+
+
+def test_another_method_has_settings_of_its_own_and_another_task_others_altogether(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    opened(tmp_path, {**CONFIG, "method": "base", "own": {}}, {**CONFIG, "task": "svamp", "shared": {"seed": 1}})
     assert keys(tmp_path) == [(0, 0), (0, 1)]
 
 
 def test_settings_without_a_result_bind_nobody(tmp_path):
     opened(tmp_path)
-    opened(tmp_path, {**CONFIG, "seed": 1})
-    assert list(ResultsFolder(tmp_path).configs().values()) == [{**CONFIG, "seed": 1}]
+    other = {**CONFIG, "shared": {"seed": 1}}
+    opened(tmp_path, other)
+    assert list(ResultsFolder(tmp_path).configs().values()) == [other]
+
+
+def test_failed_batches_are_kept_unless_they_are_to_be_tried_again(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0), lines(1, error="ValueError: too long"))
+    opened(tmp_path)
+    assert keys(tmp_path) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    with ResultsFolder(tmp_path) as folder:
+        assert folder.prepare(retry_failed=True).retried == ("tiny/kad-dual/0/1",)
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+
+
+def test_files_of_other_people_are_left_alone(tmp_path):
+    opened(tmp_path)
+    (tmp_path / "results.backup.jsonl").write_text("mine\n")
+    opened(tmp_path)
+    assert (tmp_path / "results.backup.jsonl").read_text() == "mine\n"
+
+
+def test_what_is_appended_after_merging_is_not_lost(tmp_path):
+    with ResultsFolder(tmp_path) as folder:
+        folder.prepare()
+        folder.describe([CONFIG])
+        for number in range(3):
+            folder.append(lines(number))
+            folder.merge()
+    assert keys(tmp_path) == [(number, row) for number in range(3) for row in (0, 1)]
 
 
 def test_settings_may_be_described_one_by_one(tmp_path):
@@ -134,4 +176,4 @@ def test_a_file_is_no_folder(tmp_path):
 
 def test_the_hash_tells_configurations_apart_and_not_their_order():
     assert hash_of(CONFIG) == hash_of(dict(reversed(CONFIG.items())))
-    assert hash_of(CONFIG) != hash_of({**CONFIG, "seed": 1})
+    assert hash_of(CONFIG) != hash_of({**CONFIG, "shared": {"seed": 1}})

@@ -14,7 +14,7 @@ from transformers_kad.evaluation.tasks import get_task
 from transformers_kad.statistics import SequenceStatistics
 
 TASK = get_task("tiny")
-INSTANCES = TASK.load(limit=10)
+*INSTANCES, EXAMPLE = TASK.load(limit=11)
 METHODS = parse_methods(["base", "kad-dual"])
 
 
@@ -146,7 +146,8 @@ def test_more_methods_and_samples_are_added_to_what_is_there(tmp_path):
         ({"batch_size": 5}, "batch_size is 4 there and 5 here"),
         ({"instances": INSTANCES[::-1]}, "questions is"),
         ({"instances": [replace(INSTANCES[0], question="Else?"), *INSTANCES[1:]]}, "questions is"),
-        ({"examples": INSTANCES[:1]}, "few_shot is 0 there and 1 here"),
+        ({"examples": [EXAMPLE]}, "few_shot is 0 there and 1 here"),
+        ({"max_new_tokens": 20}, "max_new_tokens is 48 there and 20 here"),
     ],
 )
 def test_what_decides_the_results_is_held_against_those_that_are_there(tmp_path, changed, difference):
@@ -156,6 +157,26 @@ def test_what_decides_the_results_is_held_against_those_that_are_there(tmp_path,
         asked = replace(workload(), **changed)
         run_evaluation(decoder, [asked], METHODS, folder, state=processes(0, 1), report=lambda line: None)
     assert decoder.asked == []
+
+
+def test_another_solution_of_an_example_is_another_question(tmp_path):
+    run(tmp_path, FakeDecoder(), examples=[EXAMPLE])
+    with pytest.raises(ValueError, match="questions is"):
+        run(tmp_path, FakeDecoder(), examples=[replace(EXAMPLE, solution="Else.")])
+
+
+def test_failed_answers_are_tried_again_when_that_is_asked_for(tmp_path):
+    run(tmp_path, FakeDecoder(), methods=METHODS[:1])
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text().replace('"error": null', '"error": "out of memory"', 1))
+    again = FakeDecoder()
+    assert run(tmp_path, again, methods=METHODS[:1]) == ["3 of 3 batches are done already."]
+    with ResultsFolder(tmp_path) as folder:
+        run_evaluation(
+            again, [workload()], METHODS[:1], folder, state=processes(0, 1), report=lambda _: None, retry_failed=True
+        )
+    assert len(again.asked) == 1
+    assert all(record["error"] is None for record in records(tmp_path))
 
 
 def test_a_line_says_what_was_answered_whether_it_is_right_and_what_it_cost(tmp_path):

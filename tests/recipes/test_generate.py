@@ -347,3 +347,13 @@ def test_sampling_is_plain_unless_asked_for():
         **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0},
         "max_new_tokens": 256,
     }
+
+
+def test_a_file_is_gone_on_with_by_the_same_models_only(capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("Ada has 1 hat.\n")
+    files = ["--input", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "answers.jsonl")]
+    short = ["--max_new_tokens", "3"]
+    assert generate.main([*MODELS, *files, *short]) == 0
+    other = ["--base", str(PAIR / "reference"), "--proxy", str(PAIR / "proxy")]
+    assert generate.main([*other, *files, *short]) == 2
+    assert "base is" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import run_eval
 
+from transformers_kad import KADConfig
 from transformers_kad.evaluation.methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
 from transformers_kad.evaluation.report import to_markdown
 from transformers_kad.evaluation.tasks import TASKS
@@ -87,8 +88,8 @@ def test_two_processes_give_the_results_of_one(undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "later"), [(1, 1), (2, 1), (1, 2)])
+def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, tmp_path, processes, later):
     with subprocess.Popen(
         command(tmp_path, *ASKED, processes=processes),
         env=ENVIRONMENT,
@@ -106,7 +107,7 @@ def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, t
     assert len(parts) == processes
     with parts[0].open("ab") as file:  # torn in the middle of a line
         file.write(parts[0].read_bytes().splitlines()[-1][:50])
-    finished = run(tmp_path, *ASKED, processes=processes)
+    finished = run(tmp_path, *ASKED, processes=later)
     assert "batches are done already" in finished.stderr
     assert "A torn last line was removed" in finished.stderr
     assert results(tmp_path) == results(undisturbed)
@@ -175,6 +176,38 @@ def test_the_figures_of_the_page_are_those_of_its_command():
     page = (ROOT / "README.md").read_text()
     for table in re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.MULTILINE):
         assert table in page
+
+
+@pytest.mark.parametrize("template", [["--chat", "no"], ["--proxy_chat", "no"]])
+def test_questions_may_be_asked_as_plain_text(template, tmp_path):
+    arguments = ["--limit", "4", "--method", "base", "kad-dual", "--no_speculative", *template]
+    assert run_eval.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert all(line["error"] is None and line["text"] for line in results(tmp_path))
+
+
+def test_methods_of_other_settings_are_not_put_beside_each_other(tmp_path, capsys):
+    output = ["--output", str(tmp_path), "--no_speculative"]
+    assert run_eval.main([*output, "--method", "base", "--limit", "2"]) == 0
+    assert run_eval.main([*output, "--method", "kad-dual", "--limit", "3"]) == 2
+    assert "instances is 2 there and 3 here" in capsys.readouterr().err
+    assert run_eval.main([*output, "--method", "kad-dual", "--limit", "2"]) == 0
+
+
+def test_a_pair_that_is_named_by_half_is_not_replaced_by_the_tiny_one(tmp_path, capsys):
+    KADConfig(proxy="nowhere").save_pretrained(tmp_path / "config")
+    assert run_eval.main(["--config", str(tmp_path / "config"), "--output", str(tmp_path / "out")]) == 2
+    assert "Base and proxy are needed, got None and 'nowhere'" in capsys.readouterr().err
+
+
+def test_a_run_in_which_nothing_could_be_answered_is_reported_all_the_same(tmp_path, capsys):
+    pair = tmp_path / "pair"
+    shutil.copytree(PAIR, pair)
+    config = json.loads((pair / "base" / "config.json").read_text())
+    (pair / "base" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4}))
+    arguments = ["--pair", str(pair), "--limit", "2", "--method", "base", "kad-dual", "--no_speculative"]
+    assert run_eval.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    assert [(row["failed"], row["accuracy"]) for row in rows] == [(2, 0), (2, 0)]
 
 
 @pytest.mark.parametrize(

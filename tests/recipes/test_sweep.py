@@ -37,3 +37,13 @@ def test_a_draft_length_must_be_positive(capsys):
     with pytest.raises(SystemExit):
         sweep.main(["--draft_lengths", "0"])
     assert "--draft_lengths must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_draft_length_of_a_word_is_its_own(tmp_path):
+    grid = sweep.GridArguments(method=["base", "nudging", "kad-dual:num_assistant_tokens=2"], draft_lengths=[3, 7])
+    assert [method.num_assistant_tokens for method in grid.methods()[1:]] == [3, 7, 2]
+
+
+def test_draft_lengths_need_drafts(tmp_path, capsys):
+    assert sweep.main(["--draft_lengths", "3", "--no_speculative", "--output", str(tmp_path)]) == 2
+    assert "--draft_lengths [3] have no effect" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What the command lines of the evaluation recipes share."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        self.task = list(dict.fromkeys(self.task))
         for name in self.task:
             get_task(name)
         for name, least in {"limit": 1, "few_shot": 0, "num_samples": 1, "batch_size": 1}.items():
@@ -79,7 +81,7 @@ class EvaluationArguments:
         for name in self.task:
             task = get_task(name)
             instances = task.load(data_dir=self.data_dir, split=self.split, limit=self.limit)
-            examples = task.few_shot_examples(self.few_shot, data_dir=self.data_dir) if self.few_shot else []
+            examples = task.few_shot_examples(self.few_shot, data_dir=self.data_dir, split=self.split)
             workloads.append(
                 Workload(
                     task,
@@ -156,7 +158,7 @@ def make_decoder(
     if evaluation.num_samples > 1 and not sampling.do_sample:
         raise ValueError(f"--num_samples {evaluation.num_samples} needs --do_sample: greedy answers are all the same.")
     named = KADConfig.from_pretrained(config) if config else KADConfig()
-    if models.base is None and models.proxy is None and named.base is None:
+    if models.base is models.proxy is named.base is named.proxy is None:
         pair = evaluation.pair or default_pair
         if not (pair / "base").is_dir() or not (pair / "proxy").is_dir():
             raise ValueError(
@@ -167,7 +169,8 @@ def make_decoder(
         if evaluation.pair is None:
             torch.set_num_threads(1)  # models as small as these only lose time to more
     models.complete(named, config if config and Path(config).is_dir() else None)
-    take_share(models, state.local_process_index, state.num_processes, torch.cuda.device_count())
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
+    take_share(models, state.local_process_index, local_processes, torch.cuda.device_count())
     flags: dict[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
     return Decoder(
         Pair(models),
@@ -186,7 +189,7 @@ def take_share(models: ModelArguments, process: int, processes: int, gpus: int) 
     Args:
         models: changed in place, unless the command line says where models go.
         process: number of this process on this machine.
-        processes: how many there are.
+        processes: how many there are on this machine.
         gpus: how many GPUs the machine has.
 
     Raises:
@@ -194,23 +197,13 @@ def take_share(models: ModelArguments, process: int, processes: int, gpus: int) 
 
     >>> models = ModelArguments(device_map="auto")
     >>> take_share(models, process=1, processes=2, gpus=4)
-    >>> sorted(models.limits), models.device
+    >>> models.gpus, models.device
     ([2, 3], 'cuda:2')
     """
-    if processes == 1 or gpus == 0:
+    if processes == 1 or gpus == 0 or models.device != "auto":
         return
     each = gpus // processes
     if each == 0:
-        raise ValueError(f"{processes} processes need a GPU each, but there are {gpus}. Start fewer.")
-    own = range(process * each, (process + 1) * each)
-    if models.device == "auto":
-        models.device = f"cuda:{own[0]}"
-    if models.spread == "auto" and models.limits is None:
-        models.limits = {gpu: _free_memory(gpu) for gpu in own}
-
-
-def _free_memory(gpu: int) -> int:
-    """What a base may take of a GPU, in bytes; a tenth is left for the proxy, caches and activations."""
-    if gpu >= torch.cuda.device_count():
-        return 0
-    return int(torch.cuda.mem_get_info(gpu)[0] * 0.9)
+        raise ValueError(f"{processes} processes on one machine need a GPU each, but it has {gpus}. Start fewer.")
+    models.gpus = list(range(process * each, (process + 1) * each))
+    models.device = f"cuda:{models.gpus[0]}"

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..composition import RULES
 from ..configuration import KADConfig
@@ -16,7 +16,14 @@ from ..loading import load_tokenizer
 from ..logits_process import KADLogitsProcessor
 from ..pair import Pair, forget_generation_settings
 from ..prompting import Prompt, encode, eos_token_ids
-from ..proxy import context_length, describe, is_unusable, unusable_logits_error
+from ..proxy import (
+    ContextLengthError,
+    UnusableLogitsError,
+    context_length,
+    describe,
+    is_unusable,
+    unusable_logits_error,
+)
 from ..statistics import SequenceStatistics
 from .methods import Method
 
@@ -77,7 +84,6 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self._processor: tuple[KADConfig, KADLogitsProcessor] | None = None
-        self._eos_of_proxy = eos_token_ids(self.pair.proxy)
         forget_generation_settings(self.pair.proxy)
 
     @cached_property
@@ -97,7 +103,7 @@ class Decoder:
         if method.name == "aligned":
             return self._aligned_model
         if method.name == "proxy":
-            return self._speaker(self.pair.proxy, self.pair.proxy_tokenizer, self._eos_of_proxy)
+            return self._speaker(self.pair.proxy, self.pair.proxy_tokenizer, self.pair.proxy_eos_token_ids)
         return _Speaker(self.pair.base, self.pair.tokenizer, self.pair.eos_token_ids, self.pair.pad_token_id)
 
     def _processor_of(self, config: KADConfig) -> KADLogitsProcessor:
@@ -114,29 +120,43 @@ class Decoder:
         self._speaker_of(method)
         if method.config is not None:
             self._processor_of(method.config)
-        if method.name == "assisted" and self.pair.alignment is not None:
-            raise ValueError('The method "assisted" needs base and proxy of one vocabulary.')
+        if method.name == "assisted":
+            sizes = [m.get_input_embeddings().weight.shape[0] for m in (self.pair.base, self.pair.proxy)]
+            if self.pair.alignment is not None or sizes[0] != sizes[1]:
+                raise ValueError(
+                    "Stock speculative decoding needs base and proxy of one vocabulary, got "
+                    f"{sizes[0]} and {sizes[1]} rows: leave out the method 'assisted'."
+                )
+            if not self.speculative:
+                raise ValueError("The method 'assisted' is speculative: leave it out, or leave out --no_speculative.")
 
     def answer(self, method: Method, prompts: Sequence[Prompt], seed: int, max_new_tokens: int) -> list[Answer]:
         """An answer to each prompt, of `max_new_tokens` at most.
 
         Equal prompts and seeds give equal answers, whatever was answered before.
-        A batch that fails (a prompt too long, logits that are NaN) is gone through prompt by prompt, so that only
-        those fail that must.
+        A batch that fails (a prompt too long, logits that are NaN), or in which a long prompt would leave no room for
+        the others' answers, is gone through prompt by prompt, so that each has what it has alone.
         """
         self.prepare(method)
-        one_by_one = self.speculative or method.name == "assisted"
         if method.config is not None:
             self._processor_of(method.config).reset()
         set_seed(seed)
-        if not one_by_one:
+        if not self.speculative:
             try:
                 return self._decode(method, prompts, max_new_tokens)
             except Exception as error:
-                if not is_failure(error):
+                if not isinstance(error, _CrowdedError) and not is_failure(error):
                     raise
             set_seed(seed)
         return [self._decode_or_fail(method, prompt, max_new_tokens) for prompt in prompts]
+
+    def _encode(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool | str | None
+    ) -> BatchEncoding:
+        """Chats in the chat template where there is one and it is wanted, else as plain text."""
+        templated = tokenizer.chat_template is not None if chat is None else bool(chat)
+        texts = prompts if templated else [as_text(prompt) for prompt in prompts]
+        return encode(tokenizer, texts, self.pair.device, chat=templated, **self.template_arguments)
 
     def _decode_or_fail(self, method: Method, prompt: Prompt, max_new_tokens: int) -> Answer:
         started = time.perf_counter()
@@ -150,10 +170,8 @@ class Decoder:
     def _decode(self, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """All prompts at once."""
         speaker, pair = self._speaker_of(method), self.pair
-        template = dict(self.template_arguments)
         chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
-        assert not isinstance(chat, str)
-        inputs = encode(speaker.tokenizer, prompts, pair.device, chat=chat, **template)
+        inputs = self._encode(speaker.tokenizer, prompts, chat)
         length = inputs["input_ids"].shape[1]
         processors: list[LogitsProcessor] = [_RefuseUnusableLogits(speaker.model)]
         rooms = [(speaker.model, length)]
@@ -165,7 +183,7 @@ class Decoder:
             processors = [kad]
             proxy_length = length
             if self.proxy_chat != "same":
-                own = encode(pair.proxy_tokenizer, prompts, pair.device, chat=self.proxy_chat, **template)  # type: ignore[arg-type]
+                own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat)
                 own_prompt, proxy_length = kad.proxy_prompt(own), own["input_ids"].shape[1]
             rooms.append((pair.proxy, proxy_length))
             if self.speculative:
@@ -175,6 +193,8 @@ class Decoder:
             rooms.append((pair.proxy, length))
             _draft_like_kad(pair.proxy, method.num_assistant_tokens)
         room = _room(rooms, max_new_tokens)
+        if room < max_new_tokens and len(prompts) > 1:
+            raise _CrowdedError
         started = time.perf_counter()
         with own_prompt:
             ids = speaker.model.generate(
@@ -202,9 +222,20 @@ def _answer(row: list[int], speaker: _Speaker, seconds: float, statistics: Seque
     return Answer(text, end is not None, len(row) if end is None else end + 1, seconds, statistics)
 
 
+class _CrowdedError(Exception):
+    """A batch whose longest prompt leaves less room for answers than was asked for."""
+
+
+def as_text(prompt: Prompt) -> str:
+    """A chat as plain text: what was said, turn by turn, an empty line between."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt) + "\n"
+
+
 def is_failure(error: Exception) -> bool:
-    """Whether an error is the prompt's, so that other prompts may succeed."""
-    if isinstance(error, ValueError | torch.OutOfMemoryError):
+    """Whether an error is the prompt's, so that other prompts may succeed; all others end the run."""
+    if isinstance(error, ContextLengthError | UnusableLogitsError | torch.OutOfMemoryError):
         return True
     # Stock speculative decoding divides by a residual that may be zero, and then draws from NaN.
     return isinstance(error, RuntimeError) and "probability tensor contains" in str(error)
@@ -229,7 +260,7 @@ def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
         limit = context_length(model)
         if limit is not None:
             if length >= limit:
-                raise ValueError(
+                raise ContextLengthError(
                     f"The prompt has {length} tokens, but the context of {describe(model)} ends at {limit}."
                 )
             wanted = min(wanted, limit - length)
@@ -244,29 +275,36 @@ def _draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
     settings.assistant_confidence_threshold = 0.0
 
 
-def decides(decoder: Decoder, method: Method) -> dict[str, Any]:
-    """Everything about models and decoding that a method's answers depend on, as JSON values."""
+def shared_settings(decoder: Decoder) -> dict[str, Any]:
+    """What all methods' answers depend on, as JSON values."""
     models = decoder.pair.models
-    names = {"base": models.base, "proxy": models.proxy}
-    if method.name in ("base", "proxy"):
-        names = {method.name: names[method.name]}
-    elif method.name == "aligned":
-        names = {"aligned": decoder.aligned}
-    if method.config is not None and RULES[method.config.rule].needs_reference:
-        names["reference"] = models.reference or "below the proxy's adapter"
     return {
-        **names,
+        "base": models.base,
+        "proxy": models.proxy,
         "dtype": models.dtype,
         "quantization": models.quantization,
         "device": torch.device(decoder.pair.device).type,
         "align_vocabularies": models.align_vocabularies,
-        "rule": method.config.rule if method.config else None,
-        "parameters": dict(method.config.parameters) if method.config else None,
-        "component_temperature": method.config.component_temperature if method.config else None,
-        "num_assistant_tokens": method.num_assistant_tokens if method.config or method.name == "assisted" else None,
         "speculative": decoder.speculative,
         "chat": decoder.chat,
         "proxy_chat": decoder.proxy_chat,
         "template_arguments": dict(decoder.template_arguments),
         "generate": dict(decoder.settings),
     }
+
+
+def own_settings(decoder: Decoder, method: Method) -> dict[str, Any]:
+    """What only this method's answers depend on, as JSON values."""
+    settings: dict[str, Any] = {"name": method.name, "shown_parameters": method.parameters}
+    if method.name == "aligned":
+        settings["aligned"] = decoder.aligned
+    if method.name == "assisted":
+        settings["num_assistant_tokens"] = method.num_assistant_tokens
+    if method.config is not None:
+        settings["rule"] = method.config.rule
+        settings["parameters"] = dict(method.config.parameters)
+        settings["component_temperature"] = method.config.component_temperature
+        settings["num_assistant_tokens"] = method.config.num_assistant_tokens
+        if RULES[method.config.rule].needs_reference:
+            settings["reference"] = decoder.pair.models.reference or "below the proxy's adapter"
+    return settings

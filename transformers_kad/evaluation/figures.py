@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .methods import SETTINGS
 from .plots import (
     Point,
     plot_acceptance_lengths,
@@ -18,7 +19,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     """The rows of a report as points of a plot."""
     points = []
     for row in rows:
-        numbers = [value for value in row["parameters"].values() if isinstance(value, int | float)]
+        numbers = [v for k, v in row["parameters"].items() if k not in SETTINGS and isinstance(v, int | float)]
         draft = row["parameters"].get("num_assistant_tokens")
         group = row["name"] if draft is None else f"{row['name']}, draft {draft}"
         points.append(
@@ -50,11 +51,13 @@ def masses_by_position(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, 
 
 
 def plot_report(report: Mapping[str, Any], folder: ResultsFolder) -> list[Path]:
-    """Every plot of every task, into `plots/` beside the results."""
+    """Every plot of every task, into `plots/` beside the results. Methods that answered nothing are left out."""
     paths = []
     records = folder.read()
     for task in dict.fromkeys(row["task"] for row in report["rows"]):
-        rows = [row for row in report["rows"] if row["task"] == task]
+        rows = [row for row in report["rows"] if row["task"] == task and row["tokens_per_second"] > 0]
+        if not rows:
+            continue
         points, stem = points_of(rows), folder.path / "plots" / task
         paths += plot_accuracy_speed(points, f"{stem}_accuracy_speed", title=task)
         if any(point.value is not None for point in points):

@@ -57,7 +57,8 @@ class Method:
     @property
     def label(self) -> str:
         """The name with what tells this method from others of the name: "kad-dual threshold=0.4"."""
-        return " ".join([self.name, *(f"{name}={format_value(value)}" for name, value in self.parameters.items())])
+        names = [self.name] if self.name != FROM_CONFIG or self.config is None else [self.name, self.config.rule]
+        return " ".join([*names, *(f"{name}={format_value(value)}" for name, value in self.parameters.items())])
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Method:
 
 def format_value(value: Any) -> str:
     """A parameter's value as labels show it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0")
 
 
 def parse_methods(
@@ -109,18 +110,19 @@ def parse_methods(
     ['base', 'kad-dual threshold=0.3', 'kad-dual threshold=0.5']
     """
     methods: dict[str, Method] = {}
-    unused = set(parameters or {})
+    unused = {*(parameters or {}), *(settings or {})}
     for word in words:
         name, *assignments = word.split(":")
         grid = [_parse_assignment(assignment, word) for assignment in assignments]
         if name in PLAIN_METHODS:
             for method in _plain_methods(name, grid, settings or {}):
                 methods[method.label] = method
+            unused -= {"num_assistant_tokens"} if name == "assisted" else set()
             continue
         start, settled = _start_of(name, config)
         known = [field.name for field in fields(RULES[start.rule])]
         usable = {key: value for key, value in (parameters or {}).items() if key in known and key not in settled}
-        unused -= set(usable)
+        unused -= {*usable, *SETTINGS}
         for values in itertools.product(*(choices for _, choices in grid)):
             own = dict(zip((key for key, _ in grid), values, strict=True))
             for key in own:

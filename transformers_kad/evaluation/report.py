@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..environment import describe_environment
 from ..metrics import metric_path
 from ..resumable import write_whole
 from .comparison import Comparison, compare_methods
-from .methods import PLAIN_METHODS, RULE_METHODS
+from .methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
 from .results import ResultsFolder
 from .tasks import get_task
 
@@ -86,50 +87,67 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 def make_report(
     folder: ResultsFolder, *, device: str = "cpu", dtype: str = "auto", processes: int = 1
 ) -> dict[str, Any]:
-    """The figures of everything that a folder holds, and with what they were measured."""
+    """The figures of everything that a folder holds, and with what they were measured.
+
+    A method that has not answered every instance has no row, and of its samples only those count that are complete;
+    `unfinished` says how far such methods are.
+    """
     configs = folder.configs()
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in folder.read():
         groups.setdefault((record["task"], record["method"]), []).append(record)
-    rows, comparisons = [], []
+    rows, comparisons, unfinished = [], [], []
     for task in dict.fromkeys(task for task, _ in groups):
-        methods = sorted(
+        complete: dict[str, list[Record]] = {}
+        for method in sorted(
             (method for of, method in groups if of == task),
-            key=lambda method: _order(configs[groups[task, method][0]["config"]]),
-        )
-        summaries = [summarize(groups[task, method]) for method in methods]
+            key=lambda method: _order(configs[groups[task, method][0]["config"]]["own"]),
+        ):
+            records = groups[task, method]
+            instances = configs[records[0]["config"]]["shared"]["instances"]
+            counts = Counter(record["sample"] for record in records)
+            whole = {sample for sample, count in counts.items() if count == instances}
+            if whole != counts.keys():
+                unfinished.append(
+                    {"task": task, "method": method, "answers": len(records), "of": len(counts) * instances}
+                )
+            if whole:
+                complete[method] = [record for record in records if record["sample"] in whole]
+        summaries = [summarize(records) for records in complete.values()]
         base = next((s["tokens_per_second"] for s in summaries if s["method"] == "base"), None)
-        for method, summary in zip(methods, summaries, strict=True):
-            config = configs[groups[task, method][0]["config"]]
+        for records, summary in zip(complete.values(), summaries, strict=True):
+            own = configs[records[0]["config"]]["own"]
             summary["speedup"] = summary["tokens_per_second"] / base if base else None
-            summary["parameters"], summary["name"] = config["shown_parameters"], config["name"]
+            summary["parameters"], summary["name"] = own["shown_parameters"], own["name"]
         rows += summaries
-        comparisons += [{"task": task, **vars(c)} for c in compare(groups, task, methods)]
+        comparisons += [{"task": task, **vars(comparison)} for comparison in compare(complete)]
     environment = {**describe_environment(device), "dtype": dtype, "processes": processes, "commit": current_commit()}
-    return {"rows": rows, "comparisons": comparisons, "environment": environment}
+    return {"rows": rows, "comparisons": comparisons, "unfinished": unfinished, "environment": environment}
 
 
-def _order(config: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
-    names = [*PLAIN_METHODS, *RULE_METHODS, "config"]
-    return names.index(config["name"]), [
+def _order(settings: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
+    names = [*PLAIN_METHODS, *RULE_METHODS, FROM_CONFIG]
+    return names.index(settings["name"]), [
         (key, value if isinstance(value, int | float) else 0.0, str(value))
-        for key, value in config["shown_parameters"].items()
+        for key, value in settings["shown_parameters"].items()
     ]
 
 
-def compare(groups: Mapping[tuple[str, str], Sequence[Record]], task: str, methods: Sequence[str]) -> list[Comparison]:
-    """Every pair of methods on the instances and samples that all of them have."""
-    if len(methods) < 2:
+def compare(records: Mapping[str, Sequence[Record]]) -> list[Comparison]:
+    """Every pair of methods of one task, on the samples that all of them have.
+
+    Args:
+        records: by method; all instances of the task, each with equally many samples.
+    """
+    if len(records) < 2:
         return []
-    samples = min(max(r["sample"] for r in groups[task, method]) + 1 for method in methods)
-    common = set.intersection(*({r["instance"] for r in groups[task, method]} for method in methods))
+    common = set.intersection(*({record["sample"] for record in own} for own in records.values()))
     scores: dict[str, dict[str, list[bool]]] = {}
-    for method in methods:
-        own: dict[str, list[bool]] = {}
-        for record in sorted(groups[task, method], key=lambda r: (r["instance"], r["sample"])):
-            if record["instance"] in common and record["sample"] < samples:
-                own.setdefault(record["instance"], []).append(record["correct"])
-        scores[method] = own
+    for method, own in records.items():
+        scores[method] = {}
+        for record in sorted(own, key=lambda r: (r["instance"], r["sample"])):
+            if record["sample"] in common:
+                scores[method].setdefault(record["instance"], []).append(record["correct"])
     return compare_methods(scores) if common else []
 
 
@@ -159,6 +177,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         comparisons = [c for c in report["comparisons"] if c["task"] == task]
         if comparisons:
             parts.append(_differences(rows, comparisons))
+    for one in report["unfinished"]:
+        parts.append(f"Unfinished: {one['method']} on {one['task']}, {one['answers']} of {one['of']} answers.\n")
     environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if value is not None)
     return "\n".join([*parts, f"Measured with: {environment}", ""])
 

@@ -1,6 +1,7 @@
 """A folder of results that one process or many write to, and that a later run goes on with."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,12 @@ class Mended:
     Attributes:
         torn: beginnings of torn last lines, removed.
         incomplete: batches that a stop left unfinished; their lines were removed.
+        retried: batches with failed answers that are to be tried again; their lines were removed.
     """
 
     torn: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
+    retried: tuple[str, ...] = ()
 
 
 class ResultsFolder:
@@ -51,7 +54,7 @@ class ResultsFolder:
         if self.path.is_file():
             raise ValueError(f"Results go into a folder, got the file {str(self.path)!r}.")
         self.process = process
-        self._described: set[str] = set()
+        self._used: set[str] = set()  # configurations of the lines that are there, or will be
         self._file: IO[str] | None = None
         self._lock: IO[str] | None = None
 
@@ -65,10 +68,13 @@ class ResultsFolder:
             if file is not None:
                 file.close()
 
-    def prepare(self) -> Mended:
+    def prepare(self, *, retry_failed: bool = False) -> Mended:
         """Take the folder, and merge what a stopped run left.
 
         For the first process only, before any other touches the folder.
+
+        Args:
+            retry_failed: let go of the batches in which an answer failed.
 
         Raises:
             ValueError: another run is writing to it.
@@ -76,36 +82,39 @@ class ResultsFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("a", encoding="utf-8")
         lock(self._lock, self.path)
-        return self.merge()
+        return self.merge(retry_failed=retry_failed)
 
     def describe(self, configs: Sequence[Mapping[str, Any]]) -> None:
         """Note the configurations of the lines that will be written.
 
         Args:
-            configs: each with `task` and `method`.
+            configs: each with `task` and `method`, the settings `shared` by all methods of a task, and the method's
+                `own`.
 
         Raises:
-            ValueError: the folder holds results of the same task and method with another configuration (the message
-                shows the difference).
+            ValueError: the folder holds results of the task under other shared settings, or of the method under other
+                settings of its own (the message shows the difference).
         """
-        known, used = self.configs(), {record["config"] for record in self.read()}
-        for name in used - known.keys():
+        known = self.configs()
+        for name in self._used - known.keys():
             raise ValueError(
                 f"{str(self.path / RESULTS)!r} holds results of the configuration {name!r}, which {CONFIGS!r} does "
                 "not describe. Choose another --output."
             )
-        kept = {name: config for name, config in known.items() if name in used}
-        for config in configs:
-            for found in kept.values():
-                if (found["task"], found["method"]) == (config["task"], config["method"]) and found != config:
-                    raise ValueError(
-                        f"{str(self.path)!r} holds results of {config['method']!r} on {config['task']!r} with other "
-                        f"settings: {describe_differences(found, config)}. Choose another --output, or repeat the "
-                        "settings to go on."
-                    )
-        kept |= {name: known[name] for name in self._described}
+        kept = {name: config for name, config in known.items() if name in self._used}
+        for config, found in itertools.product(configs, kept.values()):
+            if found["task"] != config["task"]:
+                continue
+            parts = ("shared", "own") if found["method"] == config["method"] else ("shared",)
+            differences = [describe_differences(found[part], config[part]) for part in parts]
+            if any(differences):
+                raise ValueError(
+                    f"{str(self.path)!r} holds results of {found['method']!r} on {found['task']!r} under other "
+                    f"settings: {'; '.join(filter(None, differences))}. Choose another --output, or repeat the "
+                    "settings to go on."
+                )
         new = {hash_of(config): dict(config) for config in configs}
-        self._described |= new.keys()
+        self._used |= new.keys()
         write_whole(self.path / CONFIGS, json.dumps(kept | new, indent=2) + "\n")
 
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -124,11 +133,14 @@ class ResultsFolder:
             self._file = (self.path / f"results.{self.process}.jsonl").open("a", encoding="utf-8")
         append_json_lines(self._file, records)
 
-    def merge(self) -> Mended:
+    def merge(self, *, retry_failed: bool = False) -> Mended:
         """Put every process's lines into `results.jsonl`, in an order that does not depend on who made them."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
         merged: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        torn, incomplete = [], []
-        parts = sorted(self.path.glob("results.*.jsonl"))
+        torn, incomplete, retried = [], [], []
+        parts = sorted(path for path in self.path.glob("results.*.jsonl") if path.name.split(".")[1].isdigit())
         for path in [self.path / RESULTS, *parts]:
             if not path.exists():
                 continue
@@ -141,17 +153,20 @@ class ResultsFolder:
             for key, batch in batches.items():
                 # A batch that was cut short is made again behind its own beginning: the whole one counts.
                 whole = batch[-batch[0]["batch_size"] :]
-                if [record["row"] for record in whole] == list(range(batch[0]["batch_size"])):
-                    merged.setdefault(key, whole)
-                else:
+                if [record["row"] for record in whole] != list(range(batch[0]["batch_size"])):
                     incomplete.append(key[1])
+                elif retry_failed and any(record["error"] is not None for record in whole):
+                    retried.append(key[1])
+                else:
+                    merged.setdefault(key, whole)
         lines = sorted(
             (record for batch in merged.values() for record in batch),
             key=lambda r: (r["task"], r["method"], r["sample"], r["batch_number"], r["row"]),
         )
-        if merged or parts:
+        self._used |= {config for config, _ in merged}
+        if merged or parts or retried:
             text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_whole(self.path / RESULTS, text)
         for path in parts:
             path.unlink()
-        return Mended(tuple(torn), tuple(incomplete))
+        return Mended(tuple(torn), tuple(incomplete), tuple(retried))

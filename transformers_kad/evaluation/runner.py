@@ -1,6 +1,7 @@
 """The run itself: batches of instances, each answered by a method, recorded as soon as it is there."""
 
 import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .decoding import Answer, Decoder, decides
+from ..environment import describe_environment
+from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
 from .results import Mended, ResultsFolder, hash_of
 from .tasks import Instance, Task
@@ -28,7 +30,7 @@ class Workload:
         batch_size: instances at once. A batch is also what a seed, a process and a resumed run work on: with another
             batch size the samples are others.
         seed: of the sampling.
-        positions: record the deferral mass at every position.
+        positions: record the deferral mass at every position. It decides no answer.
     """
 
     task: Task
@@ -41,21 +43,23 @@ class Workload:
     positions: bool = False
 
     def config(self, method: Method, decoder: Decoder) -> dict[str, Any]:
-        """Everything that the results of a method depend on, as JSON values."""
-        asked = "\n".join(f"{i.id} {i.question} {i.answer}" for i in (*self.examples, *self.instances))
+        """Everything that the results of a method depend on, as JSON values; `shared` with all other methods."""
+        asked = [[i.id, self.task.messages(i, self.examples), i.answer] for i in self.instances]
+        versions = describe_environment()
         return {
             "task": self.task.name,
             "method": method.label,
-            "name": method.name,
-            "shown_parameters": method.parameters,
-            "instances": len(self.instances),
-            "questions": hashlib.sha256(asked.encode()).hexdigest()[:12],
-            "few_shot": len(self.examples),
-            "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
-            "seed": self.seed,
-            "positions": self.positions,
-            **decides(decoder, method),
+            "shared": {
+                "instances": len(self.instances),
+                "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12],
+                "few_shot": len(self.examples),
+                "max_new_tokens": self.max_new_tokens,
+                "batch_size": self.batch_size,
+                "seed": self.seed,
+                "versions": {name: versions[name] for name in ("torch", "transformers", "transformers_kad")},
+                **shared_settings(decoder),
+            },
+            "own": own_settings(decoder, method),
         }
 
     def batches(self, method: Method) -> Iterator["Batch"]:
@@ -94,6 +98,7 @@ def run_evaluation(
     *,
     state: PartialState | None = None,
     report: Callable[[str], None] = print,
+    retry_failed: bool = False,
 ) -> None:
     """Answer every instance by every method, as far as the folder does not hold it yet.
 
@@ -107,6 +112,7 @@ def run_evaluation(
         folder: where results go.
         state: the processes; this one alone by default.
         report: called by the first process with what a person should know.
+        retry_failed: answer the batches anew in which an answer failed.
 
     Raises:
         ValueError: the folder holds results of other settings, or a method lacks what it needs.
@@ -116,7 +122,7 @@ def run_evaluation(
         decoder.prepare(method)
     configs = {(w.task.name, m.label): w.config(m, decoder) for w in workloads for m in methods}
     if state.is_main_process:
-        _report_mended(folder.prepare(), report)
+        _report_mended(folder.prepare(retry_failed=retry_failed), report)
         folder.describe(list(configs.values()))
     state.wait_for_everyone()
     done = {(record["config"], record["batch"]) for record in folder.read()}
@@ -209,6 +215,8 @@ def _report_mended(mended: Mended, report: Callable[[str], None]) -> None:
         report(f"A torn last line was removed, its batch is answered anew: {torn!r}")
     for batch in mended.incomplete:
         report(f"The batch {batch!r} was cut short and is answered anew.")
+    for batch in mended.retried:
+        report(f"The batch {batch!r} holds a failed answer and is answered anew.")
 
 
 class Progress:

@@ -1,13 +1,17 @@
 """Search a rule's parameters with Optuna: the most accurate, the fastest, or the front between the two."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from .comparison import compare_methods
+from ..resumable import describe_differences
+from .comparison import sign_flip_p_value
 from .decoding import Decoder
 from .methods import RULE_METHODS, Method, parse_methods
 from .results import ResultsFolder, hash_of
@@ -30,7 +34,7 @@ SEARCH_RANGES: Mapping[str, tuple[str, float, float]] = {
     "blend-in": ("threshold", 0.05, 0.95),
 }
 STEP = 0.01
-SURE = 0.05  # a trial is given up when another one is better with a p-value below this
+SURE = 0.05  # the chance, at most, that a setting is given up though it is as good as all that were tried before
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,46 @@ class Goal:
         return {name: least - reached for name, (least, reached) in limits.items() if least is not None}
 
 
+@dataclass(frozen=True)
+class BatchScores:
+    """What a search keeps of a batch's records.
+
+    Attributes:
+        right: whether each answer is right, in the order of the batch.
+        tokens: generated in all.
+        seconds: what they took.
+        error: why there is no answer, of the first one that failed.
+    """
+
+    right: tuple[bool, ...]
+    tokens: int
+    seconds: float
+    error: str | None
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> "BatchScores":
+        """Condense a batch's records."""
+        return cls(
+            tuple(record["correct"] for record in records),
+            sum(record["tokens"] for record in records),
+            sum(record["seconds"] for record in records),
+            next((record["error"] for record in records if record["error"] is not None), None),
+        )
+
+
 @dataclass
 class Tuner:
     """Tries settings of some methods on a workload.
 
     Every batch of every trial is kept in the folder of results, and every trial in the study, so that a search that
     was stopped goes on where it was. One process.
+
+    A trial is given up when another setting is more accurate, and at least as fast where speed counts, by the paired
+    sign-flip test on the questions so far. The test is made after every batch and against every other setting, so
+    each one gets its share of `SURE` (Bonferroni): whatever the number of batches and settings, one that is as good as
+    all that were tried before is given up with a chance of `SURE` at most. The share counts the settings that were
+    given up as well, since with more luck they would be rivals. Fewer shares, by comparing with the most accurate
+    setting alone, would not do: it owes its rank to luck on these very questions too, and its equals look worse.
 
     Args:
         decoder: the models.
@@ -103,45 +141,101 @@ class Tuner:
     goal: Goal
     draft_lengths: tuple[int, int] | None = None
     progress: Callable[[str], None] = print
-    _scores: dict[str, dict[str, list[bool]]] = field(default_factory=dict)  # method label -> instance -> samples
+    _scores: dict[str, list[BatchScores]] = field(default_factory=dict)  # method label -> its batches so far
 
     def __post_init__(self) -> None:
         for name in self.methods:
             if name not in RULE_METHODS:
                 raise ValueError(f"Only methods with a rule can be tuned ({', '.join(RULE_METHODS)}), got {name!r}.")
-        self._done: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        records: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for record in self.folder.read():
-            self._done.setdefault((record["config"], record["batch"]), []).append(record)
+            records.setdefault((record["config"], record["batch"]), []).append(record)
+        self._done = {key: BatchScores.of(batch) for key, batch in records.items()}
+        whole = math.ceil(len(self.workload.instances) / self.workload.batch_size)
+        samples = self.workload.num_samples
+        # The numbers of batches after which a trial may be given up: all questions so far have equally many samples,
+        # and there is something left to save.
+        self._looks = {*range(1, whole + 1), *range(whole, whole * samples, whole)} - {whole * samples}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome of a search, as JSON values."""
+        config = self.workload.config(Method("base"), self.decoder)
+        settings = {
+            "goal": asdict(self.goal),
+            "rules": self._rules,
+            "draft_lengths": self.draft_lengths,
+            "task": config["task"],
+            "num_samples": self.workload.num_samples,
+            **config["shared"],
+            "reference": self.decoder.pair.models.reference,
+        }
+        return json.loads(json.dumps(settings))
+
+    @property
+    def _rules(self) -> list[str]:
+        return sorted(set(self.methods))
 
     def run(self, study: optuna.Study, trials: int) -> None:
         """Bring the study to `trials` finished ones, those of earlier runs included.
 
-        Trials that a stop cut short are tried anew; what they had answered is not answered again.
+        Trials that were cut short are tried anew; what they had answered is not answered again. One that an error cut
+        short, and then another error, is left alone: both have been raised.
+
+        Raises:
+            ValueError: the study was made with other settings (the message shows the difference), or the base answered
+                nothing.
         """
+        self._claim(study)
         base = self.measure(Method("base"))
         assert base is not None
+        if base[1] == 0:
+            error = next((batch.error for batch in self._scores["base"] if batch.error is not None), None)
+            raise ValueError(
+                f"The base generated nothing for any of {len(self.workload.instances)} questions, so there is no "
+                f"speed to compare with. Its first error: {error}. Remove its cause, and choose another --output."
+            )
         study.set_user_attr("base_tokens_per_second", base[1])
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            study.tell(trial.number, state=TrialState.FAIL)
-            study.enqueue_trial(trial.params, skip_if_exists=False)
+        enqueue_cut_trials(study)
         for trial in finished(study):  # what later trials are compared with
             if trial.state == TrialState.COMPLETE:
                 self.measure(method_of(trial.params))
         while len(finished(study)) < trials:
             study.optimize(lambda trial: self._objective(study, trial, base[1]), n_trials=1)
 
+    def _claim(self, study: optuna.Study) -> None:
+        """Write the settings into the study, or check that they are those that it was made with."""
+        settings, found = self.settings, study.user_attrs.get("settings", {})
+        if all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
+            study.set_user_attr("settings", settings)
+        elif found != settings:
+            raise ValueError(
+                f"The study {study.study_name!r} was made with other settings: "
+                f"{describe_differences(found, settings)}. Choose another --output, or repeat the settings to go on."
+            )
+
     def _objective(self, study: optuna.Study, trial: optuna.Trial, base_speed: float) -> tuple[float, ...]:
-        name = trial.suggest_categorical("method", list(self.methods))
+        name = trial.suggest_categorical("method", self._rules)
         parameter, low, high = SEARCH_RANGES[name]
         trial.suggest_float(f"{name}.{parameter}", low, high, step=STEP)
         if self.draft_lengths is not None:
             trial.suggest_int("num_assistant_tokens", *self.draft_lengths)
         method = method_of(trial.params)
-        rivals = [t for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)) if feasible(t)]
-        result = self.measure(method, lambda speed: self._beaten(method, speed / base_speed, rivals))
         trial.set_user_attr("method", method.label)
+        tried = {t.user_attrs["method"]: t for t in finished(study)}
+        rivals = [t for t in tried.values() if t.state == TrialState.COMPLETE and feasible(t)]
+        chance = SURE / max(len(tried) * len(self._looks), 1)
+        try:
+            result = self.measure(method, lambda speed: self._beaten(method, speed / base_speed, rivals, chance))
+        except Exception as error:
+            trial.set_user_attr("error", f"{type(error).__name__}: {error}")
+            raise
         if result is None:
-            self.progress(f"{method.label}: given up, another setting is better for sure")
+            better = "more accurate and no slower" if self.goal.speed else "more accurate"
+            self.progress(
+                f"{method.label}: given up, another setting is {better} (paired tests; as good a one as any is given "
+                f"up with a chance of {SURE:.0%} at most)"
+            )
             raise optuna.TrialPruned
         accuracy, speed = result
         trial.set_user_attr("accuracy", accuracy)
@@ -158,52 +252,73 @@ class Tuner:
 
         `give_up` is asked after every batch, with the tokens/s so far.
         """
-        self.decoder.prepare(method)
         config = self.workload.config(method, self.decoder)
         name = hash_of(config)
-        self.folder.describe([config])
-        scores = self._scores[method.label] = {}
+        scores = self._scores[method.label] = []
         right = answers = tokens = 0
-        seconds, warm = 0.0, False
+        seconds, ready = 0.0, False
         for batch in self.workload.batches(method):
-            records = self._done.get((name, batch.key))
-            if records is None:
-                if not warm:
+            if (name, batch.key) not in self._done:
+                if not ready:
+                    self.decoder.prepare(method)
+                    self.folder.describe([config])
                     warm_up(self.decoder, batch)
-                    warm = True
+                    ready = True
                 records = answer_batch(self.decoder, batch, name)
                 self.folder.append(records)
-                self._done[name, batch.key] = records
-            for record in records:
-                scores.setdefault(record["instance"], []).append(record["correct"])
-                right, answers = right + record["correct"], answers + 1
-                tokens, seconds = tokens + record["tokens"], seconds + record["seconds"]
+                self._done[name, batch.key] = BatchScores.of(records)
+            done = self._done[name, batch.key]
+            scores.append(done)
+            right, answers = right + sum(done.right), answers + len(done.right)
+            tokens, seconds = tokens + done.tokens, seconds + done.seconds
             if give_up(tokens / max(seconds, 1e-9)):
                 return None
         return right / answers, tokens / max(seconds, 1e-9)
 
-    def _beaten(self, method: Method, speedup: float, rivals: Sequence[FrozenTrial]) -> bool:
-        """Whether another setting is at least as fast, and more accurate for sure on the instances so far."""
-        if not self.goal.accuracy:
+    def _beaten(self, method: Method, speedup: float, rivals: Iterable[FrozenTrial], chance: float) -> bool:
+        """Whether a rival is more accurate on the questions so far, and no slower where speed counts.
+
+        `chance`: that a setting as good as a rival is found worse, for one test.
+        """
+        batches = len(self._scores[method.label])
+        if not self.goal.accuracy or batches not in self._looks:
             return False
-        own = self._scores[method.label]
+        own = self._right_samples(method.label, batches)
         for rival in rivals:
             if self.goal.speed and rival.user_attrs["speedup"] < speedup:
                 continue
-            scores = self._scores[rival.user_attrs["method"]]
-            theirs = {instance: scores[instance][: len(samples)] for instance, samples in own.items()}
-            if len({len(samples) for samples in own.values()}) > 1:
-                continue  # between two samples of the whole workload
-            (comparison,) = compare_methods({"rival": theirs, "own": own})
-            if comparison.difference > 0 and comparison.p_value < SURE:
+            theirs = self._right_samples(rival.user_attrs["method"], batches)
+            differences = [a - b for a, b in zip(theirs, own, strict=True)]
+            if sum(differences) > 0 and sign_flip_p_value(differences) / 2 <= chance:  # one-sided
                 return True
         return False
 
+    def _right_samples(self, label: str, batches: int) -> list[int]:
+        """For each question, how many samples are right in a method's first batches."""
+        right = list(chain.from_iterable(batch.right for batch in self._scores[label][:batches]))
+        instances = len(self.workload.instances)
+        return [sum(right[at::instances]) for at in range(min(instances, len(right)))]
+
+
+def enqueue_cut_trials(study: optuna.Study) -> None:
+    """Have the trials tried anew that a stop or an error cut short, but none that two errors in a row cut short."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    trials = study.get_trials(deepcopy=False)
+    followed = {trial.user_attrs.get("follows") for trial in trials}
+    for trial in trials:
+        if trial.state != TrialState.FAIL or trial.number in followed or not trial.params:
+            continue
+        before = trial.user_attrs.get("follows")
+        if "error" in trial.user_attrs and before is not None and "error" in trials[before].user_attrs:
+            continue
+        study.enqueue_trial(trial.params, user_attrs={"follows": trial.number})
+
 
 def method_of(params: Mapping[str, Any]) -> Method:
-    """The method that a trial's parameters stand for."""
+    """The method that a trial's parameters stand for, without the rounding errors of counting in steps."""
     name = params["method"]
-    words = [f"{key.partition('.')[2]}={value}" for key, value in params.items() if key.startswith(f"{name}.")]
+    words = [f"{key.partition('.')[2]}={round(v, 6)}" for key, v in params.items() if key.startswith(f"{name}.")]
     if "num_assistant_tokens" in params:
         words.append(f"num_assistant_tokens={params['num_assistant_tokens']}")
     (method,) = parse_methods([":".join([name, *words])])
