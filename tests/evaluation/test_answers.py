@@ -376,6 +376,8 @@ def test_options_are_compared_as_they_are():
         ("(1,-2)", "(-2,1)", False),  # a point
         ("5", "x = 5", True),
         ("x = 5", "5", True),
+        (r"(-\infty, 5)", "x < 5", True),
+        ("x < 5", r"(-\infty, 5)", False),  # as the answer is an interval, the prediction has to be one
         ("Evelyn", r"\text{Evelyn}", True),
         ("Robert", r"\text{Evelyn}", False),
         ("C", r"\text{(C)}", True),
@@ -401,16 +403,19 @@ def test_mathematics_is_compared_by_meaning(prediction, answer, same):
 
 def test_mathematics_is_compared_in_threads_too():
     found = {}
+    together = threading.Barrier(4)
 
-    def compare(index):
-        found[index] = answers_match(rf"\frac{{{index}}}{{2}}", "1.5", "math")
+    def compare(thread):
+        together.wait()
+        for index in range(10):
+            found[thread, index] = answers_match(rf"\frac{{{index}}}{{2}}", f"{thread / 2}", "math")
 
-    threads = [threading.Thread(target=compare, args=(index,)) for index in range(6)]
+    threads = [threading.Thread(target=compare, args=(thread,)) for thread in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {index: index == 3 for index in range(6)}
+    assert found == {(thread, index): thread == index for thread in range(4) for index in range(10)}
 
 
 def test_a_comparison_that_would_never_end_counts_as_wrong(caplog):

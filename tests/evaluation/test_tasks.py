@@ -141,6 +141,7 @@ def test_files_that_have_changed_are_read_anew(case, copies):
 def test_the_copy_of_one_set_can_be_named_itself(case, copies):
     task = get_task(case.name)
     assert task.load(data_dir=FIXTURES / task.dataset) == task.load(data_dir=str(FIXTURES))
+    (copies / f"{task.split}.jsonl").write_text("{}")  # the folder of the set goes first
     # What `hf download --local-dir` leaves beside the files.
     note = copies / task.dataset / ".cache" / "huggingface" / "download" / f"{case.file}.metadata"
     note.parent.mkdir(parents=True)

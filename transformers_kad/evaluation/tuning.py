@@ -210,7 +210,7 @@ class Tuner:
             study.set_user_attr("settings", settings)
         elif found != settings:
             raise ValueError(
-                f"The study {study.study_name!r} was made with other settings: "
+                f"The study in {str(self.folder.path)!r} was made with other settings: "
                 f"{describe_differences(found, settings)}. Choose another --output, or repeat the settings to go on."
             )
 
