@@ -45,7 +45,7 @@ class SequenceStatistics:
     accepted: int = 0
     deferral_mass: float | None = None
     acceptance_histogram: tuple[int, ...] = ()
-    deferral_masses: tuple[float, ...] | None = field(default=None, repr=False)
+    deferral_masses: tuple[float, ...] | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def acceptance_rate(self) -> float | None:
