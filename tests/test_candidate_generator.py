@@ -63,15 +63,29 @@ def test_the_draft_ends_with_an_end_of_sequence():
     assert logits.shape[1] == stop
 
 
-def test_a_round_after_a_refusal_continues_from_the_text():
+def test_rounds_after_refusals_continue_from_the_texts():
+    """Rows keep 2, 0 and 4 draft tokens; one of them leaves; every draft is that of a fresh start."""
     model = tiny_model(seed=2)
     generator = generator_for(model, do_sample=False)
-    ids, _ = generator.get_candidates(PROMPT)
-    text = torch.cat([ids[:, :7], torch.tensor([[9]])], dim=1)  # two accepted, then another token
-    generator.settle(text)
-    again, _ = generator.get_candidates(text)
-    fresh, _ = generator_for(model, do_sample=False).get_candidates(text)
-    assert torch.equal(again, fresh)
+    texts = [PROMPT, PROMPT.flip(1), PROMPT + 3]
+    generator.begin(torch.cat(texts))
+    draft, accepted = generator.draft(None, [5, 5, 5]), [2, 0, 4]
+    generator.next_logits()  # all of the last row's draft is read
+    for leaving in ([], [1], []):
+        generator.settle(accepted)
+        texts = [
+            torch.cat([text, ids[None, :count], torch.tensor([[9]])], dim=1)
+            for text, ids, count in zip(texts, draft.ids, accepted, strict=True)
+        ]
+        if leaving:
+            generator.select([row for row in range(len(texts)) if row not in leaving])
+            texts = [text for row, text in enumerate(texts) if row not in leaving]
+        draft = generator.draft(torch.tensor([[9]] * len(texts)), [text.shape[1] for text in texts])
+        for text, ids in zip(texts, draft.ids, strict=True):
+            fresh, _ = generator_for(model, do_sample=False).get_candidates(text)
+            assert ids.tolist() == fresh[0, text.shape[1] :].tolist()
+        generator.next_logits()
+        accepted = [1, 3, 0][: len(texts)]
 
 
 def test_an_unrelated_text_is_no_continuation():
@@ -83,6 +97,11 @@ def test_an_unrelated_text_is_no_continuation():
     assert torch.equal(again, fresh)
 
 
-def test_several_sequences_are_refused():
-    with pytest.raises(ValueError, match="got 3"):
-        generator_for(tiny_model()).get_candidates(PROMPT.repeat(3, 1))
+def test_several_sequences_draft_at_once():
+    model = tiny_model(seed=2)
+    texts = torch.cat([PROMPT, PROMPT.flip(1)])
+    ids, logits = generator_for(model, do_sample=False).get_candidates(texts)
+    assert logits.shape == (2, 4, 50)
+    for row, text in enumerate(texts):
+        own, _ = generator_for(model, do_sample=False).get_candidates(text[None])
+        assert torch.equal(ids[row], own[0])

@@ -24,9 +24,10 @@ from transformers_kad import (
     ImplicitReward,
     NudgingDeferral,
     PrimalDeferral,
+    composition,
     make_rule,
 )
-from transformers_kad.composition import compose
+from transformers_kad.composition import Composition, compose, may_be_any
 
 GRID = [i / 8 for i in range(9)]
 # Off the eighths, so that random distributions meet no threshold exactly.
@@ -435,6 +436,60 @@ class TestComposition:
             for i, v in enumerate(tokens)
         ]
         assert made.probs_of(torch.tensor(tokens)).tolist() == expected
+
+
+def hard_logits(rows, vocabulary):
+    """Base, proxy and reference: some rows with bans, some where these leave the proxy or the reference nothing."""
+    base, proxy, before = (random_logits(rows, vocabulary, seed=i) for i in range(3))
+    base[::3] = base[::3].masked_fill(random_logits(*base[::3].shape, seed=9) > 0.5, -torch.inf)
+    proxy[6] = before[9] = -torch.inf
+    return base, proxy, before
+
+
+@pytest.mark.parametrize("rule", ONE_OF_EACH, ids=repr)
+@pytest.mark.parametrize("at_once", [1, 40, 41, 100, 360])
+def test_rows_are_composed_in_parts_as_they_are_at_once(rule, at_once, monkeypatch):
+    logits = hard_logits(13, 40)
+    whole = compose(rule, *logits)
+    monkeypatch.setattr(composition, "COMPOSED_AT_ONCE", at_once)
+    parts = compose(rule, *logits)
+    for field in dataclasses.fields(Composition):
+        one, other = getattr(parts, field.name), getattr(whole, field.name)
+        assert (one is None) == (other is None)
+        assert one is None or (torch.equal(one, other) and one.dtype == other.dtype)
+
+
+@pytest.mark.parametrize("rule", ONE_OF_EACH, ids=repr)
+def test_what_is_not_looked_up_is_computed_all_the_same(rule, monkeypatch):
+    """Where looking would wait for the device, bans and empty rows are provided for whether there are any or not."""
+    for logits in (hard_logits(13, 40), [random_logits(3, 40, seed=i) for i in range(3)]):
+        looked = compose(rule, *logits)
+        with monkeypatch.context() as patch:
+            patch.setattr(composition, "may_be_any", lambda flags: True)
+            computed = compose(rule, *logits)
+        for probs in ("base_probs", "proxy_probs", "target_probs"):
+            assert torch.equal(getattr(looked, probs), getattr(computed, probs))
+
+
+def test_flags_are_looked_up_on_the_cpu_alone():
+    assert not may_be_any(torch.tensor([False, False]))
+    assert may_be_any(torch.tensor([False, True]))
+    assert may_be_any(torch.zeros(2, dtype=torch.bool, device="meta"))
+
+
+def test_no_rows_are_composed_to_no_rows():
+    for rule in ONE_OF_EACH:
+        made = compose(rule, *(torch.zeros(0, 7) for _ in range(3)))
+        assert made.base_probs.shape == made.proxy_probs.shape == made.target_probs.shape == (0, 7)
+        assert made.deferral_mass is None or made.deferral_mass.shape == (0,)
+
+
+def test_a_base_that_bans_leaves_the_proxys_logits_as_they_were():
+    base, proxy, _ = hard_logits(13, 40)
+    before = base.clone(), proxy.clone()
+    compose(DualDeferral(0.2), base, proxy)
+    assert torch.equal(base, before[0])
+    assert torch.equal(proxy, before[1])
 
 
 def test_finite_adjustments_of_the_base_leave_the_proxy_alone():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from transformers_kad import (
@@ -19,9 +20,11 @@ from transformers_kad import (
     ExactDeferral,
     NudgingDeferral,
     PrimalDeferral,
+    knapsack,
     make_rule,
     mix,
 )
+from transformers_kad.deferral import deferral_mass
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deferral.json").read_text())
 GOLDEN_PARAMETER = {"dual": "threshold", "nudging": "threshold", "primal": "budget", "confidence_bet": "margin"}
@@ -177,39 +180,119 @@ def test_the_exact_rule_finds_solutions_that_greedy_misses():
 
 
 def test_too_few_states_warn_with_a_true_bound_on_what_is_missing():
-    short = 0
-    for seed in range(30):
+    warned = short = 0
+    for seed in range(60):
         p = random_rows(10, seed=seed, spread=0.3)
         rule = ExactDeferral(0.5, tolerance=0, max_states=1)
-        with pytest.warns(RuntimeWarning, match=r"max_states") as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             mask = rule.defer(p).tolist()
-        stated = float(re.search(r"up to ([\d.e+-]+)\.", str(caught[0].message))[1])
+        stated = 0.0
+        if caught:
+            assert caught[0].category is RuntimeWarning
+            assert "max_states" in str(caught[0].message)
+            stated = float(re.search(r"up to ([\d.e+-]+)\.", str(caught[0].message))[1])
         missing = reference.best_subset_value(p.tolist(), 0.5) - reference.value(p.tolist(), mask)
         assert reference.mass(p.tolist(), mask) <= 0.5
         assert missing <= stated * 1.005 + 1e-12  # it is printed with three digits
+        warned += bool(caught)
         short += missing > 1e-9
+    assert warned > 30
     assert short > 0
 
 
+# Distributions on which the search has to do all it can: few heavy tokens among light ones, ties, values that are
+# nearly the same, budgets at which a subset fits exactly or nearly.
+@st.composite
+def hard_knapsacks(draw):
+    size = draw(st.integers(2, 9))
+    exponents = draw(st.sampled_from([(-4.0, 0.0), (-6.0, -4.0), (-1.0, 0.0)]))
+    heavy = draw(st.integers(0, 3))
+    weights = [10 ** draw(st.floats(*((-1.0, 0.0) if v < heavy else exponents))) for v in range(size)]
+    if draw(st.booleans()):
+        weights = [weights[draw(st.integers(0, size - 1))] for _ in weights]
+    p = torch.tensor(weights, dtype=torch.float64).div(sum(weights)).float()
+    chosen = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    budget = reference.mass(p.tolist(), chosen) + draw(st.sampled_from([0.0, 1e-7, -1e-7, 1e-5, -1e-5, 0.1]))
+    assume(0 <= budget < 1)
+    return p, budget
+
+
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("budget", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize(("size", "spread"), [(10, 0.5), (100, 1.0), (1000, 2.0), (5000, 3.0)])
-def test_value_of_primal_exact_and_dual_bound_are_in_this_order(size, spread, budget):
-    for seed in range(2):
-        p = random_rows(size, seed=seed, spread=spread)
-        rows = p.tolist()
-        greedy = PrimalDeferral(budget).defer(p).tolist()
-        exact = ExactDeferral(budget).defer(p).tolist()
-        critical = reference.critical_item(rows, greedy)
-        value_greedy, value_exact = reference.value(rows, greedy), reference.value(rows, exact)
-        assert reference.mass(rows, exact) <= budget
-        assert value_greedy <= value_exact + 1e-12
-        assert value_exact - value_greedy <= reference.token_value(rows[critical]) + 1e-12
-        assert value_exact <= reference.relaxed_value(rows, budget) + 1e-12
-        for threshold in (rows[critical], 1e-4, 0.01, 0.1, 0.5, 1.0):
-            assert value_exact <= reference.dual_bound(rows, budget, threshold) + 1e-12
-        tightest = reference.dual_bound(rows, budget, rows[critical])
-        assert tightest == pytest.approx(reference.relaxed_value(rows, budget), abs=1e-12)
+@given(hard_knapsacks(), st.sampled_from([0.0, 1e-6, 1e-4, 1e-2, 0.3, 0.5]))
+@settings(deterministic, max_examples=600)
+def test_the_exact_rule_is_within_its_tolerance_of_brute_force_on_hard_knapsacks(problem, tolerance):
+    p, budget = problem
+    rows, mask = p.tolist(), ExactDeferral(budget, tolerance=tolerance).defer(p).tolist()
+    assert reference.mass(rows, mask) <= budget + 1e-15  # sums of the same numbers in another order
+    assert reference.value(rows, mask) >= reference.best_subset_value(rows, max(budget - 1e-15, 0)) - tolerance - 1e-12
+
+
+def best_value_on_a_grid(weights, budget):
+    """The optimum of a knapsack whose weights and budget are whole numbers of 1/512, by dynamic programming."""
+    best = np.zeros(budget + 1)
+    for weight in weights:
+        if 0 < weight <= budget:
+            with_it = best[: budget + 1 - weight] + reference.token_value(weight / 512)
+            best[weight:] = np.maximum(best[weight:], with_it)
+    return best[budget]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("tolerance", [0.0, 1e-3, 0.05])
+@pytest.mark.parametrize("size", [20, 100, 400])
+def test_the_exact_rule_equals_dynamic_programming(size, tolerance):
+    generator = torch.Generator().manual_seed(size)
+    for spread in (0.5, 2.0, 4.0):
+        law = (spread * torch.randn(size, generator=generator)).softmax(-1)
+        weights = torch.bincount(law.multinomial(512, replacement=True, generator=generator), minlength=size)
+        for budget in (3, 101, 256, 460, 511):
+            p = weights / 512
+            mask = ExactDeferral(budget / 512, tolerance=tolerance).defer(p)
+            assert int(weights[mask].sum()) <= budget
+            value = reference.value(p.tolist(), mask.tolist())
+            assert value >= best_value_on_a_grid(weights.tolist(), budget) - tolerance - 1e-12
+
+
+def test_light_tokens_are_given_back_where_a_heavy_one_is_worth_it():
+    light = torch.full((100_000,), 7e-6)  # each worth less than the tolerance of 1e-4
+    p = torch.cat([light[:50_000], torch.tensor([0.3]), light[50_000:]])
+    budget = float(p.double().sum()) - 2e-5  # without three of them
+    mask = ExactDeferral(budget).defer(p)
+    assert mask[50_000]
+    assert (~mask).sum() == 3
+    assert not mask[-3:].any()  # the highest ids
+    assert not PrimalDeferral(budget).defer(p)[50_000]
+
+
+def test_light_tokens_alone_are_deferred_greedily():
+    p = torch.full((200_000,), 1 / 200_000)
+    for rule in (ExactDeferral(0.5), ExactDeferral(0.123, tolerance=1e-3)):
+        assert torch.equal(rule.defer(p), PrimalDeferral(rule.budget).defer(p))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spread", [0.0, 0.01, 1.0, 3.0, 6.0])
+@pytest.mark.parametrize("budget", [0.05, 0.5, 0.95])
+def test_a_large_vocabulary_is_solved_to_the_tolerance(spread, budget):
+    p = random_rows(150_000, seed=7, spread=spread)
+    mask = ExactDeferral(budget).defer(p)
+    deferred, ordered = p[mask].double(), p.double().sort().values
+    mass, value = ordered.cumsum(0), -torch.xlogy(ordered, ordered).cumsum(0)
+    whole = int((mass <= budget).sum())
+    greedy, critical = float(value[whole - 1]), float(ordered[whole])
+    relaxed = greedy + (budget - float(mass[whole - 1])) * -np.log(critical)
+    found = float(-torch.xlogy(deferred, deferred).sum())
+    assert float(deferred.sum()) <= budget
+    assert greedy - 1e-4 <= found <= relaxed + 1e-9
+
+    # No token kept, in the place of one deferred or in addition, may gain more than the tolerance.
+    kept = p[~mask].double().sort().values
+    given_up = torch.cat([deferred, deferred.new_zeros(1)])
+    heaviest = torch.searchsorted(kept, given_up + budget - float(deferred.sum()), right=True) - 1
+    taken_up = kept[heaviest.clamp(min=0)].where(heaviest >= 0, 0.0)
+    gain = torch.xlogy(given_up, given_up) - torch.xlogy(taken_up, taken_up)
+    assert float(gain.max()) <= 1e-4 + 1e-12
 
 
 @given(even_distributions(largest=8), st.sampled_from(EIGHTHS))
@@ -308,6 +391,162 @@ def test_primal_never_defers_the_likeliest_token_for_a_budget_below_one(rows, bu
 def test_primal_keeps_the_likeliest_token_though_the_sum_is_rounded_below_the_budget():
     p = torch.tensor([0.25, 0.25, 0.499999])
     assert PrimalDeferral(0.9999999).defer(p).tolist() == [True, True, False]
+
+
+# --- The prefix of a large vocabulary -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Treat vocabularies as large that hypothesis can draw and the reference can check."""
+    monkeypatch.setattr(knapsack, "SORTED_VOCABULARY", 2)
+    monkeypatch.setattr(knapsack, "NUCLEUS", 2)
+    monkeypatch.setattr(knapsack, "_prefix_by_sorting", forbidden)
+
+
+def forbidden(*args):
+    raise AssertionError("this must not be called")
+
+
+@pytest.mark.usefixtures("small_is_large")
+class TestPrefixWithoutSorting:
+    @given(rows=even_distributions(count=3, smallest=3, largest=12), budget=st.sampled_from(EIGHTHS))
+    @settings(deterministic, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_it_equals_the_reference_where_zeros_and_ties_abound(self, rows, budget):
+        mask = PrimalDeferral(budget).defer(torch.tensor(rows)).tolist()
+        assert mask == [reference.primal(p, None, budget) for p in rows]
+
+    @given(rows=distinct_distributions(smallest=3, largest=12), budget=st.floats(0, 0.999))
+    @settings(deterministic, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_it_equals_the_reference_where_nothing_ties(self, rows, budget):
+        p = rows[0]
+        assert PrimalDeferral(budget).defer(p).tolist() == reference.primal(p.tolist(), None, budget)
+
+    @pytest.mark.parametrize("budget", [0.0, 1e-9, 0.3, 0.9999999])
+    def test_the_last_token_is_kept_though_the_sum_is_within_the_budget(self, budget):
+        for p in ([0.25, 0.25, 0.25, 0.2], [0.0] * 5, [0.1] * 5, [1e-3, 0.5, 0.3, 0.1]):
+            scaled = torch.tensor(p) * (0.9 * max(budget, 1e-3))
+            assert PrimalDeferral(budget).defer(scaled).tolist() == reference.primal(scaled.tolist(), None, budget)
+
+    def test_negative_zeros_are_zeros(self):
+        p = torch.tensor([-0.0, 0.5, 0.0, 0.25, -0.0, 0.25])
+        for budget in EIGHTHS:
+            assert torch.equal(PrimalDeferral(budget).defer(p), PrimalDeferral(budget).defer(p.abs()))
+
+
+LARGE = 20_000
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.1, 1.0, 3.0, 8.0, 40.0])
+def test_a_large_vocabulary_has_the_prefix_of_the_reference(spread):
+    p = random_rows(2, LARGE, seed=3, spread=spread)
+    p[1, :: LARGE // 50] = p[1, 0]  # some ties
+    for budget in (0.0, 1e-12, 1e-5, 0.1, 0.5, 0.9, 0.9999):
+        mask = PrimalDeferral(budget).defer(p)
+        assert mask.tolist() == [reference.primal(row, None, budget) for row in p.tolist()]
+
+
+def test_a_nucleus_of_64_tokens_is_found_without_looking_at_the_rest(monkeypatch):
+    tail = random_rows(LARGE - 64, seed=1) * 0.3
+    p = torch.cat([tail, torch.linspace(0.5, 1.5, 64) * 0.7 / 64])
+    monkeypatch.setattr(knapsack, "_prefix_by_sorting", forbidden)
+    monkeypatch.setattr(knapsack, "_prefix_by_counting", forbidden)
+    mask = PrimalDeferral(0.3005).defer(p)
+    assert (~mask).sum() == 64
+    assert mask.tolist() == reference.primal(p.tolist(), None, 0.3005)
+
+
+def test_a_nucleus_whose_edge_ties_with_what_is_outside_is_found_by_counting(monkeypatch):
+    p = torch.full((LARGE,), 0.5 / (LARGE - 10))
+    p[5:15] = 0.05
+    expected = reference.primal(p.tolist(), None, 0.499)  # keeps the ten, and some of those that tie
+    counted = []
+    by_counting = knapsack._prefix_by_counting
+    monkeypatch.setattr(knapsack, "_prefix_by_counting", lambda *args: counted.append(1) or by_counting(*args))
+    assert PrimalDeferral(0.499).defer(p).tolist() == expected
+    assert counted == [1]
+    assert 10 < expected.count(False) < 64
+
+
+def test_rows_are_found_each_in_its_own_way():
+    spread = torch.tensor([[0.0], [9.0], [1.0], [12.0], [0.5]])
+    p = random_rows(5, LARGE, seed=2, spread=spread)
+    mask = PrimalDeferral(0.4).defer(p)
+    for row in range(5):
+        assert torch.equal(mask[row], PrimalDeferral(0.4).defer(p[row]))
+    assert mask.tolist() == [reference.primal(row, None, 0.4) for row in p.tolist()]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf")])
+def test_a_row_without_a_distribution_leaves_the_others_as_they_are(bad):
+    p = random_rows(4, LARGE, seed=4, spread=torch.tensor([[1.0], [1.0], [9.0], [9.0]]))
+    expected = PrimalDeferral(0.5).defer(p)
+    p[1, 7], p[3] = bad, bad
+    mask = PrimalDeferral(0.5).defer(p)
+    assert torch.equal(mask[[0, 2]], expected[[0, 2]])
+    ExactDeferral(0.5).defer(p[1])
+
+
+# --- Sums that decide a mask ----------------------------------------------------------------------------------
+# Numbers of 2^-40 below 2^-16 are exact in float32, and their sums in float64. Float32 sums of as many are not.
+
+UNIT = 2.0**-40
+
+
+def whole_units(size, total, seed):
+    """An even number of whole numbers below 2^24 that add up to `total`."""
+    numbers = torch.full((size,), total // size)
+    offsets = torch.randint(
+        -(total // size) + 1, total // size, (size // 2,), generator=torch.Generator().manual_seed(seed)
+    )
+    numbers[::2] += offsets
+    numbers[1::2] -= offsets
+    numbers[0] += total % size
+    assert int(numbers.sum()) == total
+    assert 0 < int(numbers.min()) <= int(numbers.max()) < 2**24
+    return numbers
+
+
+@pytest.mark.parametrize("way", ["by sorting", "around the nucleus", "by counting"])
+def test_the_primal_rule_tells_budgets_apart_that_differ_by_the_smallest_bit(way, monkeypatch):
+    tail = whole_units(100_000, 3 * 2**38, seed=0)  # 0.75
+    p = torch.cat([tail * UNIT, torch.tensor([0.13, 0.12])])
+    if way == "by sorting":
+        monkeypatch.setattr(knapsack, "SORTED_VOCABULARY", len(p))
+    elif way == "by counting":
+        monkeypatch.setattr(
+            knapsack,
+            "_prefix_around_nucleus",
+            lambda p, _: (torch.ones_like(p, dtype=torch.bool), torch.zeros(len(p)) > 0),
+        )
+    else:
+        monkeypatch.setattr(knapsack, "_prefix_by_counting", forbidden)
+    assert (~PrimalDeferral(0.75).defer(p)).nonzero().flatten().tolist() == [100_000, 100_001]
+    below = (~PrimalDeferral(float(np.nextafter(0.75, 0))).defer(p)).nonzero().flatten().tolist()
+    heaviest = int((tail == tail.max()).nonzero()[-1])
+    assert below == [heaviest, 100_000, 100_001]
+
+
+def test_total_variation_is_summed_in_float64():
+    p_tail = whole_units(100_000, 3 * 2**38, seed=1)  # 0.75
+    less = p_tail // 3
+    less[: 2**38 - int(less.sum())] += 1  # 0.25
+    p = torch.cat([torch.tensor([0.25]), p_tail * UNIT])
+    for extra, deferred in [(0, False), (1, True)]:  # TV = 0.25, and a unit less
+        q_tail = p_tail - less
+        q_tail[0] += extra
+        q = torch.cat([torch.tensor([0.5]), q_tail * UNIT])
+        assert CascadeDeferral("opt", 1.0).defer(p, q).all() == deferred
+        assert CascadeDeferral("opt", 1.0).defer(p, q).any() == deferred
+
+
+def test_the_deferral_mass_is_summed_in_float64():
+    p = torch.stack([whole_units(100_000, 3 * 2**38, seed=seed) for seed in range(3)]) * UNIT
+    mask = torch.ones_like(p, dtype=torch.bool)
+    assert deferral_mass(p, mask).tolist() == [0.75] * 3
+    mask[:, 5] = False
+    expected = [np.float32(reference.mass(*row)) for row in zip(p.tolist(), mask.tolist(), strict=True)]
+    assert deferral_mass(p, mask).tolist() == expected
 
 
 # --- Properties of every mask rule ----------------------------------------------------------------------------

@@ -21,12 +21,13 @@ from exact_law import Law, PlainRule, Text
 from tiny_models import tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
 
-from transformers_kad import RULES, KADCandidateGenerator, KADLogitsProcessor, PrimalDeferral, generation
+from transformers_kad import RULES, Ensemble, KADCandidateGenerator, KADLogitsProcessor, PrimalDeferral, window
 from transformers_kad.composition import Rule, make_rule
 from transformers_kad.proxy import CachedModel
+from transformers_kad.reader import Reader
 
 FALSE_ALARM = 1e-6
-P_VALUES = 60
+P_VALUES = 90
 THRESHOLD = FALSE_ALARM / P_VALUES
 
 VOCABULARY = 4
@@ -153,7 +154,7 @@ def sample_stepwise(
 
 @dataclass
 class Drafted:
-    """Texts sampled speculatively, one call each, and what became of the drafts, over all rounds."""
+    """Texts sampled speculatively, and what became of the drafts, over all rounds."""
 
     texts: list[Text]
     drafted: int
@@ -162,14 +163,21 @@ class Drafted:
 
 
 def sample_speculative(
-    kad: KADLogitsProcessor, base: PreTrainedModel, setting: Setting, length: int, samples: int, seed: int
+    kad: KADLogitsProcessor,
+    base: PreTrainedModel,
+    setting: Setting,
+    length: int,
+    samples: int,
+    seed: int,
+    rows: int = 1,
 ) -> Drafted:
+    """Sample in calls of `rows` sequences each."""
     torch.manual_seed(seed)
-    arguments = setting.arguments(kad) | COMMON
+    arguments = setting.arguments(kad) | COMMON | {"num_return_sequences": rows, "max_new_tokens": length}
     prompt = torch.tensor([PROMPT])
     result = Drafted([], 0, 0, 0)
-    for _ in range(samples):
-        sequences = base.generate(prompt, assistant_model=kad.proxy, max_new_tokens=length, **arguments)
+    for _ in range(samples // rows):
+        sequences = base.generate(prompt, assistant_model=kad.proxy, **arguments)
         result.texts += new_tokens(sequences, len(PROMPT), setting.eos)
         statistics = kad.statistics
         result.drafted += statistics.drafted
@@ -276,33 +284,58 @@ def test_padded_batch_token_by_token(judge: Callable[[float], None]) -> None:
 # Speculatively
 
 
-def draft_and_compare(name: str, drafts: int, samples: int, kind: str = "plain") -> tuple[Drafted, list[float]]:
+def draft_and_compare(
+    name: str, drafts: int, samples: int, kind: str = "plain", rows: int = 1
+) -> tuple[Drafted, list[float]]:
     setting, chosen, length = Setting(), models(kind), drafts + 2
     kad = make_kad(chosen, make_rule(name, **SPECULATIVE[name]), setting, drafts)
-    drafted = sample_speculative(kad, chosen.base, setting, length, samples, seed=drafts)
+    drafted = sample_speculative(kad, chosen.base, setting, length, samples, seed=drafts, rows=rows)
     return drafted, p_values_around_the_bonus(drafted.texts, setting.law(PLAIN[name], chosen, length), drafts)
 
 
 def speculative_p_value(name: str, drafts: int, samples: int) -> float:
     """The smallest of those that test_speculative judges."""
-    return min(draft_and_compare(name, drafts, samples)[1])
+    return min(draft_and_compare(name, drafts, samples, rows=100)[1])
 
 
 SPECULATIVE_CASES = [
-    *((name, drafts, samples, "plain") for name in SPECULATIVE for drafts, samples in ((1, 800), (3, 700), (5, 500))),
-    ("dual", 3, 400, "sliding"),
+    *((name, drafts, 500, "plain", 1) for name, drafts in (("dual", 1), ("primal", 3), ("dual", 5))),
+    *((name, drafts, 20_000, "plain", 1000) for name in SPECULATIVE for drafts in (1, 3, 5)),
+    ("dual", 3, 400, "sliding", 1),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "drafts", "samples", "kind"), SPECULATIVE_CASES)
-def test_speculative(judge: Callable[[float], None], name: str, drafts: int, samples: int, kind: str) -> None:
-    drafted, p_values = draft_and_compare(name, drafts, samples, kind)
+@pytest.mark.parametrize(("name", "drafts", "samples", "kind", "rows"), SPECULATIVE_CASES)
+def test_speculative(
+    judge: Callable[[float], None], name: str, drafts: int, samples: int, kind: str, rows: int
+) -> None:
+    drafted, p_values = draft_and_compare(name, drafts, samples, kind, rows)
     # Residual and bonus had their say, each many times.
     assert drafted.accepted < 0.8 * drafted.drafted
     assert drafted.accepted_in_full > 0.4**drafts * samples
     for p_value in p_values:
         judge(p_value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", [True, False])
+def test_padded_batch_speculative(
+    judge: Callable[[float], None], monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    """Rows of different lengths that leave the batch at their end; and as on a device that must be waited for."""
+    monkeypatch.setattr(KADCandidateGenerator, "looks", looks)
+    setting, chosen, short = Setting(eos=3, component_temperature=1.2), models(), (3, 2)
+    kad = make_kad(chosen, make_rule("dual", **SPECULATIVE["dual"]), setting, drafts=2)
+    prompts = torch.tensor([PROMPT, (0, 0, *short)])
+    torch.manual_seed(4)
+    arguments = setting.arguments(kad) | COMMON | {"pad_token_id": 0, "num_return_sequences": 5000}
+    sequences = chosen.base.generate(
+        prompts, attention_mask=(prompts != 0).long(), assistant_model=kad.proxy, max_new_tokens=4, **arguments
+    )
+    texts = new_tokens(sequences, len(PROMPT), setting.eos)
+    for prompt, rows in ((PROMPT, texts[:5000]), (short, texts[5000:])):
+        judge(exact_law.chi_square_p_value(rows, setting.law(exact_law.dual(0.4), chosen, 4, prompt)))
 
 
 # Settings, on both paths
@@ -395,12 +428,11 @@ def test_refuses_a_draft_from_another_distribution(monkeypatch: pytest.MonkeyPat
     """mix(q, q) is what a proxy drafts from when its own generate is given the KAD processor."""
     rule, draw = make_rule("dual", **SPECULATIVE["dual"]), KADCandidateGenerator._draw
 
-    def mixed(self: KADCandidateGenerator, logits: torch.Tensor) -> Any:
-        q = logits.softmax(-1)
-        return draw(self, rule(q, q).log())
+    def mixed(self: KADCandidateGenerator, q: torch.Tensor) -> Any:
+        return draw(self, rule(q, q))
 
-    def flattened(self: KADCandidateGenerator, logits: torch.Tensor) -> Any:
-        return draw(self, 0.5 * logits)
+    def flattened(self: KADCandidateGenerator, q: torch.Tensor) -> Any:
+        return draw(self, q.sqrt())
 
     monkeypatch.setattr(KADCandidateGenerator, "_draw", mixed if drawn_from == "mix(q, q)" else flattened)
     assert speculative_p_value("dual", 1, 1000) < THRESHOLD
@@ -409,27 +441,37 @@ def test_refuses_a_draft_from_another_distribution(monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_refuses_a_replacement_from_r(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a refusal the token comes from r instead of the residual."""
-    draw_next = generation.draw_next
+    draw_next = window.draw_next
 
     def from_target(target: torch.Tensor, draft: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return draw_next(target, torch.zeros_like(draft), *args, **kwargs)
 
-    monkeypatch.setattr(generation, "draw_next", from_target)
+    monkeypatch.setattr(window, "draw_next", from_target)
     assert speculative_p_value("dual", 1, 500) < THRESHOLD
 
 
 @pytest.mark.slow
 def test_refuses_a_bonus_from_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = generation._Window.extend
+    extend = window.Window._extend
 
-    def with_wrong_bonus(self: Any, proxy_logits: torch.Tensor) -> None:
-        extend(self, proxy_logits)
-        positions = self.base_logits.shape[1]
-        if positions > 1 and self.target_probs.shape[1] == positions and proxy_logits.shape[1]:
-            self.target_probs = torch.cat([self.target_probs[:, :-1], proxy_logits.softmax(-1)[:, -1:]], dim=1)
+    def with_wrong_bonus(self: Any, begin: int, *args: Any) -> Any:
+        if begin < self.draft_ids.shape[1]:
+            return extend(self, begin, *args)
+        rule, self.kad.rule = self.kad.rule, Ensemble(0.0)
+        try:
+            return extend(self, begin, *args)
+        finally:
+            self.kad.rule = rule
 
-    monkeypatch.setattr(generation._Window, "extend", with_wrong_bonus)
+    monkeypatch.setattr(window.Window, "_extend", with_wrong_bonus)
     assert speculative_p_value("dual", 1, 500) < THRESHOLD
+
+
+@pytest.mark.slow
+def test_refuses_rows_that_take_back_what_another_row_took_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    settle = Reader.settle
+    monkeypatch.setattr(Reader, "settle", lambda self, accepted: settle(self, [min(accepted)] * len(accepted)))
+    assert speculative_p_value("dual", 1, 2000) < THRESHOLD
 
 
 @pytest.mark.slow

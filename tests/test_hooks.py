@@ -1,6 +1,7 @@
 """The wrapper of generate: what it touches, what it refuses, and what it rests on in transformers."""
 
 import inspect
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
-from transformers import BartConfig, BartForConditionalGeneration, GenerationMixin
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    WatermarkingConfig,
+)
+from transformers.generation import BaseStreamer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, hooks
 
@@ -92,8 +101,15 @@ def test_beams_together_with_an_assistant_are_refused(base, proxy):
 
 
 @pytest.mark.parametrize("arguments", [{"inputs": PROMPT.repeat(2, 1)}, {"num_return_sequences": 2}])
-def test_several_sequences_in_speculative_mode_are_refused(base, proxy, arguments):
-    arguments = {"do_sample": True, **arguments}
+def test_a_streamer_of_several_sequences_in_speculative_mode_is_refused(base, proxy, arguments):
+    class Silent(BaseStreamer):
+        def put(self, value):
+            pass
+
+        def end(self):
+            pass
+
+    arguments = {"do_sample": True, "streamer": Silent(), **arguments}
     refused(base, "got 2", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, **arguments)
 
 
@@ -240,3 +256,58 @@ def test_what_the_wrapper_rests_on_in_transformers(base, proxy):
     prepare = inspect.signature(type(base).prepare_inputs_for_generation).parameters
     for name in ("next_sequence_length", "is_first_iteration"):
         assert name in prepare, WHAT_TO_DO + f"prepare_inputs_for_generation has no {name}"
+
+
+def prepared(base, **settings):
+    """The processors that `generate` would call for a call with a KAD processor, in order."""
+    marker, seen = Marker(), []
+
+    def record(model, input_ids, logits_processor, **model_kwargs):
+        seen.extend(logits_processor)
+        return input_ids
+
+    arguments = {"logits_processor": [marker], "custom_generate": record, "do_sample": True, "max_new_tokens": 4}
+    GenerationMixin.generate.__kad_original__(base, PROMPT, **arguments, **settings)
+    return [type(p).__name__ for p in seen[seen.index(marker) + 1 :]]
+
+
+class Marker(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "warper"),
+    [
+        ("temperature", 0.7, "TemperatureLogitsWarper"),
+        ("top_h", 0.4, "TopHLogitsWarper"),
+        ("top_k", 20, "TopKLogitsWarper"),
+        ("top_p", 0.9, "TopPLogitsWarper"),
+        ("min_p", 0.05, "MinPLogitsWarper"),
+        ("typical_p", 0.9, "TypicalLogitsWarper"),
+        ("epsilon_cutoff", 3e-4, "EpsilonLogitsWarper"),
+        ("eta_cutoff", 3e-4, "EtaLogitsWarper"),
+        ("watermarking_config", WatermarkingConfig(), "WatermarkLogitsProcessor"),
+    ],
+)
+def test_what_generate_puts_behind_the_processors(base, proxy, name, value, warper):
+    KADLogitsProcessor(proxy)
+    off = dict(hooks.WARPERS)
+    assert prepared(base, **off) == [], WHAT_TO_DO + "a warper that no value of WARPERS switches off"
+    assert prepared(base, **{**off, name: value}) == [warper], WHAT_TO_DO + f"{name} makes no {warper}"
+    assert prepared(base, **{**off, name: None}) == [], WHAT_TO_DO + f"{name}=None is not off"
+
+
+def test_nothing_else_can_come_behind_the_processors(base, proxy):
+    """Every setting that generate reads behind the user's processors has its place in WARPERS."""
+    KADLogitsProcessor(proxy)
+    source = inspect.getsource(GenerationMixin._get_logits_processor)
+    _, merged, behind = source.partition("_merge_criteria_processor_list")
+    assert merged, WHAT_TO_DO + "where the user's processors come"
+    read = set(re.findall(r"generation_config\.(\w+)", behind))
+    known = {*hooks.WARPERS, "do_sample", "num_beams", "_eos_token_tensor", "renormalize_logits"}
+    assert read == known, WHAT_TO_DO + f"the settings {read ^ known} of what comes behind the processors"
+    off = {name: value for name, value in hooks.WARPERS.items() if name != "top_k"}
+    assert prepared(base, **off) == ["TopKLogitsWarper"], WHAT_TO_DO + "its top_k without any setting"
+    assert GenerationConfig._get_default_generation_params()["top_k"] == hooks.DEFAULT_TOP_K, WHAT_TO_DO + "its top_k"
+    assert prepared(base, **hooks.WARPERS, renormalize_logits=True) == ["LogitNormalization"]

@@ -189,8 +189,8 @@ def test_one_forward_of_each_model_serves_all_choices_of_one_token(monkeypatch):
         monkeypatch.setattr(
             cached,
             "_call",
-            lambda ids, mask, keep, call=cached._call, role=cached.role: (
-                asked.append((role, tuple(ids.shape), keep)) or call(ids, mask, keep)
+            lambda ids, mask, new, keep, call=cached._call, role=cached.role: (
+                asked.append((role, (len(ids), new), keep)) or call(ids, mask, new, keep)
             ),
         )
     choices = [([3, 4, 5, 6, 7], [8]), ([3, 4, 5, 6, 7], [9]), ([3, 4, 5, 6], [7, 10]), ([11, 14, 15], [12, 13])]
@@ -354,7 +354,7 @@ def test_sampling_is_the_plain_law_unless_the_task_says_otherwise(monkeypatch, s
 def test_speculative_sampling_draws_a_text_that_depends_on_the_seed():
     lm = shared_lm("dual", True)
     texts = set()
-    for seed in range(6):
+    for seed in range(20):
         set_seed(seed)
         texts |= set(generate(lm, prompts(lm)[:1], do_sample=True, temperature=1.5))
     assert len(texts) > 1

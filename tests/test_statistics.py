@@ -465,12 +465,13 @@ def test_a_small_vocabulary_has_fewer_alternatives():
 def test_recording_reads_nothing_back_before_the_end(monkeypatch):
     recorders = RoundRecorder(trace=True), StepRecorder(trace=True)
     ids = torch.tensor([[*PROMPT, 1, 2], [*PROMPT, 3, 4]])
+    of_round, of_steps = [position(seed=seed) for seed in range(3)], [position(seed=at, rows=2) for at in range(2)]
     with monkeypatch.context() as patch:
         for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
             patch.setattr(torch.Tensor, name, lambda self, *_: pytest.fail("read back"))
-        recorders[0].record(2, 2, [1, 2, 3], [position(seed=seed) for seed in range(3)])
-        for at in range(2):
-            recorders[1].record(ids[:, : 2 + at], position(seed=at, rows=2), None)
+        recorders[0].record(2, 2, [1, 2, 3], of_round)
+        for at, step in enumerate(of_steps):
+            recorders[1].record(ids[:, : 2 + at], step, None)
     assert len(recorders[0].finish()[1]) == 3
     assert len(recorders[1].finish(ids, 2, [2, 2], [0, 1])[1]) == 2
 

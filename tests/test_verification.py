@@ -25,6 +25,8 @@ from transformers_kad import (
     ImplicitReward,
     NudgingDeferral,
     PrimalDeferral,
+    knapsack,
+    verification,
     verify,
 )
 
@@ -250,6 +252,98 @@ def test_a_draft_token_that_the_draft_distribution_rules_out_is_refused_where_th
     accepted, following = verify(r, q, torch.full((100, 1), 2), generator=torch.Generator().manual_seed(0))
     assert accepted.tolist() == [0] * 100
     assert set(following.tolist()) == {0, 1}
+
+
+# --- Drawing --------------------------------------------------------------------------------------------------
+
+
+LAWS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.97, 0.03, 0.0], [0.25, 0.0, 0.0, 0.75], [1e-3, 1e-2, 0.1, 0.889]])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.037, 250.0])
+@pytest.mark.parametrize("at_once", [2**18, 999])
+def test_tokens_are_drawn_with_their_probabilities_also_where_these_do_not_sum_to_one(scale, at_once, monkeypatch):
+    monkeypatch.setattr(knapsack, "CONVERTED_AT_ONCE", at_once)
+    states = torch.arange(ROWS) % len(LAWS)
+    tokens = verification.draw(LAWS[states] * scale, torch.Generator().manual_seed(int(scale * 100) + at_once))
+    assert tokens.shape == (ROWS,)
+    assert tokens.dtype == torch.int64
+    law = LAWS / LAWS.sum(-1, keepdim=True)
+    assert_same_law({f"state {s}": p for s, p in conditional_p_values(states, tokens, law).items()})
+
+
+def test_the_law_of_a_large_vocabulary_has_no_grain():
+    """Of 200,000 tokens the first half holds a tenth. Sums in float32, or uniform numbers, would be too coarse."""
+    p = torch.cat([torch.full((100_000,), 0.1), torch.full((100_000,), 0.9)]) / 100_000
+    generator = torch.Generator().manual_seed(3)
+    tokens = verification.draw(p.expand(64, -1), generator)
+    for _ in range(63):
+        tokens = torch.cat([tokens, verification.draw(p.expand(64, -1), generator)])
+    cells = torch.bincount(tokens // 10_000, minlength=20)
+    law = p.double().view(20, -1).sum(-1)
+    even, odd = int((tokens % 2 == 0).sum()), int((tokens % 2 == 1).sum())
+    assert_same_law(
+        {
+            "places": chi_square_p_value(cells, law / law.sum()),
+            "parity": chi_square_p_value(torch.tensor([even, odd]), torch.tensor([0.5, 0.5])),
+        }
+    )
+
+
+def fixed_uniform(monkeypatch, value):
+    monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, value, dtype=dtype))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 2.0**20, 2.0**-100])
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (0.25 - 2**-54, 1), (0.25, 3), (0.5, 3), (1 - 2**-53, 3)])
+def test_a_token_is_drawn_by_inversion(uniform, token, scale, monkeypatch):
+    fixed_uniform(monkeypatch, uniform)
+    assert verification.draw(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]) * scale).tolist() == [token]
+
+
+@pytest.mark.parametrize("uniform", [0.0, 2**-53, 1 - 2**-53])
+def test_a_token_without_probability_is_not_drawn_by_the_outermost_numbers(uniform, monkeypatch):
+    p = torch.rand(1000, 9, generator=torch.Generator().manual_seed(0))
+    p[:, [0, 4, 8]] = 0.0
+    fixed_uniform(monkeypatch, uniform)
+    assert set(verification.draw(p).tolist()) == {1 if uniform < 0.5 else 7}
+
+
+def test_uniform_numbers_are_of_float64(monkeypatch):
+    asked = []
+    rand = torch.rand
+    monkeypatch.setattr(torch, "rand", lambda *shape, **settings: asked.append(settings) or rand(*shape, **settings))
+    generator = torch.Generator()
+    verification.draw(LAWS, generator)
+    assert [(settings["dtype"], settings["generator"]) for settings in asked] == [(torch.float64, generator)]
+
+
+def test_a_row_without_a_distribution_gives_some_token_and_leaves_the_others_alone():
+    p = torch.rand(8, 50, generator=torch.Generator().manual_seed(0))
+    expected = verification.draw(p, torch.Generator().manual_seed(1))
+    p[1], p[3], p[5, 7], p[6] = torch.nan, 0.0, torch.nan, torch.inf
+    tokens = verification.draw(p, torch.Generator().manual_seed(1))
+    assert int(tokens.min()) >= 0
+    assert int(tokens.max()) < 50
+    fine = [0, 2, 4, 7]
+    assert tokens[fine].tolist() == expected[fine].tolist()
+
+
+def test_a_draw_depends_on_its_generator_alone_and_not_on_the_parts_it_is_made_in(monkeypatch):
+    p = torch.rand(30, 50, generator=torch.Generator().manual_seed(0))
+    first = verification.draw(p, torch.Generator().manual_seed(5))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for at_once in (1, 120, 10_000):
+        monkeypatch.setattr(knapsack, "CONVERTED_AT_ONCE", at_once)
+        assert torch.equal(verification.draw(p, torch.Generator().manual_seed(5)), first)
+    assert not torch.equal(verification.draw(p, torch.Generator().manual_seed(6)), first)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    globally = verification.draw(p)
+    torch.manual_seed(1)
+    assert torch.equal(verification.draw(p), globally)
+    assert verification.draw(p[:0]).tolist() == []
 
 
 # --- Tests of the test: each planted bug must be found --------------------------------------------------------

@@ -117,13 +117,18 @@ class RuleParameters:
     component_temperature: float | None = field(
         default=None, metadata={"help": "Divides both models' logits before the rule. Default 1."}
     )
-    num_assistant_tokens: int | None = field(default=None, metadata={"help": "Draft length. Default 5."})
+    num_assistant_tokens: str | None = field(
+        default=None, metadata={"help": 'Draft length, or "auto" for the one that proves fastest. Default 5.'}
+    )
 
     def given(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What was given: the rules' parameters, and the settings that are `KADConfig`'s own."""
         given = {f.name: getattr(self, f.name) for f in fields(RuleParameters) if getattr(self, f.name) is not None}
         names: tuple[str, ...] = ("component_temperature", "num_assistant_tokens")
         own = {name: given.pop(name) for name in names if name in given}
+        length = str(own.get("num_assistant_tokens", ""))
+        if length.lstrip("-").isdecimal():
+            own["num_assistant_tokens"] = int(length)
         return given, own
 
 

@@ -1,20 +1,42 @@
 """KADCandidateGenerator: drafts with the proxy, and keeps the distributions that the draft was drawn from."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 from transformers.generation import CandidateGenerator
 
-from .proxy import CachedModel, is_unusable, unusable_logits_error
-from .vocabulary import VocabularyAlignment, align_vocabulary
+from .draft_length import Stopwatch
+from .proxy import CachedModel
+from .reader import Reader
+from .verification import draw
+from .vocabulary import VocabularyAlignment
 
-# Maps the base's text (1, L) to the proxy's text and its attention mask (None: no padding).
+# Maps the base's texts (B, L) to the proxy's texts and their attention mask (None: no padding).
 ProxyText = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
+@dataclass(frozen=True)
+class Draft:
+    """What was drafted behind each row of a batch.
+
+    Attributes:
+        ids: `(B, n)`. What stands behind a row's length is to be ignored.
+        probs: the distributions that they were drawn from, `(B, n, V)` float32.
+        lengths: how many tokens each row drafted, at most n, `(B,)`.
+        proxy_logits: the proxy's logits, tempered, at the drafted positions, `(B, n, V)`, or at the bonus position
+            behind them as well, `(B, n + 1, V)`.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+    lengths: torch.Tensor
+    proxy_logits: torch.Tensor
+
+
 class KADCandidateGenerator(CandidateGenerator):
-    """Drafts tokens with the proxy, one forward each, for one sequence.
+    """Drafts tokens with the proxy, one forward each, all rows of a batch at once.
 
     A draft ends at `num_assistant_tokens`, one token before `max_length`, at the end of the proxy's context, or with
     an end-of-sequence token.
@@ -29,7 +51,7 @@ class KADCandidateGenerator(CandidateGenerator):
         component_temperature: the proxy's logits are divided by it.
         eos_token_ids: ids that end a text.
         max_length: the longest text allowed, in tokens; None for no limit.
-        proxy_text: maps the base's text to the proxy's, which differ where the proxy has a prompt of its own.
+        proxy_text: maps the base's texts to the proxy's, which differ where the proxy has a prompt of its own.
         chunk_size: forward a prompt at most so many tokens at a time.
         vocabulary_alignment: which tokens of the proxy are which of the base, where their tokenizers differ.
     """
@@ -48,76 +70,109 @@ class KADCandidateGenerator(CandidateGenerator):
         chunk_size: int | None = None,
         vocabulary_alignment: VocabularyAlignment | None = None,
     ) -> None:
-        self.proxy = proxy if isinstance(proxy, CachedModel) else CachedModel(proxy)
         self.num_assistant_tokens = num_assistant_tokens
-        self.vocabulary = vocabulary
         self.do_sample = do_sample
-        self.component_temperature = component_temperature
-        self.eos_token_ids = frozenset(eos_token_ids)
         self.max_length = max_length
         self.proxy_text = proxy_text
-        self.chunk_size = chunk_size
-        self.vocabulary_alignment = vocabulary_alignment
-        self._settled_length: int | None = None  # of the text that the last round ended with
-        self._in_step = False  # whether the proxy's cache is known to follow the text
+        self.reader = Reader(
+            proxy if isinstance(proxy, CachedModel) else CachedModel(proxy),
+            vocabulary=vocabulary,
+            component_temperature=component_temperature,
+            vocabulary_alignment=vocabulary_alignment,
+            chunk_size=chunk_size,
+        )
+        self._device = self.reader.model.model.device
+        self.stopwatch = Stopwatch(self._device)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)
+
+    @property
+    def looks(self) -> bool:
+        """Whether looking at a tensor costs nothing, as on the CPU; elsewhere it would wait for the device."""
+        return self._device.type == "cpu"
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draft a continuation of a text.
+        """Draft a continuation of each text.
 
         Args:
-            input_ids: the text so far, `(1, L)`.
+            input_ids: the texts so far, `(B, L)`.
 
         Returns:
-            The text with the draft, `(1, L + n)` with n <= γ, and the logits of the drafted positions,
-            `(1, n, V)` float32. n is 0 where the length limit leaves no room for a draft.
+            The texts with their drafts, `(B, L + n)` with n <= γ, and the logits of the drafted positions,
+            `(B, n, V)` float32. n is 0 where the length limit leaves no room for a draft. In a batch, what stands
+            behind an end of sequence is to be ignored.
+        """
+        self.begin(input_ids)
+        draft = self.draft(None, [input_ids.shape[1]] * len(input_ids))
+        longest = int(draft.lengths.max())
+        ids = draft.ids[:, :longest].to(input_ids)
+        return torch.cat([input_ids, ids], dim=-1), draft.proxy_logits[:, :longest]
+
+    def begin(self, input_ids: torch.Tensor) -> None:
+        """Start from the base's texts `(B, L)`."""
+        self.reader.begin(*self.proxy_text(input_ids))
+
+    def draft(self, tokens: torch.Tensor | None, lengths: list[int]) -> Draft:
+        """Draft behind the texts read so far and one more token of each, `(B, 1)`; None at first.
+
+        Args:
+            tokens: the token that each row ended its last round with.
+            lengths: of the base's texts, in tokens, with that token.
 
         Raises:
-            ValueError: more than one sequence, or logits that are NaN, +inf or all -inf.
+            ContextLengthError: a text is longer than the proxy's context.
         """
-        if input_ids.shape[0] != 1:
-            raise ValueError(
-                f"Speculative decoding with KAD takes one sequence at a time, got {input_ids.shape[0]}. "
-                "Loop over the prompts, or leave out `assistant_model` to decode a batch token by token."
-            )
-        self._in_step = self._settled_length == input_ids.shape[1]
-        room = self.num_assistant_tokens
-        if self.max_length is not None:
-            room = min(room, self.max_length - input_ids.shape[1] - 1)
-        if self.proxy.context_length is not None:
-            room = min(room, self.proxy.context_length - self.proxy_text(input_ids)[0].shape[1])
-        text, drafted = input_ids, list[torch.Tensor]()
-        for _ in range(max(room, 0)):
-            logits = self.next_logits(text)
-            drafted.append(logits)
-            token, unusable = self._draw(logits)
-            if unusable:
-                raise unusable_logits_error("proxy", self.proxy.model, text.shape[1])
-            text = torch.cat([text, text.new_tensor([[token]])], dim=-1)
-            if token in self.eos_token_ids:
+        rooms = self._rooms(tokens, lengths)
+        self._next, rows = tokens, len(lengths)
+        ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
+        counts = torch.zeros(rows, dtype=torch.long, device=self._device)
+        room = torch.tensor(rooms, device=self._device)
+        for place in range(max(rooms)):
+            logits.append(self.next_logits())
+            # Greedy drafts are compared with argmax r: from what they were drawn plays no part.
+            probs.append(logits[-1].softmax(-1) if self.do_sample else logits[-1])
+            ids.append(self._draw(probs[-1]))
+            self._next = ids[-1][:, None]
+            counts += ~ended & (place < room)
+            ended |= torch.isin(ids[-1], self._eos)
+            if self.looks and bool(ended.all()):
                 break
-        empty = torch.empty(1, 0, self.vocabulary, device=self.proxy.model.device)
-        return text, torch.stack(drafted, dim=1) if drafted else empty
+        if not self.looks:
+            logits.append(self.next_logits())
+        nothing = torch.empty(rows, 0, self.reader.vocabulary, device=self._device)
+        return Draft(
+            torch.stack(ids, dim=1) if ids else counts.new_empty(rows, 0),
+            torch.stack(probs, dim=1) if ids else nothing,
+            counts,
+            torch.stack(logits, dim=1) if logits else nothing,
+        )
 
-    def next_logits(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The proxy's logits, tempered, for the token after a text `(1, L)`: `(1, V)` float32."""
-        ids, mask = self.proxy_text(input_ids)
-        logits = self.proxy.logits(ids, mask, continues=self._in_step, chunk_size=self.chunk_size)[:, -1]
-        self._in_step = True
-        return align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment) / self.component_temperature
+    def next_logits(self) -> torch.Tensor:
+        """The proxy's logits, tempered, behind all that was read and drafted: `(B, V)` float32."""
+        with self.stopwatch.running():
+            return self.reader.read(self._next)[:, -1]
 
-    def settle(self, input_ids: torch.Tensor) -> None:
-        """Take back what was drafted beyond a text `(1, L)`, with which the next round will begin."""
-        self._settled_length = input_ids.shape[1]
-        # The last token is not yet forwarded, and the proxy may spell it in several of its own.
-        self.proxy.settle(self.proxy_text(input_ids[:, :-1])[0].shape[1])
+    def settle(self, accepted: list[int]) -> None:
+        """Of the draft, row b keeps the first `accepted[b]` tokens; the rest is taken back."""
+        self.reader.settle(accepted)
 
-    def _draw(self, logits: torch.Tensor) -> tuple[int, bool]:
-        """One token from logits `(1, V)`, and whether they were unusable, with one synchronisation."""
-        unusable = is_unusable(logits)
-        if self.do_sample:
-            probs = logits.softmax(-1).masked_fill(unusable[:, None], 1.0)
-            token = torch.multinomial(probs, num_samples=1).squeeze(-1)
-        else:
-            token = logits.argmax(-1)
-        drawn, flag = torch.cat([token, unusable.long()]).tolist()
-        return drawn, bool(flag)
+    def select(self, rows: list[int]) -> None:
+        """Between rounds: go on with some of the rows, in this order."""
+        self.reader.select(rows)
+
+    def _rooms(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
+        """How many tokens each row may draft."""
+        rooms = []
+        for length, left in zip(lengths, self.reader.room(tokens), strict=True):
+            limits = [self.num_assistant_tokens]
+            if self.max_length is not None:
+                limits.append(self.max_length - length - 1)
+            if left is not None:
+                limits.append(left)
+            rooms.append(max(min(limits), 0))
+        return rooms
+
+    def _draw(self, probs: torch.Tensor) -> torch.Tensor:
+        """One token from each row of `(B, V)`, `(B,)`."""
+        return draw(probs) if self.do_sample else probs.argmax(-1)

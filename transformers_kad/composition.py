@@ -21,9 +21,12 @@ from .deferral import (
     PrimalDeferral,
     as_probabilities,
     check_number,
-    deferral_mass,
-    mix,
+    mix,  # noqa: F401, the package takes it from here
+    mix_and_mass,
 )
+
+# On the CPU a rule is applied to so many elements at a time that what it makes on the way stays in the cache.
+COMPOSED_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,7 @@ class ImplicitReward:
         tiny = torch.finfo(torch.float32).tiny  # a reference probability that underflowed is not a zero
         reward = self.beta * (q.log() - q0.clamp(min=tiny).log())
         log_r = p.log() + reward.clamp(max=torch.finfo(torch.float32).max)  # a huge beta overflows
-        nothing_left = (log_r == -torch.inf).all(-1, keepdim=True)
-        return torch.where(nothing_left, p, log_r.softmax(-1))
+        return replace_rows(log_r.softmax(-1), log_r.amax(-1) == -torch.inf, p)
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,8 @@ class BlendIn:
         p_max, q_max = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)
         # The lowest id among the likeliest: argmax leaves open which of several equal maxima it returns.
         q_best = (q == q_max).int().argmax(-1, keepdim=True)
-        share = (q_max / (p_max + q_max) + 0.1 * p.gather(-1, q_best)).clamp(0, 1)
-        return torch.where(p_max < self.threshold, share * q + (1 - share) * p, p)
+        share = (q_max / (p_max + q_max) + 0.1 * p.gather(-1, q_best)).clamp(0, 1) * (p_max < self.threshold)
+        return share * q + (1 - share) * p
 
 
 Rule: TypeAlias = DeferralRule | ImplicitReward | Ensemble | BlendIn
@@ -230,17 +232,47 @@ def compose(
     Ids at -inf in `base_logits` are banned: they are removed from q (and q0) as well, which are renormalised
     before the rule. Where that leaves a row of q without any token, q is set to p.
     """
+    rows, vocabulary = base_logits.shape
+    at_once = max(COMPOSED_AT_ONCE // vocabulary, 1) if base_logits.device.type == "cpu" else rows
+    if rows <= at_once:
+        return _compose(rule, base_logits, proxy_logits, reference_logits)
+    p, q, r = (torch.empty(rows, vocabulary, dtype=torch.float32) for _ in range(3))
+    masses = []
+    for begin in range(0, rows, at_once):
+        some = slice(begin, begin + at_once)
+        reference = None if reference_logits is None else reference_logits[some]
+        part = _compose(rule, base_logits[some], proxy_logits[some], reference)
+        p[some], q[some], r[some] = part.base_probs, part.proxy_probs, part.target_probs
+        if part.deferral_mass is not None:
+            masses.append(part.deferral_mass)
+    return Composition(p, q, r, torch.cat(masses) if masses else None)
+
+
+def _compose(
+    rule: Rule, base_logits: torch.Tensor, proxy_logits: torch.Tensor, reference_logits: torch.Tensor | None
+) -> Composition:
+    """:func:`compose` for as many rows as are handled at once."""
     p = base_logits.float().softmax(-1)
-    banned = base_logits == -torch.inf
+    banned = base_logits == -torch.inf if may_be_any(base_logits.amin(-1) == -torch.inf) else None
 
     def allowed(logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.to(p.device, torch.float32).masked_fill(banned, -torch.inf)
-        empty = logits.amax(-1, keepdim=True) == -torch.inf
-        return torch.where(empty, p, logits.softmax(-1))
+        logits = logits.to(p.device, torch.float32)
+        if banned is not None:
+            logits = logits.masked_fill(banned, -torch.inf)
+        return replace_rows(logits.softmax(-1), logits.amax(-1) == -torch.inf, p)
 
     q = allowed(proxy_logits)
     if isinstance(rule, DeferralRule):
-        deferral = rule.defer(p, q)
-        return Composition(p, q, mix(p, q, deferral), deferral_mass(p, deferral))
+        return Composition(p, q, *mix_and_mass(p, q, rule.defer(p, q)))
     q0 = None if reference_logits is None else allowed(reference_logits)
     return Composition(p, q, rule(p, q, q0), None)
+
+
+def may_be_any(flags: torch.Tensor) -> bool:
+    """Whether any flag is set, as far as it costs nothing to know: only on the CPU is it looked up."""
+    return flags.device.type != "cpu" or bool(flags.any())
+
+
+def replace_rows(probs: torch.Tensor, flags: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`probs` `(..., V)`, with the rows that are flagged, `(...)`, taken from `others`."""
+    return torch.where(flags.unsqueeze(-1), others, probs) if may_be_any(flags) else probs

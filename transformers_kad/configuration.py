@@ -24,8 +24,25 @@ def check_settings(component_temperature: object, num_assistant_tokens: object) 
         or not 0 < float(component_temperature) < float("inf")
     ):
         raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r}.")
-    if isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1:
-        raise ValueError(f"`num_assistant_tokens` must be a positive integer, got {num_assistant_tokens!r}.")
+    if num_assistant_tokens != "auto" and (
+        isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1
+    ):
+        raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_assistant_tokens!r}.')
+
+
+DRAFTERS = ("proxy", "prompt_lookup")
+
+
+def check_drafter(drafter: str, num_assistant_tokens: object) -> str:
+    """Raise unless there is such a drafter, and its draft length can be had."""
+    if drafter not in DRAFTERS:
+        raise ValueError(unknown_name_message("drafter", drafter, DRAFTERS))
+    if drafter != "proxy" and num_assistant_tokens == "auto":
+        raise ValueError(
+            f'`num_assistant_tokens="auto"` weighs what steps of the proxy cost, and drafter={drafter!r} has none: '
+            "pass a number."
+        )
+    return drafter
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class KADConfig:
         rule: a name from `RULES`.
         parameters: the rule's parameters, for example `{"threshold": 0.4}`.
         component_temperature: both models' logits are divided by it before the rule sees them.
-        num_assistant_tokens: draft length of speculative decoding.
+        num_assistant_tokens: draft length of speculative decoding, or "auto".
         base: id or path of the base model, for the record.
         proxy: id or path of the proxy, for the record.
 
@@ -51,7 +68,7 @@ class KADConfig:
     rule: str = "dual"
     parameters: Mapping[str, Any] = field(default_factory=dict)
     component_temperature: float = 1.0
-    num_assistant_tokens: int = 5
+    num_assistant_tokens: int | str = 5
     base: str | None = None
     proxy: str | None = None
 

@@ -28,8 +28,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-# A swap that gains less than this many nats is not worth another search.
-SMALLEST_GAIN = 1e-9
+from .knapsack import choose, longest_prefix, solve_knapsack, sum_in_float64
 
 
 def check_number(owner: object, name: str, low: float, high: float, *, low_open: bool = False) -> None:
@@ -60,7 +59,7 @@ def as_probabilities(name: str, probs: torch.Tensor | None, like: torch.Tensor |
 
 def deferral_mass(base_probs: torch.Tensor, deferral: torch.Tensor) -> torch.Tensor:
     """The deferral mass D = sum_v d_v p_v, shape `(...)`, summed in float64 and returned as float32."""
-    return (base_probs.double() * deferral).sum(-1).float()
+    return sum_in_float64(choose(base_probs, deferral)).float()
 
 
 def mix(base_probs: torch.Tensor, proxy_probs: torch.Tensor, deferral: torch.Tensor) -> torch.Tensor:
@@ -78,6 +77,13 @@ def mix(base_probs: torch.Tensor, proxy_probs: torch.Tensor, deferral: torch.Ten
     >>> mix(p, q, torch.tensor([False, True, False]))
     tensor([0.5000, 0.0000, 0.5000])
     """
+    return mix_and_mass(base_probs, proxy_probs, deferral)[0]
+
+
+def mix_and_mass(
+    base_probs: torch.Tensor, proxy_probs: torch.Tensor, deferral: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What :func:`mix` returns, and the :func:`deferral_mass`, for the price of one."""
     p = as_probabilities("base_probs", base_probs)
     q = as_probabilities("proxy_probs", proxy_probs, like=p)
     if deferral.dtype != torch.bool or deferral.shape != p.shape:
@@ -85,7 +91,9 @@ def mix(base_probs: torch.Tensor, proxy_probs: torch.Tensor, deferral: torch.Ten
             f"`deferral` must be a boolean mask of shape {tuple(p.shape)}, "
             f"got {deferral.dtype} of shape {tuple(deferral.shape)}."
         )
-    return p.masked_fill(deferral, 0.0) + deferral_mass(p, deferral).unsqueeze(-1) * q
+    deferred = choose(p, deferral)
+    mass = sum_in_float64(deferred).float()
+    return (mass.unsqueeze(-1) * q).add_(p - deferred), mass
 
 
 @dataclass(frozen=True)
@@ -162,19 +170,16 @@ class PrimalDeferral(DeferralRule):
         p = as_probabilities("base_probs", base_probs)
         if self.budget == 1:
             return torch.ones_like(p, dtype=torch.bool)
-        ordered, order = p.sort(dim=-1, stable=True)
-        fits = ordered.double().cumsum(-1) <= self.budget
-        fits[..., -1] = False
-        return torch.zeros_like(fits).scatter(-1, order, fits)
+        return longest_prefix(p.reshape(-1, p.shape[-1]), self.budget).view(p.shape)
 
 
 @dataclass(frozen=True)
 class ExactDeferral(DeferralRule):
     """Defer the optimum of the knapsack: the yardstick of the primal and the dual rule.
 
-    Solved by improving the greedy solution by swaps of two items, then expanding a core around its critical
-    item, one item on either side in turn, and keeping the undominated (mass, value) states that an upper bound
-    does not rule out.
+    Tokens of which each is worth at most the tolerance are deferred greedily; the others are searched, from the greedy
+    solution's critical token outwards, for states of (mass, value) that nothing dominates and no upper bound rules
+    out.
 
     Paper: Pisinger, "A minimal algorithm for the 0-1 knapsack problem", Operations Research 45(5), 1997.
 
@@ -208,12 +213,10 @@ class ExactDeferral(DeferralRule):
         p = as_probabilities("base_probs", base_probs)
         if self.budget == 1:
             return torch.ones_like(p, dtype=torch.bool)
-        ordered, order = p.reshape(-1, p.shape[-1]).cpu().sort(dim=-1, stable=True)
-        taken = torch.zeros_like(ordered, dtype=torch.bool)
-        largest_gap = 0.0
-        for row, weights in enumerate(ordered.double()):
-            solution, gap = _solve_knapsack(weights, self.budget, self.tolerance, self.max_states)
-            taken[row] = _lowest_ids_first(weights, solution)
+        rows = p.reshape(-1, p.shape[-1]).cpu()
+        mask, largest_gap = torch.zeros_like(rows, dtype=torch.bool), 0.0
+        for row, weights in enumerate(rows):
+            mask[row], gap = solve_knapsack(weights, self.budget, self.tolerance, self.max_states)
             largest_gap = max(largest_gap, gap)
         if largest_gap > self.tolerance:
             warnings.warn(
@@ -222,107 +225,7 @@ class ExactDeferral(DeferralRule):
                 RuntimeWarning,
                 stacklevel=2,
             )
-        return torch.zeros_like(taken).scatter(-1, order, taken).reshape(p.shape).to(p.device)
-
-
-def _solve_knapsack(
-    weights: torch.Tensor, budget: float, tolerance: float, max_states: int
-) -> tuple[torch.Tensor, float]:
-    """Solve one knapsack with values -w log w, the items in the order of rising weight.
-
-    Args:
-        weights: `(V,)` float64, rising, which is the order of falling density -log w.
-
-    Returns:
-        The mask of the items taken, `(V,)`, and a bound on how far its value is from the optimum.
-    """
-    values, densities = -torch.xlogy(weights, weights), -weights.log()
-    mass = weights.cumsum(0)
-    taken = mass <= budget
-    right = int(taken.sum())  # the critical item: the first that the greedy solution leaves out
-    left = right - 1
-    first = int((weights == 0).sum())  # weightless items are always taken
-    end = int((weights <= budget).sum())  # heavier ones never
-
-    # States are undominated (mass, value) pairs in the order of mass. The root is the greedy solution; each
-    # turn doubles them by flipping one more item, then drops what can't beat the best value known.
-    no_value = weights.new_tensor([-torch.inf])
-    state_mass = mass[left : left + 1] if right else weights.new_zeros(1)
-    state_value = values[:right].sum().reshape(1)
-    best_taken = _improve_by_swaps(weights, values, taken, budget)
-    best = float(values[best_taken].sum())
-    history: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # item, each state's parent, flipped or not
-    bound = state_value
-    examined = 0
-    while len(state_mass) and (right < end or left >= first):
-        add = right < end and (left < first or len(history) % 2 == 0)
-        item, sign = (right, 1.0) if add else (left, -1.0)
-        right, left = (right + 1, left) if add else (right, left - 1)
-
-        parents = len(state_mass)
-        state_mass, order = torch.cat([state_mass, state_mass + sign * weights[item]]).sort(stable=True)
-        state_value = torch.cat([state_value, state_value + sign * values[item]])[order]
-        parent, flipped = order % parents, order >= parents
-
-        fits = state_mass <= budget
-        value, at = state_value.where(fits, -torch.inf).max(0)
-        if float(value) > best:
-            best = float(value)
-            flips = _trace_back(history, int(parent[at])) + ([item] if flipped[at] else [])
-            best_taken = taken.clone()
-            best_taken[flips] ^= True
-
-        # What is left of the budget is filled at the density of the next item out, what is over is taken
-        # back at that of the next item in.
-        density_in = float(densities[right]) if right < end else 0.0
-        density_out = float(densities[left]) if left >= first else torch.inf
-        bound = state_value + (budget - state_mass) * torch.where(fits, density_in, density_out)
-        dominated = state_value <= torch.cat([no_value, state_value.cummax(0).values[:-1]])
-        keep = ~dominated & (bound > best + tolerance)
-        history.append((item, parent[keep], flipped[keep]))
-        state_mass, state_value, bound = state_mass[keep], state_value[keep], bound[keep]
-        examined += len(state_mass)
-        if examined > max_states:
-            break
-
-    unproven = len(state_mass) > 0 and (right < end or left >= first)
-    return best_taken, float(bound.max()) - best if unproven else 0.0
-
-
-def _improve_by_swaps(weights: torch.Tensor, values: torch.Tensor, taken: torch.Tensor, budget: float) -> torch.Tensor:
-    """Exchange one item taken (or none) for a heavier one that still fits, while that gains value."""
-    nothing = weights.new_zeros(1)
-    while True:
-        slack = budget - float(weights[taken].sum())
-        inside, outside = taken.nonzero().squeeze(1), (~taken).nonzero().squeeze(1)
-        given_up = torch.cat([nothing, weights[inside]])
-        heaviest = torch.searchsorted(weights[outside], given_up + slack, right=True) - 1
-        gained = torch.cat([nothing, values[outside]])[heaviest + 1]
-        gain, at = (gained - torch.cat([nothing, values[inside]])).max(0)
-        if float(gain) <= SMALLEST_GAIN:
-            return taken
-        taken = taken.clone()
-        taken[outside[heaviest[at]]] = True
-        if at > 0:
-            taken[inside[at - 1]] = False
-
-
-def _lowest_ids_first(weights: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """The same number of items taken of every weight, but the first ones. Items in the order of weight, then id."""
-    _, group, sizes = weights.unique_consecutive(return_inverse=True, return_counts=True)
-    taken_in_group = torch.zeros_like(sizes).index_add(0, group, taken.long())
-    place_in_group = torch.arange(len(weights)) - (sizes.cumsum(0) - sizes)[group]
-    return place_in_group < taken_in_group[group]
-
-
-def _trace_back(history: list[tuple[int, torch.Tensor, torch.Tensor]], state: int) -> list[int]:
-    """The items flipped on the way from the root to a state of the last turn."""
-    flips = []
-    for item, parent, flipped in reversed(history):
-        if flipped[state]:
-            flips.append(item)
-        state = int(parent[state])
-    return flips
+        return mask.view(p.shape).to(p.device)
 
 
 @dataclass(frozen=True)
@@ -423,5 +326,7 @@ class CascadeDeferral(DeferralRule):
             return q < (1 - self.alpha) * q_max
         slack: torch.Tensor | float = self.alpha
         if self.variant == "opt":
-            slack = self.alpha * (p.double() - q).clamp(min=0).sum(-1, keepdim=True)
+            # Where p and q are equal these are sums of the same numbers in the same order.
+            variation = sum_in_float64(torch.maximum(p, q)) - sum_in_float64(q)
+            slack = self.alpha * variation.unsqueeze(-1)
         return (p.amax(-1, keepdim=True) < q_max - slack).expand_as(p)

@@ -1,25 +1,30 @@
 """kad_generate: the one decoding loop that drafts with the proxy and verifies with the base."""
 
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import (
     Cache,
+    EosTokenCriteria,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    PrefixConstrainedLogitsProcessor,
+    MaxLengthCriteria,
     PreTrainedModel,
     StoppingCriteriaList,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+from .base_model import PreparedBase
 from .candidate_generator import KADCandidateGenerator
-from .composition import Composition, compose
-from .proxy import can_crop, context_length, describe, is_unusable, unusable_logits_error
-from .verification import count_accepted, draw_next
+from .compiled import CompiledModel
+from .draft_length import DraftLength
+from .prompt_lookup import PromptLookup
+from .proxy import CachedModel, context_length
+from .reader import Reader
+from .statistics import RoundRecorder
+from .window import Processing, Window
 
 
 def kad_generate(
@@ -31,25 +36,31 @@ def kad_generate(
     streamer: BaseStreamer | None = None,
     **model_kwargs: Any,
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Decode one sequence speculatively: the proxy drafts, the base verifies, the result is distributed as r.
+    """Decode speculatively: the proxy drafts, the base verifies, the result is distributed as r.
 
     Not called directly, but by `generate`: `generate(..., logits_processor=[kad], assistant_model=proxy)` runs
     it, and so does `generate(..., logits_processor=[kad], custom_generate=kad_generate)`. The arguments are
     those that `generate` hands to every decoding method.
 
-    A round forwards the base once, over the last token and the draft, and the proxy at most
-    `num_assistant_tokens + 1` times. Processors before KAD in the list see the base's scores, those after it see
-    log r. A processor of the user's, or one of transformers that keeps a state, is called as it would be token by
-    token: once per emitted token, in order. The rest are functions of text and scores, and are called for the whole
-    draft at once. Stopping criteria are asked after every token.
+    A round forwards the base once, over the last token and the draft of every row, and the proxy at most
+    `num_assistant_tokens + 1` times. Every row accepts its own number of tokens, and rows that are finished leave the
+    batch. The device is waited for once a round, more often only for processors that must be called one by one.
+
+    Processors before KAD in the list see the base's scores, those after it see log r, one row and position at a time
+    with the text that leads to it. A processor of the user's, or one of transformers that keeps a state, is called
+    once per emitted token, in order. The rest are functions of text and scores, and are called for the whole draft
+    at once. Stopping criteria are asked after every token, row by row.
 
     Returns:
-        The sequence `(1, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
-        are the processed log r and whose `logits` are the base's.
+        The sequences `(B, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
+        are the processed log r and whose `logits` are the base's. Rows that ended before others are filled up with
+        the padding token, and their scores say so: 0 for that token, -inf for the rest. `past_key_values` is that of
+        a single sequence; None for a batch, whose rows left it one by one, and with `compile=True`, whose cache is
+        written to by the next call.
 
     Raises:
-        ValueError: no KAD processor in `logits_processor`, several sequences, a cache that can't be rolled
-            back, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
+        ValueError: no KAD processor in `logits_processor`, a cache that can't be rolled back, or for a batch
+            not row by row, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
     """
     at = _place_of_kad(logits_processor)
     kad, call = logits_processor[at], logits_processor[at].open_call
@@ -57,73 +68,205 @@ def kad_generate(
         if getattr(generation_config, name):
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
 
-    do_sample = generation_config.do_sample
-    before, after = LogitsProcessorList(logits_processor[:at]), LogitsProcessorList(logits_processor[at + 1 :])
-    stateless = all(map(_is_stateless, (*before, *after)))
-    base = _Base(model, generation_config.prefill_chunk_size, input_ids, model_kwargs)
-    generator = KADCandidateGenerator(
-        kad.cached_proxy,
+    base, generator, reference = _readers(model, kad, input_ids, generation_config, stopping_criteria, model_kwargs)
+    processing = Processing(
+        LogitsProcessorList(logits_processor[:at]), LogitsProcessorList(logits_processor[at + 1 :]), len(input_ids)
+    )
+    criteria = _Criteria(stopping_criteria, call.eos_token_ids)
+    output = _Output(call.pad_token_id, generation_config, streamer)
+    recorders = call.recorder.begin(len(input_ids))
+    rows = [_Row(text, recorder) for text, recorder in zip(input_ids.split(1), recorders, strict=True)]
+    automatic = DraftLength(bonus_at_once=not generator.looks) if kad.num_assistant_tokens == "auto" else None
+
+    active, last = list(range(len(rows))), None
+    while active:
+        began = time.perf_counter()
+        if automatic is not None:
+            generator.num_assistant_tokens = automatic.choose(len(active))
+
+        # 1. The proxy drafts, the base reads the draft.
+        texts = [rows[row].text for row in active]
+        draft = generator.draft(last, [text.shape[1] for text in texts])
+        new = draft.ids.to(input_ids.device)
+        new = new if last is None else torch.cat([last, new], dim=-1)
+        drafted = draft.ids.shape[1]
+        base_logits = base.read(new, keep=drafted + 1).to(input_ids.device)
+        reference_logits = None if reference is None else reference.read(new, keep=drafted + 1)
+        window = Window(
+            model,
+            kad,
+            processing,
+            active,
+            texts,
+            draft,
+            base_logits,
+            reference_logits,
+            do_sample=generation_config.do_sample,
+            with_chances=automatic is not None,
+        )
+
+        # 2. What is accepted, and the token after it, until a criterion ends the row in the middle of the round.
+        emitted = [
+            rows[row].emit(place, tokens, window, criteria, output)
+            for place, (row, tokens) in enumerate(zip(active, window.decide(generator), strict=True))
+        ]
+        call.base_forwards = base.model.forwards
+
+        # 3. All caches forget the refused tokens. The last token of each row is read in the next round.
+        followers = [follower for follower in (base, generator, reference) if follower is not None]
+        staying = [place for place, row in enumerate(active) if not rows[row].finished]
+        for follower in followers:
+            follower.settle([count - 1 for count in emitted])
+            if 0 < len(staying) < len(active):
+                follower.select(staying)
+
+        if automatic is not None:
+            proxy_seconds, steps = generator.stopwatch.read()
+            if last is not None:  # not with the prompt in it
+                rest = time.perf_counter() - began - proxy_seconds
+                automatic.timed(len(active), drafted, proxy_seconds / steps, rest)
+            for row, chances, count in zip(active, window.chances, emitted, strict=True):
+                automatic.accepted(row, chances[:count])
+        active = [active[place] for place in staying]
+        last = torch.cat([rows[row].text[:, -1:] for row in active]) if active else None
+
+    return output.of(rows, base.model.cache if len(rows) == 1 and isinstance(base.model, PreparedBase) else None)
+
+
+def _readers(
+    model: PreTrainedModel,
+    kad: Any,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    stopping_criteria: StoppingCriteriaList,
+    model_kwargs: dict[str, Any],
+) -> tuple[Reader, KADCandidateGenerator, Reader | None]:
+    """Base, drafter and reference, at the beginning of the prompts."""
+    call, mask = kad.open_call, model_kwargs.pop("attention_mask", None)
+    settings = {
+        "vocabulary": model.config.get_text_config(decoder=True).vocab_size,
+        "chunk_size": generation_config.prefill_chunk_size,
+    }
+    base_model: CachedModel
+    proxy_model: CachedModel
+    if kad.compile:
+        base_model, proxy_model = _compiled_models(kad, model, input_ids, model_kwargs, stopping_criteria.max_length)
+    else:
+        base_model, proxy_model = PreparedBase(model, input_ids, mask, model_kwargs), kad.cached_proxy
+    base = Reader(base_model, **settings)
+    base.begin(input_ids, mask)
+    generator = (PromptLookup if kad.drafter == "prompt_lookup" else KADCandidateGenerator)(
+        proxy_model,
         num_assistant_tokens=kad.num_assistant_tokens,
-        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
-        do_sample=do_sample,
+        do_sample=generation_config.do_sample,
         component_temperature=kad.component_temperature,
         eos_token_ids=call.eos_token_ids,
         max_length=_longest_draft_end(stopping_criteria.max_length, model),
         proxy_text=call.proxy_text,
-        chunk_size=generation_config.prefill_chunk_size,
         vocabulary_alignment=kad.vocabulary_alignment,
+        **settings,
     )
-    keep_dict = generation_config.return_dict_in_generate
-    scores: tuple[torch.Tensor, ...] | None = () if keep_dict and generation_config.output_scores else None
-    raw_logits: tuple[torch.Tensor, ...] | None = () if keep_dict and generation_config.output_logits else None
+    generator.begin(input_ids)
+    reference = kad.reference_reader(**settings)
+    if reference is not None:
+        reference.begin(*call.proxy_text(input_ids))
+    return base, generator, reference
 
-    finished = False
-    while not finished:
-        candidate_ids, draft_logits = generator.get_candidates(input_ids)
-        draft_ids = candidate_ids[:, input_ids.shape[1] :]
-        drafted = draft_ids.shape[1]
-        base_logits = base.logits(candidate_ids, keep=drafted + 1)
-        window = _Window(model, kad, before, after, candidate_ids, base_logits, do_sample)
-        draft_probs = draft_logits.to(base_logits.device).softmax(-1)
 
-        # 1. The target r at the drafted positions decides how much of the draft is accepted.
-        count = window.accept(draft_ids, draft_logits, draft_probs, stride=drafted if stateless else 1)
-        tokens = draft_ids[0, :count].tolist()
-        if not tokens or tokens[-1] not in call.eos_token_ids:
-            # 2. If all of it, one more token comes from the position after it, for which the proxy runs once more.
-            if count == drafted:
-                window.extend(generator.next_logits(candidate_ids)[:, None])
-                window.read()
-            # 3. Else the token comes from the residual of the first refusal.
-            accepted = draft_ids.new_tensor([count])
-            tokens.append(int(draw_next(window.target_probs, draft_probs, accepted, do_sample=do_sample)))
+def _compiled_models(
+    kad: Any, model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any], max_length: int | None
+) -> tuple[CompiledModel, CompiledModel]:
+    """Base and proxy in static caches, with room for the text and one draft more."""
+    held = model_kwargs.get("past_key_values")
+    extra = sorted(set(model_kwargs) - _PREPARED)
+    if extra or max_length is None or (isinstance(held, Cache) and held.get_seq_length()):
+        raise ValueError(
+            "`compile=True` decodes from `input_ids` alone up to a length limit, got "
+            f"{extra or ('no limit' if max_length is None else 'a filled cache')}. Leave out `compile`."
+        )
+    width = kad.num_assistant_tokens + 1
+    base = kad.compiled(model, "base", width)
+    base.reserve(max_length)
+    proxy = kad.compiled(kad.proxy, "proxy", width if kad.drafter == "prompt_lookup" else 1)
+    proxy_ids, _ = kad.open_call.proxy_text(input_ids)
+    proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1])
+    return base, proxy
 
-        # 4. Emit token by token: any criterion may end the text in the middle of the round.
-        emitted = 0
-        while emitted < len(tokens) and not finished:
-            token = tokens[emitted]
-            input_ids = torch.cat([input_ids, input_ids.new_tensor([[token]])], dim=-1)
-            if scores is not None:
-                scores += (window.scores[emitted][None],)
-            if raw_logits is not None:
-                raw_logits += (base_logits[:, emitted],)
-            if streamer is not None:
-                streamer.put(torch.tensor([token]))
-            emitted += 1
-            finished = bool(stopping_criteria(input_ids, scores).all())
-        call.recorder.record(drafted, min(count, emitted), tokens[:emitted], window.positions[:emitted])
-        call.base_forwards = base.forwards
 
-        # 5. Both caches forget the refused tokens; the last token emitted is forwarded in the next round.
-        base.settle(input_ids.shape[1] - 1)
-        generator.settle(input_ids)
-        kad.settle_reference(input_ids)
+# What `generate` prepares for every call, and a forward can do without.
+_PREPARED = {"cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
-    if streamer is not None:
-        streamer.end()
-    if not keep_dict:
-        return input_ids
-    return GenerateDecoderOnlyOutput(sequences=input_ids, scores=scores, logits=raw_logits, past_key_values=base.cache)
+
+@dataclass
+class _Row:
+    """One sequence: its text `(1, L)`, padding on the left included, and what is kept of it."""
+
+    text: torch.Tensor
+    recorder: RoundRecorder
+    scores: list[torch.Tensor] = field(default_factory=list)  # (V,) each
+    logits: list[torch.Tensor] = field(default_factory=list)  # (V,) each
+    finished: bool = False
+
+    def emit(self, place: int, tokens: list[int], window: Window, criteria: "_Criteria", output: "_Output") -> int:
+        """Emit a round's tokens one by one, until a criterion ends the text; row `place` of the window. How many."""
+        before, count = self.text.shape[1], 0
+        text = torch.cat([self.text, self.text.new_tensor([tokens])], dim=-1)
+        while count < len(tokens) and not self.finished:
+            output.note(self, window, place, count, tokens[count])
+            count += 1
+            self.finished = criteria.met(text[:, : before + count], self.scores, tokens[count - 1])
+        self.text = text[:, : before + count]
+        self.recorder.record(
+            window.lengths[place],
+            min(window.accepted[place], count),
+            tokens[:count],
+            [window.position(place, at) for at in range(count)],
+        )
+        return count
+
+
+class _Output:
+    """What `generate` returns, and shows while it runs."""
+
+    def __init__(
+        self, pad_token_id: int | None, generation_config: GenerationConfig, streamer: BaseStreamer | None
+    ) -> None:
+        self._padding, self._streamer = pad_token_id or 0, streamer
+        self._dict = generation_config.return_dict_in_generate
+        self._scores = self._dict and generation_config.output_scores
+        self._logits = self._dict and generation_config.output_logits
+
+    def note(self, row: _Row, window: Window, place: int, at: int, token: int) -> None:
+        """A token that a row emits, at a position of the window."""
+        if self._scores:
+            row.scores.append(window.scores(place, at))
+        if self._logits:
+            row.logits.append(window.base_logits[place, at].clone())
+        if self._streamer is not None:
+            self._streamer.put(torch.tensor([token]))
+
+    def of(self, rows: list[_Row], cache: Cache | None) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The finished rows, filled up on the right."""
+        if self._streamer is not None:
+            self._streamer.end()
+        sequences = torch.nn.utils.rnn.pad_sequence(
+            [row.text[0] for row in rows], batch_first=True, padding_value=self._padding
+        )
+        if not self._dict:
+            return sequences
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self._steps([row.scores for row in rows]) if self._scores else None,
+            logits=self._steps([row.logits for row in rows]) if self._logits else None,
+            past_key_values=cache,
+        )
+
+    def _steps(self, rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Step by step the scores of all rows, `(B, V)` each; those of a finished row put all on the padding."""
+        padding = torch.full_like(rows[0][0], -torch.inf)
+        padding[self._padding] = 0.0
+        steps = max(map(len, rows))
+        return tuple(torch.stack([row[at] if at < len(row) else padding for row in rows]) for at in range(steps))
 
 
 def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
@@ -131,20 +274,6 @@ def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
         if getattr(processor, "is_kad_processor", False):
             return place
     raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
-
-
-# Of transformers' own processors, those that keep a state, or call a function of the user's.
-_ONE_BY_ONE = (
-    PrefixConstrainedLogitsProcessor,
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
-
-
-def _is_stateless(processor: LogitsProcessor) -> bool:
-    """Whether a processor is known to be a function of text and scores."""
-    own = type(processor).__module__ == LogitsProcessor.__module__
-    return own and not isinstance(processor, _ONE_BY_ONE)
 
 
 def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:
@@ -155,165 +284,19 @@ def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | 
     return min(max_length, context + 1)
 
 
-class _Window:
-    """The positions of one round: from the base's logits to the scores that tokens are drawn from."""
+class _Criteria:
+    """Stopping criteria, asked after every token of a row."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        kad: Any,
-        before: LogitsProcessorList,
-        after: LogitsProcessorList,
-        candidate_ids: torch.Tensor,
-        base_logits: torch.Tensor,
-        do_sample: bool,
-    ) -> None:
-        self.model, self.kad, self.before, self.after = model, kad, before, after
-        self.candidate_ids, self.base_logits, self.do_sample = candidate_ids, base_logits, do_sample
-        self.text_length = candidate_ids.shape[1] - base_logits.shape[1] + 1  # without the draft
-        self.positions: list[Composition] = []
-        self.scores: list[torch.Tensor] = []  # processed log r, (V,) each
-        self.target_probs = base_logits[:, :0]  # (1, positions so far, V)
-        self._unusable: list[tuple[str, PreTrainedModel, int, torch.Tensor]] = []
+    def __init__(self, criteria: StoppingCriteriaList, eos_token_ids: frozenset[int]) -> None:
+        # The two that every call has are answered without a tensor.
+        self._max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
+        self._eos_token_ids = eos_token_ids if any(type(c) is EosTokenCriteria for c in criteria) else frozenset()
+        self._rest = StoppingCriteriaList(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
 
-    def accept(
-        self, draft_ids: torch.Tensor, draft_logits: torch.Tensor, draft_probs: torch.Tensor, stride: int
-    ) -> int:
-        """How much of the draft is accepted; `stride` positions are processed at a time, up to a refusal."""
-        count = 0
-        while count == len(self.positions) < draft_ids.shape[1]:
-            part = slice(count, count + stride)
-            self.extend(draft_logits[:, part])
-            accepted = count_accepted(
-                self.target_probs[:, part], draft_probs[:, part], draft_ids[:, part], do_sample=self.do_sample
-            )
-            count += self.read(accepted)
-        return count
-
-    def extend(self, proxy_logits: torch.Tensor) -> None:
-        """Process the next n positions, given the proxy's logits there, `(1, n, V)`."""
-        begin, count = len(self.positions), proxy_logits.shape[1]
-        if count == 0:
-            return
-        texts = [self.candidate_ids[:, : self.text_length + at] for at in range(begin, begin + count)]
-        base_scores = self._process(self.before, texts, self.base_logits[0, begin : begin + count].clone())
-        reference_logits = self.kad.reference_logits(texts[-1], count, base_scores.shape[-1])
-        composition = compose(
-            self.kad.rule, base_scores / self.kad.component_temperature, proxy_logits[0], reference_logits
-        )
-        log_target = self._process(self.after, texts, composition.target_probs.log())
-        self.scores += log_target.unbind()
-        self.positions += [composition.row(row) for row in range(count)]
-        self.target_probs = torch.cat([self.target_probs, log_target.softmax(-1)[None]], dim=1)
-
-        self._unusable.append(("base", self.model, texts[0].shape[1], is_unusable(base_scores)))
-        self._unusable.append(
-            ("proxy", self.kad.proxy, texts[0].shape[1], is_unusable(proxy_logits[0]).to(base_scores.device))
-        )
-
-    def read(self, accepted: torch.Tensor | None = None) -> int:
-        """A number fetched from the device together with the check of all logits since the last time."""
-        counts = [] if accepted is None else [accepted]
-        values = torch.cat([*counts, *(rows.long() for *_, rows in self._unusable)]).tolist()
-        count, flags = (0, values) if accepted is None else (values[0], values[1:])
-        for role, model, position, rows in self._unusable:
-            bad, flags = flags[: len(rows)], flags[len(rows) :]
-            if any(bad):
-                raise unusable_logits_error(role, model, position + bad.index(1))
-        self._unusable.clear()
-        return count
-
-    def _process(
-        self, processors: LogitsProcessorList, texts: list[torch.Tensor], scores: torch.Tensor
-    ) -> torch.Tensor:
-        """Processors expect one position at a time, with the text that leads to it."""
-        if not processors:
-            return scores
-        rows = []
-        for text, row in zip(texts, scores.split(1), strict=True):
-            rows.append(processors(text, row))
-        return torch.cat(rows)
-
-
-class _Base:
-    """The base's forwards over a growing text, with the cache and the inputs that `generate` prepared."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        chunk_size: int | None,
-        input_ids: torch.Tensor,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        cache = model_kwargs.get("past_key_values")
-        if not model_kwargs.get("use_cache") or not isinstance(cache, Cache):
-            raise ValueError(
-                f"Speculative decoding needs a key-value cache, got use_cache={model_kwargs.get('use_cache')!r} and "
-                f"a cache of type {type(cache).__name__} for {describe(model)}."
-            )
-        if not can_crop(cache, 0):
-            raise ValueError(
-                f"Speculative decoding needs a cache that can take tokens back, got {cache!r}. Leave "
-                "`cache_implementation` at its default, or leave out `assistant_model` to decode token by token."
-            )
-        if model_kwargs.get("inputs_embeds") is not None:
-            raise ValueError(
-                "Speculative decoding needs `input_ids`, got `inputs_embeds`. Leave out `assistant_model` to "
-                "decode token by token."
-            )
-        self.model, self.cache, self.chunk_size = model, cache, chunk_size
-        self.forwards = 0
-        self._prompt_length = input_ids.shape[1]
-        self._per_token = {name: model_kwargs.pop(name, None) for name in _EXTENSIONS}
-        self._kwargs = model_kwargs
-        held = cache.get_seq_length()
-        if held > self._prompt_length:
-            raise ValueError(
-                f"`past_key_values` holds {held} tokens, more than the {self._prompt_length} of `input_ids`: pass the "
-                "whole text as `input_ids`, also where a cache for its beginning is passed."
-            )
-        cache.activate_past_recording()
-        if held == self._prompt_length:
-            self.settle(self._prompt_length - 1)
-
-    def logits(self, input_ids: torch.Tensor, keep: int) -> torch.Tensor:
-        """The base's logits at the last `keep` positions of the text, `(1, keep, V)`, float32."""
-        stop, start = input_ids.shape[1], self.cache.get_seq_length()
-        stops = list(range(start + self.chunk_size, stop - keep, self.chunk_size)) if self.chunk_size else []
-        per_token = {
-            name: None if value is None else _EXTENSIONS[name](value, stop - self._prompt_length)
-            for name, value in self._per_token.items()
-        }
-        for end in [*stops, stop]:
-            inputs = self.model.prepare_inputs_for_generation(
-                input_ids[:, :end],
-                next_sequence_length=end - start,
-                is_first_iteration=self.forwards == 0,
-                **{name: None if value is None else value[..., :end] for name, value in per_token.items()},
-                **self._kwargs,
-            )
-            if "logits_to_keep" in inputs:
-                inputs["logits_to_keep"] = keep if end == stop else 1
-            output = self.model(**inputs, return_dict=True)
-            if end != stop:
-                self.cache.crop(0)
-            start = end
-        self.forwards += 1
-        return output.logits[:, -keep:].to(dtype=torch.float32, device=input_ids.device, copy=True)
-
-    def settle(self, length: int) -> None:
-        """Take back all but the first `length` tokens; 0 tokens too, which trims sliding windows."""
-        self.cache.crop(min(length - self.cache.get_seq_length(), 0))
-
-
-def _repeat_last(value: torch.Tensor, count: int) -> torch.Tensor:
-    return torch.cat([value, value[..., -1:].expand(*value.shape[:-1], count)], dim=-1)
-
-
-def _count_on(value: torch.Tensor, count: int) -> torch.Tensor:
-    steps = torch.arange(1, count + 1, dtype=value.dtype, device=value.device)
-    return torch.cat([value, value[..., -1:] + steps], dim=-1)
-
-
-# Inputs with one entry a token, and how they go on behind the prompt.
-_EXTENSIONS = {"attention_mask": _repeat_last, "position_ids": _count_on, "token_type_ids": _repeat_last}
+    def met(self, text: torch.Tensor, scores: list[torch.Tensor], token: int) -> bool:
+        """Whether a text `(1, L)` ends with its last token; scores `(V,)` are those that are kept."""
+        stops = [self._max_length is not None and text.shape[1] >= self._max_length, token in self._eos_token_ids]
+        if self._rest:
+            seen = tuple(step[None] for step in scores) or None
+            stops.append(bool(self._rest(text, seen).all()))
+        return any(stops)

@@ -22,7 +22,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from .generation import kad_generate
-from .statistics import KADStatistics, KADTrace, RoundRecorder, StepRecorder, add_up
+from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ class OpenCall:
         thread: the thread that runs the call.
     """
 
-    recorder: StepRecorder | RoundRecorder
+    recorder: StepRecorder | BatchRecorder
     prompt_length: int = 0
     batch_size: int = 1
     beams: int = 1
@@ -95,7 +95,7 @@ class OpenCall:
 
     def finish(self, sequences: torch.Tensor, proxy_forwards: int) -> tuple[KADStatistics, KADTrace | None]:
         """Statistics and trace of the call, given what it returned, `(N, L)`."""
-        if isinstance(self.recorder, RoundRecorder):
+        if isinstance(self.recorder, BatchRecorder):
             statistics, trace = self.recorder.finish()
         else:
             rows = list(range(len(sequences)))
@@ -165,10 +165,10 @@ def _generate_with_kad(
     if speculative:
         arguments = _bind_loop(settings)
     with kad.opened(call):
-        forwards = kad.cached_proxy.forwards
+        forwards = kad.proxy_forwards
         result = original(model, **arguments)
         sequences = result if torch.is_tensor(result) else result.sequences
-        kad.statistics, trace = call.finish(sequences, kad.cached_proxy.forwards - forwards)
+        kad.statistics, trace = call.finish(sequences, kad.proxy_forwards - forwards)
         kad.trace = None if trace is None else replace(trace, statistics=kad.statistics, tokenizer=kad.tokenizer)
     return result
 
@@ -254,6 +254,8 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
             "The proxy's adapter was put into the base model itself, so that the two are one: load the model that the "
             "adapter belongs to a second time."
         )
+    if kad.lazy:
+        _refuse_lazy(settings, speculative)
     if _is_sharded(kad.proxy):
         raise ValueError(
             "The proxy is sharded over processes (FSDP or DeepSpeed ZeRO-3), whose finished ranks skip the "
@@ -279,13 +281,67 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
     if beams > 1:
         raise ValueError(f"Beams and `assistant_model` can't be combined, got num_beams={beams}.")
     sequences = (1 if ids is None else ids.shape[0]) * settings.get("num_return_sequences", 1)
-    if sequences > 1:
-        raise ValueError(
-            f"Speculative decoding with KAD takes one sequence at a time, got {sequences}. Loop over the prompts, "
-            "or leave out `assistant_model` to decode a batch token by token."
-        )
+    if sequences > 1 and settings.arguments.get("streamer") is not None:
+        raise ValueError(f"A streamer shows one sequence, got {sequences}. Leave out `streamer`.")
     if settings.get("synced_gpus"):
         raise ValueError("`synced_gpus=True` is not available in speculative decoding; leave out `assistant_model`.")
+
+
+# What `generate` itself puts behind the processors, and the value that switches it off. `renormalize_logits` is not
+# among them: it leaves the scores of a single possible token as they are.
+WARPERS: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_h": None,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "watermarking_config": None,
+}
+DEFAULT_TOP_K = 50  # of `generate`, where nobody names another
+
+
+def _refuse_lazy(settings: _Settings, speculative: bool) -> None:
+    """Raise for every call in which a token drawn before `generate` chooses one would not be a draw from its r."""
+    if speculative:
+        raise ValueError(
+            "`lazy=True` is for decoding token by token, where drafts save nothing: leave out `assistant_model` (or "
+            "`custom_generate`), or `lazy`."
+        )
+    for name in ("custom_generate", "use_mtp", "dola_layers"):
+        value = settings.get(name)
+        if value:
+            raise ValueError(
+                f"`lazy=True` needs generate's own sampling, got {name}={value!r}, which may not sample from the "
+                f"scores it gets: leave out `{name}`, or `lazy`."
+            )
+    if settings.get("do_sample") is not True:
+        raise ValueError(
+            f"`lazy=True` draws its tokens, got do_sample={settings.get('do_sample')!r}: pass do_sample=True, or "
+            "leave out `lazy`."
+        )
+    beams = settings.get("num_beams", 1)
+    if beams > 1:
+        raise ValueError(
+            f"`lazy=True` draws one token for each row, got num_beams={beams}: pass num_beams=1, or leave out `lazy`."
+        )
+    for name, off in WARPERS.items():
+        unset = DEFAULT_TOP_K if name == "top_k" and name not in settings.arguments else off
+        value = settings.get(name, unset)
+        if value is not None and value != off:
+            raise ValueError(
+                f"`lazy=True` draws a token before generate could warp r, got {name}={value!r} from the call, the "
+                f"model's generation_config or generate's defaults: pass {name}={off!r}, or leave out `lazy`."
+            )
+    processors = list(settings.arguments["logits_processor"])
+    behind = processors[[getattr(p, "is_kad_processor", False) for p in processors].index(True) + 1 :]
+    if behind:
+        raise ValueError(
+            f"`lazy=True` draws a token before a processor behind KAD could change r, got {behind!r} there: put them "
+            "before KAD in `logits_processor`, where they change p, or leave out `lazy`."
+        )
 
 
 def _is_sharded(model: PreTrainedModel) -> bool:
@@ -297,7 +353,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
     embeds = settings.arguments.get("inputs_embeds")
     beams = settings.get("num_beams", 1)
     call = OpenCall(
-        recorder=RoundRecorder(kad.record_trace) if speculative else StepRecorder(kad.record_trace),
+        recorder=BatchRecorder(kad.record_trace) if speculative else StepRecorder(kad.record_trace),
         # Without any input `generate` starts from one begin-of-sequence token.
         prompt_length=ids.shape[1] if ids is not None else 0 if embeds is not None else 1,
         batch_size=len(ids) if ids is not None else len(embeds) if embeds is not None else 1,

@@ -3,23 +3,21 @@
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from transformers import LogitsProcessor, PreTrainedModel
 
 from . import hooks
+from .compiled import CompiledModel
 from .composition import RULES, Rule, compose, make_rule, unknown_name_message
-from .configuration import KADConfig, check_settings
-from .deferral import DualDeferral
+from .configuration import KADConfig, check_drafter, check_settings
+from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
-from .proxy import (
-    CachedModel,
-    describe,
-    is_unusable,
-    unusable_logits_error,
-)
+from .lazy import ForcedRows, draw_again, draw_from_base, force
+from .proxy import CachedModel, describe, is_unusable, unusable_logits_error
+from .reader import Reader
 from .statistics import KADStatistics, KADTrace, StepRecorder
 from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
 
@@ -46,8 +44,23 @@ class KADLogitsProcessor(LogitsProcessor):
         reference: the proxy before alignment, for `ImplicitReward` only. For a `PeftModel` the default is the
             proxy with its adapter switched off.
         component_temperature: divides both models' logits before the rule sees them.
-        num_assistant_tokens: draft length of speculative decoding.
-        trace: keep a record of every emitted token in `kad.trace`.
+        num_assistant_tokens: γ, the draft length of speculative decoding. "auto" chooses it round by round, from the
+            acceptance and the times measured in the call so far, for the most tokens per second; 0, no draft, is among
+            the choices. What is drawn then depends on times, so that equal seeds may give different texts, of the same
+            distribution.
+        drafter: "proxy", or "prompt_lookup" for drafts of what followed the last tokens earlier in the text, which
+            cost no steps of the proxy; base and proxy verify them in one forward each.
+        compile: speculative decoding of one sequence in static caches: the proxy's step and the base's verification
+            are compiled by `torch.compile`, as CUDA graphs on CUDA. It takes a while at the first call, and again for
+            a text that outgrows the caches, whose size is a multiple of 256 tokens.
+        lazy: token by token, draw from p first, and ask the proxy only where the token drawn is deferred; its cache
+            then catches up in one forward. The distribution is the same, with fewer forwards of the proxy: on
+            average D a token for one sequence; a batch asks where any row that goes on needs it. For rules whose
+            mask does not depend on q (`dual`, `primal`, `exact`, `nudging`), with `do_sample=True` and nothing after
+            KAD that changes scores: no warper (`top_k=0`, `temperature=1.0`, `top_p=1.0`), no processor. The scores
+            it returns, which `output_scores` shows, are 0 at the token drawn and -inf elsewhere, so that sampling
+            emits that one; the base's own are in `output_logits`.
+        trace: keep a record of every emitted token in `kad.trace`. Not with `lazy`, where q is unknown for most.
         tokenizer: the base's tokenizer: the trace shows its text. When both are given, they are compared.
         proxy_tokenizer: the proxy's tokenizer.
         vocabulary_alignment: from `align_vocabularies`, for a proxy with a tokenizer other than the base's. Prompts
@@ -60,7 +73,7 @@ class KADLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError: an unknown rule, a value out of range, an encoder-decoder proxy, tokenizers that differ,
-            a rule that needs a reference without one.
+            a rule that needs a reference without one, `lazy` with a rule that looks at q or with a trace.
         TypeError: a rule parameter that does not exist, or a rule that is no rule.
 
     A processor serves any number of calls, one after the other. It keeps the proxy's cache between calls for
@@ -92,7 +105,10 @@ class KADLogitsProcessor(LogitsProcessor):
         *,
         reference: PreTrainedModel | None = None,
         component_temperature: float = 1.0,
-        num_assistant_tokens: int = 5,
+        num_assistant_tokens: int | str = 5,
+        drafter: str = "proxy",
+        compile: bool = False,
+        lazy: bool = False,
         trace: bool = False,
         tokenizer: Any = None,
         proxy_tokenizer: Any = None,
@@ -103,7 +119,14 @@ class KADLogitsProcessor(LogitsProcessor):
         check_settings(component_temperature, num_assistant_tokens)
         self.component_temperature = component_temperature
         self.num_assistant_tokens = num_assistant_tokens
-        self.record_trace = trace
+        self.drafter = check_drafter(drafter, num_assistant_tokens)
+        self.compile = compile
+        if compile and num_assistant_tokens == "auto":
+            raise ValueError('`compile=True` compiles for one draft length, got num_assistant_tokens="auto".')
+        self._compiled: dict[str, CompiledModel] = {}
+        self.lazy, self.record_trace = lazy, trace
+        if lazy:
+            _check_lazy(self.rule, trace)
         if tokenizer is None and proxy_tokenizer is not None:
             raise ValueError("Pass `tokenizer` as well to have it compared with `proxy_tokenizer`, got only that.")
         if proxy_tokenizer is not None and vocabulary_alignment is None:
@@ -126,7 +149,8 @@ class KADLogitsProcessor(LogitsProcessor):
         self.eos_warned: set[frozenset[int]] = set()
         self._call: OpenCall | None = None
         self._lock = threading.Lock()
-        self._last_shape: tuple[int, int] | None = None  # of the texts of the call's last step
+        self._last_shape: tuple[int, int] | None = None  # of the call's texts when the proxy last read them
+        self._rows = ForcedRows((), None)
         hooks.install()
 
     @classmethod
@@ -143,7 +167,10 @@ class KADLogitsProcessor(LogitsProcessor):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(proxy={describe(self.proxy)}, rule={self.rule!r}, "
-            f"component_temperature={self.component_temperature}, num_assistant_tokens={self.num_assistant_tokens}"
+            f"component_temperature={self.component_temperature}, num_assistant_tokens={self.num_assistant_tokens!r}"
+            + ("" if self.drafter == "proxy" else f", drafter={self.drafter!r}")
+            + (", compile=True" if self.compile else "")
+            + (", lazy=True" if self.lazy else "")
             + ("" if self.vocabulary_alignment is None else f", vocabulary_alignment={self.vocabulary_alignment!r}")
             + ")"
         )
@@ -213,99 +240,143 @@ class KADLogitsProcessor(LogitsProcessor):
             )
         try:
             self._call, self._last_shape = call, None
+            self._rows = ForcedRows(call.eos_token_ids, call.pad_token_id)
             for cached in self._cached:
                 cached.refresh()
             yield
         finally:
-            self._call = None
+            self._call, self._rows = None, ForcedRows((), None)
             self._lock.release()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Turn the base's scores for the next token into log r.
+        """Turn the base's scores for the next token into log r, or with `lazy` into scores that force a draw from r.
 
         Args:
             input_ids: texts so far, `(rows, L)`.
             scores: the base's logits or log-probabilities, `(rows, V)`.
 
         Returns:
-            log r, `(rows, V)` float32; -inf where r is 0.
+            log r, `(rows, V)` float32; -inf where r is 0. With `lazy` 0 at the token drawn and -inf elsewhere.
 
         Raises:
             ValueError: logits of either model that are NaN, +inf or all -inf.
-            RuntimeError: another thread's call is open.
+            RuntimeError: another thread's call is open; with `lazy`, a token was emitted that was not drawn.
 
-        Used by hand, outside `generate`, it works on the ids it gets and assumes no padding.
+        Used by hand, outside `generate`, it works on the ids it gets, assumes no padding, and takes no row for
+        finished.
         """
         call = self._call
         if call is None:
             for cached in self._cached:
                 cached.refresh()
-            ids, mask, continues, chunk_size = input_ids, None, False, None
-            if self.vocabulary_alignment is not None:
-                ids, mask = self.vocabulary_alignment.retokenize(input_ids)
         elif call.thread != threading.get_ident():
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
-        else:
-            ids, mask = call.proxy_text(input_ids)
-            rows, length = input_ids.shape
-            continues = call.rows_stay and self._last_shape == (rows, length - 1)
-            chunk_size = call.chunk_size
-            self._last_shape = (rows, length)
+        return self._draw(input_ids, scores) if self.lazy else self._compose(input_ids, scores)
 
-        proxy_logits = self.cached_proxy.logits(ids, mask, continues=continues, chunk_size=chunk_size)[:, -1]
-        vocabulary = scores.shape[-1]
+    @property
+    def proxy_forwards(self) -> int:
+        """Forwards of the proxy so far, over all calls."""
+        compiled = self._compiled.get("proxy")
+        return self.cached_proxy.forwards + (0 if compiled is None else compiled.forwards)
+
+    def compiled(self, model: PreTrainedModel, role: str, width: int) -> CompiledModel:
+        """A model with its static cache, the same as in the last call if it is the same model."""
+        known = self._compiled.get(role)
+        if known is None or known.model is not model or known.width != width:
+            known = self._compiled[role] = CompiledModel(model, role, width=width)
+        known.refresh()
+        return known
+
+    def reference_reader(self, vocabulary: int, chunk_size: int | None) -> Reader | None:
+        """The reference as it follows texts in rounds; None for rules that need none."""
+        if self._cached_reference is None:
+            return None
+        return Reader(
+            self._cached_reference,
+            vocabulary=vocabulary,
+            component_temperature=self.component_temperature,
+            vocabulary_alignment=self.vocabulary_alignment,
+            chunk_size=chunk_size,
+        )
+
+    def _compose(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Log r."""
+        text, vocabulary = self._read(input_ids), scores.shape[-1]
+        proxy_logits = text.logits(self.cached_proxy)
         composition = compose(
             self.rule,
             scores / self.component_temperature,
-            align_vocabulary(proxy_logits, vocabulary, self.vocabulary_alignment) / self.component_temperature,
-            self._reference_logits(ids, mask, 1, vocabulary, continues, chunk_size),
+            self._align_and_temper(proxy_logits, vocabulary),
+            self._reference_logits(text, vocabulary),
         )
-        for cached in self._cached:
-            cached.settle(ids.shape[1])
-        self._check(scores, proxy_logits, input_ids.shape[1])
+        self._settle(text)
+        unusable = torch.stack([is_unusable(scores), is_unusable(proxy_logits).to(scores.device)]).tolist()
+        self._check("base", unusable[0], input_ids)
+        self._check("proxy", unusable[1], input_ids)
+        call = self._call
         if call is not None and isinstance(call.recorder, StepRecorder):
             parents = None if call.rows_stay else self.cached_proxy.parents or list(range(len(input_ids)))
             call.recorder.record(input_ids, composition, parents)
             call.base_forwards += 1
         return composition.target_probs.log()
 
-    def reference_logits(self, input_ids: torch.Tensor, keep: int, vocabulary: int) -> torch.Tensor | None:
-        """The reference's tempered logits at the last `keep` positions of the open call's text, `(keep, V)`.
+    def _draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that force a token drawn from r. The proxy is asked where a row that goes on draws a deferred one."""
+        assert isinstance(self.rule, DeferralRule)
+        base_logits = scores / self.component_temperature
+        drawn = draw_from_base(self.rule, base_logits)
+        ended, replaced = (rows.to(scores.device) for rows in self._rows.follow(input_ids))
+        asks, unusable, replaced_rows = torch.stack([drawn.deferred & ~ended, is_unusable(scores), replaced]).tolist()
+        self._check("base", unusable, input_ids)
+        if any(replaced_rows):
+            raise RuntimeError(
+                f"`lazy=True` drew another token at position {input_ids.shape[1] - 1} of sequence "
+                f"{replaced_rows.index(True)} than was emitted: something after KAD chose it. Leave out `lazy`."
+            )
+        tokens = drawn.tokens
+        if any(asks):
+            text = self._read(input_ids)
+            proxy_logits = text.logits(self.cached_proxy)
+            tokens = draw_again(drawn, base_logits, self._align_and_temper(proxy_logits, scores.shape[-1]))
+            self._settle(text)
+            self._check("proxy", is_unusable(proxy_logits).tolist(), input_ids)
+        if self._call is not None:
+            self._rows.forced(tokens)
+            assert isinstance(self._call.recorder, StepRecorder)
+            self._call.recorder.record_mass(input_ids, drawn.deferral_mass, None)
+            self._call.base_forwards += 1
+        return force(tokens, scores.shape[-1])
 
-        `input_ids` is the base's text `(1, L)`. None for rules that need no reference.
-        """
+    def _read(self, input_ids: torch.Tensor) -> "_Text":
+        """The base's texts `(rows, L)` as the proxy and the reference read them."""
+        call = self._call
+        if call is None:
+            if self.vocabulary_alignment is not None:
+                return _Text(*self.vocabulary_alignment.retokenize(input_ids))
+            return _Text(input_ids)
+        before, self._last_shape = self._last_shape, (len(input_ids), input_ids.shape[1])
+        longer = before is not None and before[0] == len(input_ids) and before[1] < input_ids.shape[1]
+        return _Text(*call.proxy_text(input_ids), call.rows_stay and longer, call.chunk_size)
+
+    def _settle(self, text: "_Text") -> None:
+        for cached in self._cached:
+            cached.settle(text.ids.shape[1])
+
+    def _align_and_temper(self, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """Logits of the proxy or the reference in the base's vocabulary, tempered: `(rows, V)` float32."""
+        return align_vocabulary(logits, vocabulary, self.vocabulary_alignment) / self.component_temperature
+
+    def _reference_logits(self, text: "_Text", vocabulary: int) -> torch.Tensor | None:
+        """`(rows, V)`; None for rules that need none."""
         if self._cached_reference is None:
             return None
-        call = self.open_call
-        ids, mask = call.proxy_text(input_ids)
-        return self._reference_logits(ids, mask, keep, vocabulary, False, call.chunk_size)
+        return self._align_and_temper(text.logits(self._cached_reference), vocabulary)
 
-    def settle_reference(self, input_ids: torch.Tensor) -> None:
-        """Take back what the reference has seen beyond the open call's text `(1, L)`, but for the last token."""
-        if self._cached_reference is not None:
-            self._cached_reference.settle(self.open_call.proxy_text(input_ids[:, :-1])[0].shape[1])
-
-    def _reference_logits(
-        self,
-        ids: torch.Tensor,
-        mask: torch.Tensor | None,
-        keep: int,
-        vocabulary: int,
-        continues: bool,
-        chunk_size: int | None,
-    ) -> torch.Tensor | None:
-        """`(rows * keep, V)`; rows and kept positions are never both more than one."""
-        if self._cached_reference is None:
-            return None
-        logits = self._cached_reference.logits(ids, mask, keep=keep, continues=continues, chunk_size=chunk_size)
-        logits = align_vocabulary(logits.flatten(0, 1), vocabulary, self.vocabulary_alignment)
-        return logits / self.component_temperature
-
-    def _check(self, scores: torch.Tensor, proxy_logits: torch.Tensor, position: int) -> None:
-        unusable = torch.stack([is_unusable(scores), is_unusable(proxy_logits).to(scores.device)]).tolist()
-        for name, model, rows in (("base", None, unusable[0]), ("proxy", self.proxy, unusable[1])):
-            if any(rows):
-                raise unusable_logits_error(name, model, position, rows.index(True))
+    def _check(self, role: str, unusable: list[bool], input_ids: torch.Tensor) -> None:
+        """Raise if a row of the base's or the proxy's logits is unusable."""
+        if any(unusable):
+            model = self.proxy if role == "proxy" else None
+            raise unusable_logits_error(role, model, input_ids.shape[1], unusable.index(True))
 
     def _make_reference(self, reference: PreTrainedModel | None) -> CachedModel | None:
         if not self.rule.needs_reference:
@@ -320,6 +391,19 @@ class KADLogitsProcessor(LogitsProcessor):
             f"{self.rule!r} needs the proxy before alignment: pass `reference=`, or a `PeftModel` as proxy, whose "
             "adapter is then switched off."
         )
+
+
+class _Text(NamedTuple):
+    """What the proxy and the reference are to read: the arguments of `CachedModel.logits`."""
+
+    ids: torch.Tensor  # (rows, L')
+    mask: torch.Tensor | None = None
+    continues: bool = False
+    chunk_size: int | None = None
+
+    def logits(self, model: CachedModel) -> torch.Tensor:
+        """For the token that follows, in the model's own vocabulary: `(rows, V')`."""
+        return model.logits(self.ids, self.mask, continues=self.continues, chunk_size=self.chunk_size)[:, -1]
 
 
 def _resolve_rule(rule: Rule | str, parameters: dict[str, Any]) -> Rule:
@@ -341,11 +425,29 @@ _SETTINGS = (
     "reference",
     "component_temperature",
     "num_assistant_tokens",
+    "drafter",
+    "compile",
+    "lazy",
     "trace",
     "tokenizer",
     "proxy_tokenizer",
     "vocabulary_alignment",
 )
+
+
+def _check_lazy(rule: Rule, trace: bool) -> None:
+    """Raise unless tokens can be drawn without q where the base's own is kept."""
+    if not isinstance(rule, DeferralRule) or rule.needs_proxy:
+        masks = [name for name, kind in RULES.items() if issubclass(kind, DeferralRule) and not kind.needs_proxy]
+        raise ValueError(
+            f"`lazy=True` needs a deferral rule whose mask does not depend on q ({', '.join(masks)}), got {rule!r}: "
+            "take one of those, or leave out `lazy`."
+        )
+    if trace:
+        raise ValueError(
+            "`lazy=True` and `trace=True` can't be combined: a record shows q, which is unknown wherever the proxy is "
+            "not asked. Leave out one of them."
+        )
 
 
 def _checked(model: PreTrainedModel, role: str) -> PreTrainedModel:

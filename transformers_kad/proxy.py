@@ -15,6 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Cache, PreTrainedModel
 
+from .cache import can_crop, can_have_holes, gather_columns
+
+# A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
+# more than this share.
+LARGEST_SHARE_OF_HOLES = 0.1
+
 
 class ContextLengthError(ValueError):
     """A text is longer than a model's context."""
@@ -57,6 +63,7 @@ class CachedModel:
         self._ids: torch.Tensor | None = None  # (B, n): the tokens that the cache holds
         self._mask: torch.Tensor | None = None  # (B, n)
         self._padded = False
+        self._tokens: torch.Tensor | None = None  # (B,), on the CPU: how many tokens of each row are no padding
         self._state: Hashable = None
         self.parents: list[int] | None = None
 
@@ -86,12 +93,91 @@ class CachedModel:
             return
         self._cache.crop(-surplus)
         if surplus:
-            self._ids, self._mask = self._ids[:, :length], self._mask[:, :length]
+            self._ids, self._mask, self._tokens = self._ids[:, :length], self._mask[:, :length], None
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Of the last k columns keep those that are marked, `(B, k)` boolean, on the CPU; each row its own.
+
+        What no row keeps at the end is cropped. Other holes stay behind the attention mask, until they are so many
+        that the cache is rebuilt without them.
+
+        Raises:
+            ValueError: several rows, and a cache with layers where holes make a difference.
+        """
+        assert self._ids is not None and self._mask is not None
+        begin = self._ids.shape[1] - kept.shape[1]
+        if kept.shape[1]:
+            kept = kept[:, : int((kept.any(dim=0) * torch.arange(1, kept.shape[1] + 1)).max())]
+        ids, mask, padded, tokens = self._ids, self._mask, self._padded, self._tokens
+        self.settle(begin + kept.shape[1])
+        if self._cache is None:  # `advance` fills it anew
+            self._ids, self._mask, self._padded = (
+                ids[:, : begin + kept.shape[1]],
+                mask[:, : begin + kept.shape[1]],
+                padded,
+            )
+            return
+        if len(kept) == 1 and not (self._padded and can_have_holes(self._cache)):
+            return
+        self._check_holes_are_hidden()
+        if tokens is None:
+            tokens = mask[:, :begin].sum(dim=-1).cpu()
+        self._tokens = tokens + kept.sum(dim=-1)
+        if not kept.all():
+            self._padded = True
+            self._mask = torch.cat([mask[:, :begin], kept.to(mask)], dim=-1)
+        longest = int(self._tokens.max())
+        if self.cached_length - longest > LARGEST_SHARE_OF_HOLES * self.cached_length:
+            self._close_holes(longest)
+
+    def _check_holes_are_hidden(self) -> None:
+        if self._cache is not None and not can_have_holes(self._cache):
+            raise ValueError(
+                "Rows of a batch accept different numbers of draft tokens, and the "
+                f"{self.role} {describe(self.model)} has layers whose window or state would count the refused ones. "
+                "Leave out `assistant_model`, or generate one sequence at a time."
+            )
+
+    def _close_holes(self, length: int) -> None:
+        """Move every row's tokens to the end of `length` columns, with what is left of the padding before them."""
+        assert self._cache is not None and self._ids is not None and self._mask is not None
+        columns = self._mask.argsort(dim=-1, stable=True)[:, -length:]
+        gather_columns(self._cache, columns)
+        self._ids, self._mask = self._ids.gather(1, columns), self._mask.gather(1, columns)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep only some rows, in this order."""
+        if self._cache is None or self._ids is None or self._mask is None:
+            return
+        index = torch.tensor(rows, device=self._ids.device)
+        self._cache.batch_select_indices(index)
+        self._ids, self._mask = self._ids[index], self._mask[index]
+        self._tokens = None if self._tokens is None else self._tokens[rows]
+
+    def advance(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
+        """`logits` of the texts held, continued by `ids` `(B, n)`; `mask` `(B, n)` has zeros at what is no token."""
+        assert self._ids is not None and self._mask is not None
+        ids = ids.to(self._ids)
+        mask = torch.ones_like(ids) if mask is None else mask.to(self._mask)
+        try:
+            return self._forward(torch.cat([self._ids, ids], -1), torch.cat([self._mask, mask], -1), keep, None)
+        except BaseException:
+            self.reset()
+            raise
+
+    def check_length(self, tokens: int) -> None:
+        """Raise `ContextLengthError` if the model can't read so many tokens."""
+        if self.context_length is not None and tokens > self.context_length:
+            raise ContextLengthError(
+                f"The text has {tokens} tokens, but the {self.role} {describe(self.model)} ends at "
+                f"{self.context_length} (max_position_embeddings). Generate less or take a {self.role} with a "
+                "longer context."
+            )
 
     @property
     def cached_length(self) -> int:
         """How many tokens of each text the cache holds."""
-        return 0 if self._ids is None else self._ids.shape[1]
+        return 0 if self._ids is None or self._cache is None else self._ids.shape[1]
 
     def logits(
         self,
@@ -120,22 +206,16 @@ class CachedModel:
         length = input_ids.shape[1]
         if length == 0:
             raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
-        tokens = length
-        if self.context_length is not None and length > self.context_length and attention_mask is not None:
-            tokens = int(attention_mask.sum(dim=-1).max())
-        if self.context_length is not None and tokens > self.context_length:
-            raise ContextLengthError(
-                f"The text has {tokens} tokens, but the {self.role} {describe(self.model)} ends at "
-                f"{self.context_length} (max_position_embeddings). Generate less or take a {self.role} with a "
-                "longer context."
-            )
+        if self.context_length is not None and length > self.context_length:
+            self.check_length(length if attention_mask is None else int(attention_mask.sum(dim=-1).max()))
         device = self.model.device
         input_ids = input_ids.to(device)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
             self._padded = self._padded or (attention_mask is not None and bool((mask == 0).any()))
-            return self._forward(input_ids, mask, keep, chunk_size)
+            # Copies: the tensors may be the caller's own, to be written to later.
+            return self._forward(input_ids.clone(), mask.clone(), keep, chunk_size)
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
             raise
@@ -179,28 +259,33 @@ class CachedModel:
         return common
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, keep: int, chunk_size: int | None) -> torch.Tensor:
+        """Forward what the cache does not hold yet of texts `(B, L)`, which it then holds."""
         length, start = input_ids.shape[1], self.cached_length
         stops = list(range(start + chunk_size, length - keep, chunk_size)) if chunk_size else []
         with torch.no_grad():
             for stop in [*stops, length]:
-                output = self._call(input_ids[:, start:stop], mask[:, :stop], keep if stop == length else 1)
+                logits = self._call(input_ids[:, :stop], mask[:, :stop], stop - start, keep if stop == length else 1)
                 start = stop
+                if stop != length and self._cache is not None:
+                    self._cache.crop(0)
         self.forwards += 1
-        # Copies: the tensors may be the caller's own, to be written to later.
-        self._ids, self._mask = input_ids.clone(), mask.clone()
-        return output[:, -keep:]
+        self._ids, self._mask = input_ids, mask
+        return logits[:, -keep:]
 
-    def _call(self, ids: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
+    def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
+        """One forward over the last `new` columns, `(B, S)` all in all; the logits of the last `keep` are needed."""
         kwargs: dict[str, Any] = {}
         if self._padded:
             kwargs["attention_mask"] = mask
             if self._takes_position_ids:
-                positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-                kwargs["position_ids"] = positions[:, -ids.shape[1] :]
+                # Drafts of a row that ends with the context may lie beyond it; nobody reads what comes of them.
+                last = None if self.context_length is None else self.context_length - 1
+                kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0, max=last)[:, -new:]
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = keep
         with self._adapter_state():
             # An id beyond the model's vocabulary can be emitted by the base, but not be read here.
+            ids = ids[:, -new:]
             ids = ids.where(ids < self._readable, self._stand_in)
             output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
         cache = getattr(output, "past_key_values", None)
@@ -265,20 +350,6 @@ def describe(model: PreTrainedModel) -> str:
     """A model's class and where it was loaded from, for error messages."""
     path = getattr(model.config, "_name_or_path", "") or "unnamed"
     return f"{type(model).__name__} ({path})"
-
-
-def can_crop(cache: Cache | None, tokens: int) -> bool:
-    """Whether the last `tokens` tokens can be taken back from every layer of a cache."""
-    if cache is None:
-        return False
-    for layer in cache.layers:
-        if not getattr(layer, "is_croppable", False):
-            return False
-        if getattr(layer, "is_sliding", False) and layer.is_initialized:
-            left = layer.get_seq_length() - tokens
-            if layer.keys.shape[-2] - tokens < min(left, layer.sliding_window - 1):
-                return False
-    return True
 
 
 def model_state(model: PreTrainedModel) -> Hashable:

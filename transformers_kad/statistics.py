@@ -222,11 +222,17 @@ class StepRecorder:
 
         `parents` is None where row i continues row i.
         """
-        length = input_ids.shape[1]
-        self._settle(input_ids)
-        self.steps[length] = _Step(composition.deferral_mass, parents, input_ids[:, -1:])
+        self.record_mass(input_ids, composition.deferral_mass, parents)
         if self.trace:
-            self.pending = (length, composition)
+            self.pending = (input_ids.shape[1], composition)
+
+    def record_mass(
+        self, input_ids: torch.Tensor, deferral_mass: torch.Tensor | None, parents: list[int] | None
+    ) -> None:
+        """Note a step of which nothing but D `(rows,)` is known; nothing for the trace."""
+        self._settle(input_ids)
+        # A copy: a view would keep the texts of all steps.
+        self.steps[input_ids.shape[1]] = _Step(deferral_mass, parents, input_ids[:, -1:].clone())
 
     def _settle(self, input_ids: torch.Tensor) -> None:
         # The token that a position led to is seen one step later.
@@ -350,6 +356,28 @@ class RoundRecorder:
             for token, row, mass, drafted in zip(self.tokens, _read(self.traced), masses, self.from_draft, strict=True)
         ]
         return [statistics], KADTrace((tuple(records),))
+
+
+@dataclass
+class BatchRecorder:
+    """Collects the rounds of all rows of a call that decodes speculatively."""
+
+    trace: bool
+    rows: list[RoundRecorder] = field(default_factory=list)
+
+    def begin(self, rows: int) -> list[RoundRecorder]:
+        """A recorder for each row."""
+        self.rows = [RoundRecorder(self.trace) for _ in range(rows)]
+        return self.rows
+
+    def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
+        """Statistics and trace of the sequences."""
+        statistics, traces = list[SequenceStatistics](), list[KADTrace]()
+        for row in self.rows:
+            (own,), trace = row.finish()
+            statistics.append(own)
+            traces += [trace] if trace is not None else []
+        return statistics, KADTrace(tuple(trace.sequences[0] for trace in traces)) if self.trace else None
 
 
 def make_record(

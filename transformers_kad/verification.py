@@ -10,6 +10,8 @@ Chen et al., "Accelerating Large Language Model Decoding with Speculative Sampli
 
 import torch
 
+from .knapsack import parts_to_convert
+
 # A residual below this mass is made of rounding errors of the two distributions, not of their difference.
 SMALLEST_RESIDUAL = torch.finfo(torch.float32).eps
 
@@ -94,18 +96,38 @@ def draw_next(
 
     Only position `accepted_lengths[b]` of row b is read, so `target_probs` must reach that far and no further.
     """
-    rows = torch.arange(len(target_probs), device=target_probs.device)
-    target = target_probs[rows, accepted_lengths]
+    target = _at(target_probs, accepted_lengths)
     if not do_sample:
         return target.argmax(-1)
     drafted = draft_probs.shape[1]
     if drafted:
         refused = accepted_lengths < (drafted if draft_lengths is None else draft_lengths)
-        draft = draft_probs[rows, accepted_lengths.clamp(max=drafted - 1)]
+        draft = _at(draft_probs, accepted_lengths.clamp(max=drafted - 1))
         residual = (target - draft).clamp(min=0)
         use_residual = refused & (residual.sum(-1) > SMALLEST_RESIDUAL)
         target = torch.where(use_residual[:, None], residual, target)
-    return torch.multinomial(target, num_samples=1, generator=generator).squeeze(-1)
+    return draw(target, generator)
+
+
+def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """One id from each row of probabilities `(B, V)`, which need not sum to 1, `(B,)` int64.
+
+    By inversion in float64. Nothing is read back from the device; a row that has no distribution (NaN, zeros) gives
+    some id.
+    """
+    uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
+    parts = parts_to_convert(probs)
+    places = []
+    for part, share in zip(parts, uniform.split([len(part) for part in parts]), strict=True):
+        cumulated = part.cumsum(-1, dtype=torch.float64)
+        places.append(torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True))
+    return torch.cat(places).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def _at(probs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One position of each row of probabilities `(B, n, V)`, `(B, V)`."""
+    first = torch.arange(len(probs), device=probs.device) * probs.shape[1]
+    return probs.flatten(0, 1).index_select(0, first + positions)
 
 
 def _check_shapes(

@@ -83,7 +83,8 @@ def test_the_rule_of_a_config():
         (["base", "kad-primal"], {"parameters": {"margin": 0.1}}, ValueError, "base, kad-primal.*margin"),
         (["config"], {}, ValueError, "--config"),
         (["base", "proxy"], {"settings": {"num_assistant_tokens": 3}}, ValueError, "num_assistant_tokens"),
-        (["assisted:num_assistant_tokens=0"], {}, ValueError, "positive integer, got 0"),
+        (["assisted:num_assistant_tokens=0"], {}, ValueError, 'positive integer or "auto", got 0'),
+        (["assisted:num_assistant_tokens=auto"], {}, ValueError, "transformers' own decoding"),
         (["kad-dual:num_assistant_tokens=2.5"], {}, ValueError, "2.5"),
     ],
 )

@@ -128,6 +128,11 @@ COPIES = {
         *("--trials", "2", "--goal", "accuracy"),
     ),
     "benchmark_adapters": ("--sizes", "1M", "--repetitions", "2", "--steps", "2", "--context", "4"),
+    "benchmark_rules": ("--vocabulary", "50", "--rows", "1", "6", "--repetitions", "2"),
+    "benchmark_speed": (
+        *("--pair", PAIR, "--methods", "lazy,speculative", "--draft_lengths", "2"),
+        *("--max_new_tokens", "4", "--repetitions", "1"),
+    ),
     "generate": ("--base", PAIR / "base", "--proxy", PAIR / "proxy", "--prompt", "Ada has 1 hat."),
 }
 # These are run as copies by tests of their own.
@@ -146,7 +151,7 @@ def test_it_runs_as_a_single_file_copied_elsewhere(name, tmp_path):
     assert run.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "run_eval", "sweep", "tune"])
+@pytest.mark.parametrize("name", ["quickstart", "run_eval", "sweep", "tune", "benchmark_speed"])
 def test_without_the_pair_a_copy_says_what_to_pass(name, tmp_path):
     run = run_copy(ROOT / "recipes" / f"{name}.py", tmp_path)
     assert run.returncode != 0

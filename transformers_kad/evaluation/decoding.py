@@ -191,7 +191,7 @@ class Decoder:
         elif method.name == "assisted":
             extra["assistant_model"] = pair.proxy
             rooms.append((pair.proxy, length))
-            _draft_like_kad(pair.proxy, method.num_assistant_tokens)
+            _draft_like_kad(pair.proxy, int(method.num_assistant_tokens))
         room = _room(rooms, max_new_tokens)
         if room < max_new_tokens and len(prompts) > 1:
             raise _CrowdedError

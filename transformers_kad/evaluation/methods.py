@@ -50,8 +50,8 @@ class Method:
     draft_length: int | None = None
 
     @property
-    def num_assistant_tokens(self) -> int:
-        """Draft length."""
+    def num_assistant_tokens(self) -> int | str:
+        """Draft length, or "auto"."""
         return self.draft_length or (self.config or KADConfig()).num_assistant_tokens
 
     @property
@@ -156,7 +156,11 @@ def _plain_methods(name: str, grid: list[tuple[str, list[Any]]], settings: Mappi
     if name != "assisted":
         return [Method(name)]
     lengths = dict(grid).get(length, [settings.get(length, KADConfig().num_assistant_tokens)])
-    return [Method(name, draft_length=KADConfig(num_assistant_tokens=value).num_assistant_tokens) for value in lengths]
+    if "auto" in lengths:
+        raise ValueError('"assisted" is transformers\' own decoding, got num_assistant_tokens="auto": pass a number.')
+    return [
+        Method(name, draft_length=int(KADConfig(num_assistant_tokens=value).num_assistant_tokens)) for value in lengths
+    ]
 
 
 def _start_of(name: str, config: KADConfig | None) -> tuple[KADConfig, Mapping[str, Any]]:

@@ -1,0 +1,280 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad", "tqdm"]
+# ///
+"""What does a rule cost, in softmaxes of the same tensor?
+
+    python recipes/benchmark_rules.py                    # about three minutes
+
+Times every rule on random distributions over --vocabulary tokens, for each number of rows in --rows: *peaked*, where
+20 tokens hold nearly everything, as where a model knows what comes next; *flat*, where thousands do; *equal*, where
+all tokens tie. Each time is a ratio to that of a softmax of the same tensor, taken right before it; the tables show
+medians over the repetitions with their quartiles.
+
+- The rule: `defer`, or the target for rules that are no mask.
+- The whole step of a round, from the models' logits to the accepted tokens, with 5 draft tokens a sequence where the
+  rows are a multiple of 6, and one sequence otherwise.
+- `ExactDeferral`, in milliseconds for one position.
+
+All in float32 on the CPU, by one thread. What is counted is the CPU time of that thread, which other processes disturb
+less than the time on the clock.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from transformers_kad import (
+    BlendIn,
+    CascadeDeferral,
+    ConfidenceBetDeferral,
+    DeferralRule,
+    DualDeferral,
+    Ensemble,
+    ExactDeferral,
+    ImplicitReward,
+    NudgingDeferral,
+    PrimalDeferral,
+)
+from transformers_kad.command_line import parse_arguments
+from transformers_kad.composition import Rule, compose
+from transformers_kad.environment import describe_environment
+from transformers_kad.proxy import is_unusable
+from transformers_kad.verification import count_accepted, draw, draw_next
+
+DISTRIBUTIONS = ("peaked", "flat", "equal")
+PEAKS = 20
+POSITIONS_PER_SEQUENCE = 6
+EXACT_BUDGETS = (0.1, 0.5, 0.9)
+
+
+@dataclass
+class BenchmarkArguments:
+    """Arguments of the benchmark."""
+
+    vocabulary: int = field(default=150_000, metadata={"help": "Tokens of a distribution."})
+    rows: list[int] = field(default_factory=lambda: [1, 6, 48], metadata={"help": "Positions at once."})
+    repetitions: int = field(default=15, metadata={"help": "Repetitions of each measurement, in turns."})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < 2 * PEAKS:
+            raise ValueError(f"--vocabulary must be at least {2 * PEAKS}, got {self.vocabulary}.")
+        if self.repetitions < 1:
+            raise ValueError(f"--repetitions must be at least 1, got {self.repetitions}.")
+        if not self.rows or min(self.rows) < 1:
+            raise ValueError(f"--rows must be at least 1 each, got {self.rows}.")
+
+
+def rules(vocabulary: int) -> list[Rule]:
+    """Every rule but the exact one; the dual and the primal rule also where they split a flat distribution in half."""
+    return [
+        DualDeferral(0.4),
+        DualDeferral(1 / vocabulary),
+        PrimalDeferral(0.9),
+        PrimalDeferral(0.1),
+        NudgingDeferral(0.4),
+        ConfidenceBetDeferral(0.1),
+        *(CascadeDeferral(variant, 0.1) for variant in ("diff", "opt", "token_v2", "token_v3")),
+        ImplicitReward(1.0),
+        Ensemble(0.5),
+        BlendIn(0.4),
+    ]
+
+
+def label(rule: Rule) -> str:
+    """A rule as the tables name it."""
+    parameters = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in vars(rule).values()]
+    return f"{type(rule).__name__}({', '.join(parameters)})"
+
+
+def random_logits(distribution: str, rows: int, vocabulary: int) -> torch.Tensor:
+    """Logits `(rows, vocabulary)` of one kind of distribution."""
+    generator = torch.Generator().manual_seed(0)
+    if distribution == "equal":
+        return torch.zeros(rows, vocabulary)
+    logits = torch.randn(rows, vocabulary, generator=generator)
+    if distribution == "peaked":
+        peaks = torch.randperm(vocabulary, generator=generator)[:PEAKS]
+        logits[:, peaks] += 14 + 2 * torch.randn(rows, PEAKS, generator=generator)
+    return logits
+
+
+@dataclass(frozen=True)
+class Round:
+    """The logits of a round: every sequence's window of positions, the last of them behind the draft."""
+
+    base: torch.Tensor  # (B, n, V)
+    draft: torch.Tensor  # (B, n - 1, V): the proxy's
+    bonus: torch.Tensor  # (B, V): the proxy's
+    reference: torch.Tensor  # (B * n, V)
+    draft_ids: torch.Tensor  # (B, n - 1)
+
+    @classmethod
+    def of(cls, logits: torch.Tensor) -> "Round":
+        """A base with these logits, models that differ from it at random, and a draft drawn from the proxy."""
+        rows, vocabulary = logits.shape
+        sequences = rows // POSITIONS_PER_SEQUENCE if rows % POSITIONS_PER_SEQUENCE == 0 else 1
+        generator = torch.Generator().manual_seed(1)
+        proxy, reference = (logits + torch.randn(logits.shape, generator=generator) for _ in range(2))
+        proxy = proxy.view(sequences, -1, vocabulary)
+        drafted = proxy[:, :-1].contiguous()
+        ids = draw(drafted.flatten(0, 1).softmax(-1), generator).view(drafted.shape[:2])
+        return cls(logits.view(proxy.shape), drafted, proxy[:, -1].contiguous(), reference, ids)
+
+    def step(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `kad_generate` does with the logits: the rule, accept or refuse, the next token, what is unusable."""
+        draft_probs = self.draft.softmax(-1)
+        proxy = torch.cat([self.draft, self.bonus[:, None]], dim=1)
+        reference = self.reference if rule.needs_reference else None
+        composition = compose(rule, self.base.flatten(0, 1), proxy.flatten(0, 1), reference)
+        target = composition.target_probs.view(self.base.shape)
+        accepted = count_accepted(target, draft_probs, self.draft_ids)
+        following = draw_next(target, draft_probs, accepted)
+        return accepted, following, torch.stack([is_unusable(self.base), is_unusable(proxy)])
+
+
+def measure_ratios(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
+    """A row for each rule, part, distribution and number of rows: the quartiles of its ratio to a softmax."""
+    found = []
+    for rows in arguments.rows:
+        for distribution in DISTRIBUTIONS:
+            logits = random_logits(distribution, rows, arguments.vocabulary)
+            softmax = partial(logits.softmax, -1)
+            tasks = rule_tasks(Round.of(logits), rules(arguments.vocabulary))
+            times: dict[tuple[str, str], list[tuple[float, float]]] = {task: [] for task in tasks}
+            rounds = range(arguments.repetitions + 1)
+            for repetition in tqdm(rounds, desc=f"{rows} rows, {distribution}", leave=False, disable=None):
+                for task, run in tasks.items():
+                    pair = time_once(softmax), time_once(run)
+                    if repetition:  # the first one warms up
+                        times[task].append(pair)
+            for (name, part), pairs in times.items():
+                found.append(
+                    {
+                        "rule": name,
+                        "part": part,
+                        "distribution": distribution,
+                        "rows": rows,
+                        "softmax_seconds": statistics.median(first for first, _ in pairs),
+                        "ratio": quartiles([second / first for first, second in pairs]),
+                    }
+                )
+    return found
+
+
+def rule_tasks(window: Round, rules: list[Rule]) -> dict[tuple[str, str], Callable[[], object]]:
+    """What is timed, by the name of the rule and the part."""
+    proxy = torch.cat([window.draft, window.bonus[:, None]], dim=1).flatten(0, 1)
+    p, q, q0 = (logits.softmax(-1) for logits in (window.base.flatten(0, 1), proxy, window.reference))
+    tasks: dict[tuple[str, str], Callable[[], object]] = {}
+    for rule in rules:
+        own = partial(rule.defer, p, q) if isinstance(rule, DeferralRule) else partial(rule, p, q, q0)
+        tasks[label(rule), "rule"] = own
+        tasks[label(rule), "step"] = partial(window.step, rule)
+    return tasks
+
+
+def measure_exact(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
+    """A row for each distribution and budget: the quartiles of the seconds for a position, and the longest."""
+    found = []
+    for distribution in DISTRIBUTIONS:
+        positions = random_logits(distribution, arguments.repetitions + 1, arguments.vocabulary).softmax(-1)
+        for budget in EXACT_BUDGETS:
+            defer = ExactDeferral(budget).defer
+            seconds = [time_once(partial(defer, position)) for position in positions][1:]  # the first one warms up
+            kept = (~PrimalDeferral(budget).defer(positions)).sum(-1)
+            found.append(
+                {
+                    "distribution": distribution,
+                    "budget": budget,
+                    "nucleus": int(kept.median()),
+                    "seconds": quartiles(seconds),
+                    "longest": max(seconds),
+                }
+            )
+    return found
+
+
+def keep_freed_memory() -> torch.Tensor:
+    """Let the allocator keep what is freed, as long as the tensor lives that is returned.
+
+    glibc hands large blocks back to the system when they are freed, or does not, depending on what was freed before
+    and what lies behind them. To get the pages of a tensor anew costs more than a softmax of it. Blocks of up to 32 MB
+    are kept once one was freed, and those in front of a living one.
+    """
+    size = 31 * 2**20
+    torch.empty(size, dtype=torch.uint8)
+    blocks = [torch.empty(size, dtype=torch.uint8) for _ in range(16)]
+    last = torch.empty(2**20, dtype=torch.uint8)
+    del blocks
+    return last
+
+
+def time_once(run: Callable[[], object]) -> float:
+    """Seconds of this thread that a call takes."""
+    started = time.thread_time()
+    run()
+    return time.thread_time() - started
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The three of them; of a single value three times that."""
+    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+
+
+def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:
+    """One part of the ratios as Markdown."""
+    ratios = [row for row in ratios if row["part"] == part]
+    counts = sorted({row["rows"] for row in ratios})
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    for row in ratios:
+        low, middle, high = row["ratio"]
+        line = cells.setdefault((row["rule"], row["distribution"]), {})
+        line[row["rows"]] = f"{middle:.1f} ({low:.1f} to {high:.1f})"
+    heads = [f"{count} row{'s' if count > 1 else ''}" for count in counts]
+    lines = [f"| rule | distribution | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(counts)}"]
+    for (rule, distribution), line in cells.items():
+        lines.append(f"| {rule} | {distribution} | {' | '.join(line[count] for count in counts)} |")
+    return "\n".join(lines)
+
+
+def exact_table(rows: list[dict[str, Any]]) -> str:
+    """The exact rule's times as Markdown."""
+    lines = ["| budget | distribution | nucleus | ms a position | longest |", "|---:|---|---:|---:|---:|"]
+    for row in rows:
+        low, middle, high = (f"{1000 * seconds:.1f}" for seconds in row["seconds"])
+        longest = f"{1000 * row['longest']:.1f}"
+        cells = [f"{row['budget']:g}", row["distribution"], f"{row['nucleus']:,}"]
+        cells += [f"{middle} ({low} to {high})", longest]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the command line and run."""
+    (arguments,) = parse_arguments([BenchmarkArguments], __doc__, argv)
+    torch.set_num_threads(1)
+    environment, kept = describe_environment(), keep_freed_memory()
+    ratios, exact = measure_ratios(arguments), measure_exact(arguments)
+    del kept
+    print(f"The rule, in softmaxes of its {arguments.vocabulary:,} tokens:\n\n{ratio_table(ratios, 'rule')}\n")
+    print(f"The whole step, from logits to accepted tokens:\n\n{ratio_table(ratios, 'step')}\n")
+    print(f"ExactDeferral:\n\n{exact_table(exact)}\n")
+    print(environment["device"])
+    if arguments.output is not None:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        figures = {"vocabulary": arguments.vocabulary, "ratios": ratios, "exact": exact, "environment": environment}
+        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

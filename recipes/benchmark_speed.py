@@ -1,0 +1,365 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["transformers-kad[eval]"]
+# ///
+r"""How fast is KAD, beside the base alone and stock assisted decoding, and how far from what the forwards allow?
+
+The tiny pair, its models inflated to a realistic cost, on 2 CPU cores, about 6, 3 and 2 minutes:
+
+    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 --output speed \
+        --methods proxy,assisted:5,token_by_token,lazy,speculative,auto,prompt_lookup:5 --draft_lengths 3,5,7
+    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 \
+        --output compiled --methods base_compiled,speculative,compiled --draft_lengths 5
+    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 \
+        --output copying --task copying --methods speculative,prompt_lookup --draft_lengths 3,5,8
+
+More batch sizes into the first folder, with fewer methods:
+
+    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 --output speed \
+        --batch_size 2,4,8,16 --methods token_by_token,lazy,speculative,auto --draft_lengths 5
+
+A real pair, and one that exists only as configurations, its acceptance set by the share that is deferred:
+
+    python recipes/benchmark_speed.py --base Qwen/Qwen3-14B-Base --proxy Qwen/Qwen3-1.7B --dtype bfloat16
+    python recipes/benchmark_speed.py --random_weights base=Qwen/Qwen3-14B-Base,proxy=Qwen/Qwen3-1.7B \
+        --deferral_mass 0.8 --dtype bfloat16 --device cuda --output qwen3_random
+
+How time and memory grow with the text, the vocabulary and the batch:
+
+    python recipes/benchmark_speed.py --growth length --batch_size 4 --repetitions 1 --output growth
+    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 4 --output growth
+
+Methods: base, base_compiled (a static cache, compiled by transformers), proxy, assisted (stock assisted decoding with
+the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto, prompt_lookup and
+compiled; those that draft run with every draft length, or as in assisted:5 with their own. All sample, unwarped, the
+same number of tokens behind the same fresh prompts; nothing ends a text. In every repetition they take turns, and each
+is compared with the base alone of that repetition at the same batch size.
+
+The bound is what that ratio would be if nothing but the models' forwards took time: forwards counted where they
+happen, priced by the medians of forwards that are timed in between, prompts included. Without prompts, for drafts of
+length γ, it is
+
+    E[tokens per round] t_b(1) / ((γ + a) t_q + t_b(γ + 1))
+
+with t_b(n) a forward of the base over n tokens of each text, t_q a step of the proxy, and a its further steps a round.
+
+The folder receives runs.jsonl, a line a repetition, with which a stopped run goes on; speed.json, speed.md and plots.
+The same folder takes further batch sizes and repetitions; other settings or another machine are refused.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers_kad.arguments import ModelArguments, RuleArguments
+from transformers_kad.benchmarking.growth import (
+    AXES,
+    GrowthSettings,
+    growth_to_markdown,
+    load_configs,
+    make_growth_report,
+    measure_growth,
+    plot_axes,
+)
+from transformers_kad.benchmarking.inflate import parse_by_model, parse_count
+from transformers_kad.benchmarking.methods import KINDS, expand
+from transformers_kad.benchmarking.plots import plot_batch_sizes, plot_draft_lengths
+from transformers_kad.benchmarking.report import findings, make_rows, to_markdown
+from transformers_kad.benchmarking.speed import Workload, measure_batch_size
+from transformers_kad.benchmarking.subjects import TASKS, load_subject, threshold_that_defers
+from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.configuration import KADConfig
+from transformers_kad.environment import describe_environment
+from transformers_kad.evaluation.session import say
+from transformers_kad.pair import pick_device
+from transformers_kad.resumable import JsonLinesStore, write_whole
+
+TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
+DEFERRAL_MASS = 0.8
+SIZES = {
+    "length": [256, 512, 1024, 2048, 4096, 8192],
+    "vocabulary": [8000, 16000, 32000, 64000, 128000, 256000],
+    "batch": [1, 2, 4, 8, 16],
+}
+
+
+@dataclass
+class SpeedArguments:
+    """What is timed.
+
+    Attributes:
+        inflated: `inflate`, parsed.
+        configs: `random_weights`, parsed.
+
+    Raises:
+        ValueError: an unknown method or a value out of range.
+    """
+
+    pair: Path | None = field(
+        default=None,
+        metadata={"help": "Folder with base/ and proxy/ in it, used without --base and --proxy. Default: tiny_pair/."},
+    )
+    output: str = field(default="kad_speed", metadata={"help": "Folder for the results; a stopped run goes on in it."})
+    methods: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Of {', '.join(KINDS)}, or with their draft length, as in speculative:5. Default: all; with "
+            "--growth base, token_by_token, speculative."
+        },
+    )
+    batch_size: list[str] = field(default_factory=lambda: ["1"], metadata={"help": "Texts at once: 1,2,4,8,16."})
+    draft_lengths: list[str] = field(
+        default_factory=list, metadata={"help": "γ of the methods that draft. Default: 3,5,7; with --growth 5."}
+    )
+    task: Literal[tuple(TASKS)] = field(  # type: ignore[valid-type]
+        default="arithmetic", metadata={"help": "; ".join(f"{name}: {task.help}" for name, task in TASKS.items())}
+    )
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of every text. Default: "
+            + ", ".join(f"{task.max_new_tokens} for {name}" for name, task in TASKS.items())
+        },
+    )
+    prompt_tokens: int = field(default=64, metadata={"help": "Random tokens of a prompt, for random weights."})
+    repetitions: int = field(default=5, metadata={"help": "Of all methods, in turns."})
+    seed: int = field(default=0, metadata={"help": "Of prompts, draws and random weights."})
+    inflate: str | None = field(
+        default=None,
+        metadata={"help": "base=300M,proxy=30M: widen the layers by what costs time and changes nothing."},
+    )
+    random_weights: str | None = field(
+        default=None,
+        metadata={"help": "base=CONFIG,proxy=CONFIG: random models of these configurations (Hub id, folder or file)."},
+    )
+    deferral_mass: float | None = field(
+        default=None,
+        metadata={
+            "help": "Random weights: choose dual's threshold so that this share is deferred, which acceptance is at "
+            f"least. Default: {DEFERRAL_MASS} where neither a rule nor a parameter is given."
+        },
+    )
+    growth: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": f"Measure how cost grows with any of {', '.join(AXES)}, on random models of the pair's kind."
+        },
+    )
+    sizes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Sizes for one axis of --growth. Default: up to 8192 tokens, 256000 ids, 16 texts."},
+    )
+
+    def __post_init__(self) -> None:
+        self.methods = _words(self.methods)
+        self.batch_sizes = _numbers(self.batch_size, "--batch_size")
+        self.lengths = _numbers(self.draft_lengths, "--draft_lengths") or ([5] if self.growth else [3, 5, 7])
+        self.growth = _words(self.growth)
+        self.chosen = expand(
+            self.methods or (["token_by_token", "speculative"] if self.growth else list(KINDS)), self.lengths
+        )
+        for axis in self.growth:
+            if axis not in AXES:
+                raise ValueError(f"--growth is of {', '.join(AXES)}, got {axis!r}.")
+        if self.sizes and len(self.growth) != 1:
+            raise ValueError(f"--sizes {' '.join(self.sizes)} go with one axis of --growth, got {self.growth}.")
+        if self.growth and any(KINDS[method.kind].compiled for method in self.chosen):
+            raise ValueError(f"--growth looks at every forward, which compiled ones don't show: got {self.methods}.")
+        self.grown = SIZES | ({self.growth[0]: sorted(_numbers(self.sizes, "--sizes"))} if self.sizes else {})
+        if self.max_new_tokens is None:
+            self.max_new_tokens = TASKS[self.task].max_new_tokens
+        for name in ("max_new_tokens", "prompt_tokens", "repetitions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        self.inflated = {name: parse_count(count) for name, count in parse_by_model(self.inflate, "--inflate").items()}
+        self.configs = parse_by_model(self.random_weights, "--random_weights")
+        if self.configs and set(self.configs) != {"base", "proxy"}:
+            raise ValueError(f"--random_weights needs both, base=...,proxy=..., got {self.random_weights!r}.")
+        if self.deferral_mass is not None:
+            if not (self.configs or self.growth):
+                raise ValueError(
+                    "--deferral_mass goes with --random_weights or --growth: it says nothing of a real pair."
+                )
+            if not 0 < self.deferral_mass <= 1:
+                raise ValueError(f"--deferral_mass must lie in (0, 1], got {self.deferral_mass}.")
+
+
+def _words(values: Sequence[str]) -> list[str]:
+    """What is separated by spaces or commas."""
+    return [word for value in values for word in value.split(",") if word]
+
+
+def _numbers(values: Sequence[str], option: str) -> list[int]:
+    words = _words(values)
+    if not all(word.isdigit() and int(word) >= 1 for word in words):
+        raise ValueError(f"{option} takes whole numbers from 1 on, got {' '.join(values)}.")
+    return list(dict.fromkeys(map(int, words)))
+
+
+def choose_rule(rule: RuleArguments, speed: SpeedArguments) -> KADConfig | None:
+    """The rule that was asked for; None: the dual rule with a threshold for the deferral mass.
+
+    Raises:
+        ValueError: a deferral mass beside a rule or a parameter, or --num_assistant_tokens.
+    """
+    parameters, own = rule.given()
+    if "num_assistant_tokens" in own:
+        raise ValueError(
+            f"Draft lengths are --draft_lengths, got --num_assistant_tokens {own['num_assistant_tokens']}."
+        )
+    asked = bool(parameters or own) or rule.config is not None or rule.rule is not None
+    if asked and speed.deferral_mass is not None:
+        raise ValueError(
+            "--deferral_mass chooses the threshold of dual: leave it out, or the rule and its parameters."
+        )
+    if not asked and (speed.configs or speed.growth):
+        return None
+    return rule.to_config()
+
+
+def settings_of(
+    models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, environment: dict[str, Any]
+) -> dict[str, Any]:
+    """What decides the figures, as JSON values; other settings need another folder."""
+    rule = {} if config is None else {"rule": config.rule, "parameters": dict(config.parameters)}
+    mass = (speed.deferral_mass or DEFERRAL_MASS) if config is None else None
+    return {
+        "base": speed.configs.get("base", models.base),
+        "proxy": speed.configs.get("proxy", models.proxy),
+        "weights": "random" if speed.configs or speed.growth else "trained",
+        "inflate": speed.inflated,
+        "dtype": models.dtype,
+        **rule,
+        "component_temperature": None if config is None else config.component_temperature,
+        "deferral_mass": mass,
+        "task": None if speed.configs or speed.growth else speed.task,
+        "max_new_tokens": speed.max_new_tokens,
+        "prompt_tokens": speed.prompt_tokens if speed.configs else None,
+        "rows": speed.batch_sizes[0] if speed.growth else None,
+        "seed": speed.seed,
+        "environment": environment,
+    }
+
+
+def find_models(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> None:
+    """Fill in base and proxy where the command line leaves them out.
+
+    Raises:
+        ValueError: they are nowhere.
+    """
+    if speed.configs:
+        return
+    named = KADConfig.from_pretrained(rule.config) if rule.config else KADConfig()
+    if models.base is models.proxy is named.base is named.proxy is None:
+        pair = speed.pair or TINY_PAIR
+        if not (pair / "base").is_dir() or not (pair / "proxy").is_dir():
+            raise ValueError(
+                f"No pair in {str(pair)!r}. Pass --base and --proxy, or --pair with a folder that holds base/ and "
+                "proxy/, or --random_weights."
+            )
+        models.base, models.proxy = str(pair / "base"), str(pair / "proxy")
+    models.complete(named, rule.config if rule.config and Path(rule.config).is_dir() else None)
+
+
+def write_report(report: dict[str, Any], text: str, folder: Path, name: str) -> None:
+    """Print the text, and write it and the figures."""
+    write_whole(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")
+    write_whole(folder / f"{name}.md", text)
+    print(text)
+    say(f"Written: {folder / name}.json, {folder / name}.md")
+
+
+def circumstances(settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What a report was measured with, as JSON values."""
+    loads = [record["load"] for record in records if record["load"] is not None]
+    own = {name: value for name, value in settings.items() if name != "environment"}
+    return {"settings": own, "environment": settings["environment"], "load": max(loads, default=None)}
+
+
+def run_speed(
+    models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, settings: dict[str, Any]
+) -> None:
+    """All methods at all batch sizes, then the report of everything in the folder."""
+    folder = Path(speed.output)
+    with JsonLinesStore(folder / "runs.jsonl", settings) as store:
+        subject = load_subject(models, random_weights=speed.configs, inflated=speed.inflated, seed=speed.seed)
+        sizes = ", ".join(f"{name} {model.num_parameters() / 1e6:.1f} M" for name, model in subject.models.items())
+        say(f"Parameters: {sizes}. Device: {settings['environment']['device']}.")
+        if config is None:
+            threshold = threshold_that_defers(subject.base, settings["deferral_mass"])
+            say(f"A deferral mass of {settings['deferral_mass']} takes dual with threshold {threshold:.3g}.")
+            config = KADConfig("dual", {"threshold": threshold})
+        workload = Workload(speed.task, speed.max_new_tokens, speed.prompt_tokens, speed.seed)
+        for rows in speed.batch_sizes:
+            measure_batch_size(
+                subject, config, workload, speed.chosen, store, rows=rows, repetitions=speed.repetitions, say=say
+            )
+        records = store.records
+    rows = make_rows(records)
+    report = {"rows": rows, "findings": findings(rows, records), **circumstances(settings, records)}
+    write_report(report, to_markdown(report), folder, "speed")
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        own = [row for row in rows if row["batch_size"] == size]
+        paths = plot_draft_lengths(own, folder / "plots" / f"draft_length_batch_{size}", title=f"Batch {size}")
+        say("".join(f"Written: {path}\n" for path in paths).rstrip())
+    for path in plot_batch_sizes(rows, folder / "plots" / "batch_size"):
+        say(f"Written: {path}")
+
+
+def run_growth(
+    models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, settings: dict[str, Any]
+) -> None:
+    """All axes that were asked for, then the report of everything in the folder."""
+    folder = Path(speed.output)
+    growth = GrowthSettings(
+        load_configs(models, speed.configs),
+        speed.inflated,
+        pick_device(models.device),
+        models.dtype,
+        config,
+        settings["deferral_mass"] or DEFERRAL_MASS,
+        speed.batch_sizes[0],
+        speed.max_new_tokens,
+        speed.seed,
+    )
+    with JsonLinesStore(folder / "growth.jsonl", settings) as store:
+        for axis in speed.growth:
+            measure_growth(
+                growth, axis, speed.grown[axis], speed.chosen, store, repetitions=speed.repetitions, say=say
+            )
+        report = make_growth_report(store.records) | circumstances(settings, store.records)
+    write_report(report, growth_to_markdown(report), folder, "growth")
+    for path in plot_axes(report, folder / "plots"):
+        say(f"Written: {path}")
+
+
+def run(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> int:
+    """Measure, then report."""
+    config = choose_rule(rule, speed)
+    find_models(models, rule, speed)
+    if config is not None:
+        config = replace(config, base=None, proxy=None)
+    settings = settings_of(models, speed, config, describe_environment(pick_device(models.device)))
+    (run_growth if speed.growth else run_speed)(models, speed, config, settings)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the command line and run."""
+    arguments = parse_arguments([ModelArguments, RuleArguments, SpeedArguments], __doc__, argv)
+    quieten()
+    try:
+        return run(*arguments)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

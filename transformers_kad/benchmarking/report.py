@@ -1,0 +1,295 @@
+"""From repetitions to a table: ratios, bounds, and what they show."""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from .bounds import ForwardTimes, Shape, quartiles, speculative_bound
+from .methods import KINDS, Method, counts_from_json
+
+Record = Mapping[str, Any]
+
+# Kinds of which every round is alike, so that `speculative_bound` describes them.
+STEADY = ("token_by_token", "lazy", "speculative")
+
+
+def make_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """A row for each batch size and method, as JSON values.
+
+    `ratio` is tokens/s over those of the base alone in the same repetition and batch size. `bound` is what the ratio
+    would be if nothing but forwards took time: with c the counts of a method's forwards by shape, t the median times
+    of these shapes, measured in the same run behind a text of the same length, and n the tokens emitted,
+
+        (sum c t / n of the base alone) / (sum c t / n of the method)
+
+    For a batch of constant size and drafts of constant length that is `speculative_bound`, but for the prompts, which
+    are counted here. `share` is ratio over bound, repetition by repetition. All three are a lower quartile, a median
+    and an upper quartile; `bound` is a median.
+    """
+    rows = []
+    for size in sorted({record["batch_size"] for record in records}):
+        own = sorted((r for r in records if r["batch_size"] == size), key=lambda r: r["repetition"])
+        times = forward_times(own)
+        methods = sorted(map(Method.from_key, own[0]["runs"]), key=lambda method: method.place)
+        rows += [_row(size, method, own, times) for method in methods]
+    return rows
+
+
+def forward_times(records: Sequence[Record]) -> ForwardTimes:
+    """The forwards measured in the repetitions of one batch size."""
+    seconds: dict[Shape, list[float]] = {}
+    for record in records:
+        for *shape, measured in record["forwards"]:
+            seconds.setdefault(Shape(*shape), []).extend(measured)
+    return ForwardTimes(seconds)
+
+
+def _row(size: int, method: Method, records: Sequence[Record], times: ForwardTimes) -> dict[str, Any]:
+    ratios, bounds, shares = [], [], []
+    runs = [record["runs"][method.key] for record in records if "error" not in record["runs"][method.key]]
+    for record in records:
+        run, base = record["runs"][method.key], record["runs"]["base"]
+        if "error" in run or "error" in base:
+            continue
+        ratios.append((run["tokens"] / run["seconds"]) / (base["tokens"] / base["seconds"]))
+        counts, base_counts = counts_from_json(run["counts"]), counts_from_json(base["counts"])
+        if times.covers(counts):
+            bounds.append(times.total(base_counts) / base["tokens"] / (times.total(counts) / run["tokens"]))
+            shares.append(ratios[-1] / bounds[-1])
+    tokens = sum(run["tokens"] for run in runs)
+    forwards = {name: sum(run["forwards"].get(name, 0) for run in runs) for name in ("base", "proxy")}
+    rounds = sum(run["rounds"] for run in runs) if runs and "rounds" in runs[0] else None
+    if rounds is None and method.kind == "assisted":
+        rounds = forwards["base"]
+    drafted = _total(runs, "drafted") if KINDS[method.kind].speculative else None
+    accepted = _total(runs, "accepted") if KINDS[method.kind].speculative else None
+    memory = [run["memory"] for run in runs if run["memory"] is not None]
+    masses = [run["deferral_mass"] for run in runs if run.get("deferral_mass") is not None]
+    return {
+        "batch_size": size,
+        "method": method.key,
+        "label": method.label,
+        "kind": method.kind,
+        "draft_length": method.draft_length,
+        "repetitions": len(runs),
+        "failed": len(records) - len(runs),
+        "tokens_per_second": statistics.median(run["tokens"] / run["seconds"] for run in runs) if runs else None,
+        "seconds": statistics.median(run["seconds"] for run in runs) if runs else None,
+        "ratio": quartiles(ratios) if ratios else None,
+        "bound": statistics.median(bounds) if bounds else None,
+        "share": quartiles(shares) if shares else None,
+        "steady": _steady(size, method, runs, forwards, times) if method.kind in STEADY else None,
+        "tokens_per_round": tokens / rounds if rounds else None,
+        "drafted_per_round": drafted / rounds if drafted is not None and rounds else None,
+        "acceptance_rate": accepted / drafted if accepted is not None and drafted else None,
+        "base_forwards_per_token": forwards["base"] * size / tokens if tokens else None,
+        "proxy_forwards_per_token": forwards["proxy"] * size / tokens if tokens else None,
+        "outside": _outside(runs),
+        "inside_seconds": _seconds_inside(runs),
+        "memory": max(memory, default=None),
+        "deferral_mass": statistics.fmean(masses) if masses else None,
+    }
+
+
+def _total(runs: Sequence[Record], name: str) -> int | None:
+    return sum(run[name] for run in runs) if runs and name in runs[0] else None
+
+
+def _steady(
+    size: int, method: Method, runs: Sequence[Record], forwards: Mapping[str, int], times: ForwardTimes
+) -> dict[str, float] | None:
+    """What `speculative_bound` is made of, and the bound; the batch counts as full to the end."""
+    if not forwards["base"]:
+        return None
+    steps = sum(_draft_steps(run) for run in runs)
+    parts = {
+        "tokens_per_round": sum(run["tokens"] for run in runs) / size / forwards["base"],
+        "drafted": steps / forwards["base"],
+        "bonus_steps": (forwards["proxy"] - steps) / forwards["base"],
+        "base_one": times.of(Shape("base", size, 1)),
+        "base_draft": times.of(Shape("base", size, 1 + (method.draft_length or 0))),
+        "proxy_step": times.of(Shape("proxy", size, 1)),
+    }
+    return {**parts, "bound": speculative_bound(**parts)}
+
+
+def _draft_steps(run: Record) -> int:
+    """Proxy steps that drafted: the base reads the prompt, or one token, and the longest draft behind it."""
+    prompt = run["prompt_tokens"]
+    counts = counts_from_json(run["counts"])
+    return sum(
+        (shape.tokens - (prompt if shape.tokens >= prompt else 1)) * count
+        for shape, count in counts.items()
+        if shape.model == "base"
+    )
+
+
+def _outside(runs: Sequence[Record]) -> float | None:
+    """Median share of the time that is spent outside the models' forwards, where it was measured."""
+    shares = []
+    for run in runs:
+        seen = run.get("profile") or run
+        if seen.get("inside"):
+            shares.append(1 - sum(seen["inside"].values()) / seen["seconds"])
+    return statistics.median(shares) if shares else None
+
+
+def _seconds_inside(runs: Sequence[Record]) -> dict[str, float] | None:
+    """Mean seconds of a forward of each model where the method called it, prompts included."""
+    seen = [(run.get("profile") or run, run["forwards"]) for run in runs]
+    totals: dict[str, float] = {}
+    for name in ("base", "proxy"):
+        known = [(one["inside"][name], counts.get(name, 0)) for one, counts in seen if one.get("inside")]
+        if sum(count for _, count in known):
+            totals[name] = sum(seconds for seconds, _ in known) / sum(count for _, count in known)
+    return totals or None
+
+
+def findings(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[str]:
+    """What the rows say, in sentences: the best draft length, what `auto` makes of it, where drafts stop paying."""
+    lines, paying, stopped = [], list[int](), list[int]()
+    for size in sorted({row["batch_size"] for row in rows}):
+        own = {row["method"]: row for row in rows if row["batch_size"] == size and row["ratio"]}
+        own_records = [record for record in records if record["batch_size"] == size]
+        fixed = [row for row in own.values() if row["kind"] == "speculative"]
+        best = max(fixed, key=lambda row: row["ratio"][1], default=None)
+        if best is not None:
+            line = f"Batch {size}: the best draft length is {best['draft_length']}, × {best['ratio'][1]:.2f}"
+            if "auto" in own:
+                to_best = compare(own_records, "auto", best["method"])
+                line += (
+                    f"; γ auto reaches {_spread(to_best)} of it, drafting {own['auto']['drafted_per_round'] or 0:.1f} "
+                    "tokens a round"
+                )
+            lines.append(line + ".")
+            if "token_by_token" in own:
+                gain = compare(own_records, best["method"], "token_by_token")
+                (paying if gain[1] > 1 else stopped).append(size)
+        if "lazy" in own and own["lazy"]["deferral_mass"] is not None:
+            line = (
+                f"Batch {size}: lazy asks the proxy {own['lazy']['proxy_forwards_per_token']:.3f} times a token, and "
+                f"defers a share of {own['lazy']['deferral_mass']:.3f}"
+            )
+            if "token_by_token" in own:
+                line += f"; it takes × {_spread(compare(own_records, 'token_by_token', 'lazy'))} of the eager time"
+            lines.append(line + ".")
+        for key, row in own.items():
+            if row["kind"] == "compiled" and "base_compiled" in own:
+                lines.append(
+                    f"Batch {size}: {row['label']} is × {_spread(compare(own_records, key, 'base_compiled'))} the "
+                    "base alone, compiled."
+                )
+    if stopped:
+        until = f"pays up to batch {max(paying)}" if paying else "pays at no batch size measured"
+        lines.append(f"Drafting {until}, and not at {', '.join(map(str, stopped))}, against KAD token by token.")
+    elif paying:
+        lines.append(f"Drafting pays at every batch size measured, up to {max(paying)}, against KAD token by token.")
+    return lines
+
+
+def compare(records: Sequence[Record], method: str, other: str) -> tuple[float, float, float]:
+    """Quartiles of one method's tokens/s over another's, repetition by repetition."""
+    ratios = []
+    for record in records:
+        run, beside = record["runs"][method], record["runs"][other]
+        if "error" not in run and "error" not in beside:
+            ratios.append((run["tokens"] / run["seconds"]) / (beside["tokens"] / beside["seconds"]))
+    return quartiles(ratios)
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """A table for each batch size, the forwards behind the bounds, what it shows, and what it was measured with."""
+    parts = []
+    rows = report["rows"]
+    for size in dict.fromkeys(row["batch_size"] for row in rows):
+        own = [row for row in rows if row["batch_size"] == size]
+        parts.append(f"**Batch {size}**, repetitions: {own[0]['repetitions'] + own[0]['failed']}\n")
+        parts.append(_method_table(own))
+    parts.append("Forwards on their own, medians in milliseconds, and the bound of a full batch without its prompt\n")
+    parts.append(_steady_table(rows))
+    if report["findings"]:
+        parts.append("\n".join(f"- {line}" for line in report["findings"]) + "\n")
+    parts.append(
+        "Medians, in brackets the quartiles. Forwards a token are those of the batch per token of each text. Outside: "
+        "share of the time outside the models' forwards. Peak memory: beside what was there before the call.\n"
+    )
+    parts.append(measured_with(report))
+    return "\n".join(parts)
+
+
+def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, Column] = {
+        "method": lambda row: row["label"],
+        "tokens/s": lambda row: number(row["tokens_per_second"], 1),
+        "to base alone": lambda row: _spread(row["ratio"], "× "),
+        "bound": lambda row: number(row["bound"], 2, "× "),
+        "share of bound": lambda row: _spread(row["share"]),
+        "tokens/round": lambda row: number(row["tokens_per_round"], 2),
+        "drafted/round": lambda row: number(row["drafted_per_round"], 1),
+        "accepted": lambda row: number(row["acceptance_rate"], 2),
+        "base forwards/token": lambda row: number(row["base_forwards_per_token"], 2),
+        "proxy forwards/token": lambda row: number(row["proxy_forwards_per_token"], 2),
+        "outside": lambda row: percentage(row["outside"]),
+        "peak memory": lambda row: mebibytes(row["memory"]),
+        "failed": lambda row: str(row["failed"]),
+    }
+    if not any(row["failed"] for row in rows):
+        del columns["failed"]
+    return table(columns, rows)
+
+
+def _steady_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns: dict[str, Column] = {
+        "batch": lambda row: str(row["batch_size"]),
+        "method": lambda row: row["label"],
+        "t_b(1)": lambda row: f"{1000 * row['steady']['base_one']:.1f}",
+        "t_b(γ + 1)": lambda row: f"{1000 * row['steady']['base_draft']:.1f}",
+        "t_q": lambda row: f"{1000 * row['steady']['proxy_step']:.1f}",
+        "γ": lambda row: f"{row['steady']['drafted']:.2f}",
+        "a": lambda row: f"{row['steady']['bonus_steps']:.2f}",
+        "E": lambda row: f"{row['steady']['tokens_per_round']:.2f}",
+        "bound": lambda row: f"× {row['steady']['bound']:.2f}",
+    }
+    return table(columns, [row for row in rows if row["steady"] is not None])
+
+
+def measured_with(report: Mapping[str, Any]) -> str:
+    """Settings and environment, the last lines of a report."""
+    given = {name: value for name, value in report["settings"].items() if value not in (None, {})}
+    lines = [f"Asked for: {_listed(given)}", f"Measured with: {_listed(report['environment'])}"]
+    if report["load"] is not None:
+        lines.append(f"Highest load average of the machine: {report['load']:.1f}")
+    return "\n\n".join(lines) + "\n"
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+Column: TypeAlias = Callable[[Mapping[str, Any]], str]
+
+
+def table(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as Markdown, the first column on the left; a column is what it shows of a row."""
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
+    return "\n".join([*lines, ""])
+
+
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    """A figure that may be missing."""
+    return "–" if value is None else f"{sign}{value:.{digits}f}"
+
+
+def percentage(value: float | None) -> str:
+    """A share that may be missing."""
+    return "–" if value is None else f"{value:.1%}"
+
+
+def mebibytes(value: float | None) -> str:
+    """A number of bytes that may be missing."""
+    return "–" if value is None else f"{value / 2**20:.1f} MiB"
+
+
+def _spread(values: Sequence[float] | None, sign: str = "") -> str:
+    return "–" if values is None else f"{sign}{values[1]:.2f} ({values[0]:.2f} to {values[2]:.2f})"

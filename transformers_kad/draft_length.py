@@ -1,0 +1,154 @@
+"""How long the next draft is to be: a number, or chosen from what was measured in the call so far.
+
+A round that drafts γ tokens emits on average
+
+    E(γ) = 1 + Σ_{k <= γ} m_k
+
+tokens a row, where m_k is the chance that k tokens in a row are accepted, and takes (γ + a) t_q + t(γ + 1) seconds: a
+is the share of rounds that need a proxy step for the bonus position, t_q a proxy step, t(n) the rest of a round, which
+is mostly the base's forward over n tokens. The best γ has the largest quotient; γ = 0 drafts nothing.
+"""
+
+import statistics
+import time
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+LONGEST_DRAFT = 16
+
+# Lengths to begin with, so that there is something to choose by.
+FIRST_DRAFTS = (5, 2)
+
+# A draft length that was not measured yet may be this much cheaper than the lengths around it say: it is tried where
+# that would make it the best.
+OPTIMISM = 0.05
+
+# Measurements kept of each batch size and draft length: their median counts.
+KEPT_TIMES = 5
+
+# How fast acceptance far back in the text loses its weight, per token.
+MEMORY = 0.98
+
+
+class Stopwatch:
+    """Adds up the time that a device spends in blocks of code."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device if device.type == "cuda" else None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds = 0.0
+        self.blocks = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the block."""
+        self.blocks += 1
+        if self._device is None:
+            begin = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begin
+        else:
+            stream = torch.cuda.current_stream(self._device)
+            span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            span[0].record(stream)
+            yield
+            span[1].record(stream)
+            self._spans.append(span)
+
+    def read(self) -> tuple[float, int]:
+        """Seconds and number of blocks since the last reading. The device must be waited for before."""
+        seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
+        blocks, self._seconds, self._spans, self.blocks = self.blocks, 0.0, [], 0
+        return seconds, blocks
+
+
+class DraftLength:
+    """Chooses the draft length that promises the most tokens per second.
+
+    Args:
+        bonus_at_once: whether every round runs the proxy's step for the bonus position.
+    """
+
+    def __init__(self, bonus_at_once: bool = False) -> None:
+        self.bonus_at_once = bonus_at_once
+        # Of the last k chances of each row, the products; and of these, weighted sums over all rows and tokens.
+        self._products: dict[int, list[float]] = {}
+        self._sums = [0.0] * LONGEST_DRAFT
+        self._weights = [0.0] * LONGEST_DRAFT
+        self._step_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
+        self._round_times: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
+
+    def choose(self, rows: int) -> int:
+        """The length of the next draft, for a batch of so many rows."""
+        measured = {tokens - 1 for _, tokens in self._round_times}
+        for length in FIRST_DRAFTS:
+            if length not in measured:
+                return length
+        return max(range(LONGEST_DRAFT + 1), key=lambda length: self._rate(rows, length))
+
+    def accepted(self, row: int, chances: list[float]) -> None:
+        """Note, for each token that a row emitted, the chance Σ min(q, r) with which a draft of it is accepted."""
+        products = self._products.setdefault(row, [])
+        for chance in chances:
+            products[:] = [chance, *(chance * product for product in products)][:LONGEST_DRAFT]
+            for k, product in enumerate(products):
+                self._sums[k] = MEMORY * self._sums[k] + product
+                self._weights[k] = MEMORY * self._weights[k] + 1
+
+    def timed(self, rows: int, drafted: int, step_seconds: float, rest_seconds: float) -> None:
+        """Note what a round cost: a proxy step, and all but the proxy steps."""
+        self._step_times[rows].append(step_seconds)
+        self._round_times[rows, drafted + 1].append(rest_seconds)
+
+    def _rate(self, rows: int, length: int) -> float:
+        """Expected tokens a row and second."""
+        in_a_row = self._in_a_row()
+        tokens = 1 + sum(in_a_row[:length])
+        steps: float = length
+        if self.bonus_at_once or length == 0:
+            steps += 1
+        else:
+            steps += 1 - (1 - in_a_row[length - 1]) ** rows
+        return tokens / (steps * self._step(rows) + self._rest(rows, length + 1))
+
+    def _in_a_row(self) -> list[float]:
+        """m_1, m_2, ...; what no row was long enough for is extrapolated."""
+        chances: list[float] = []
+        for k in range(LONGEST_DRAFT):
+            if self._weights[k] > 0:
+                chances.append(self._sums[k] / self._weights[k])
+            else:
+                chances.append(chances[-1] * chances[0] if chances else 1.0)
+        return chances
+
+    def _step(self, rows: int) -> float:
+        nearest = min(self._step_times, key=lambda known: abs(known - rows))
+        return statistics.median(self._step_times[nearest])
+
+    def _rest(self, rows: int, tokens: int) -> float:
+        """Seconds of a round without proxy steps, by the number of tokens in the base's forward over all rows."""
+        known = self._round_times.get((rows, tokens))
+        if known:
+            return statistics.median(known)
+        points: dict[int, list[float]] = defaultdict(list)
+        for (of_rows, of_tokens), times in self._round_times.items():
+            points[of_rows * of_tokens].append(statistics.median(times))
+        curve = sorted((size, statistics.fmean(times)) for size, times in points.items())
+        return (1 - OPTIMISM) * _interpolate(curve, rows * tokens)
+
+
+def _interpolate(curve: list[tuple[int, float]], size: int) -> float:
+    """A value between known points; beyond them on the line through the nearest two, unless that falls."""
+    if len(curve) == 1:
+        return curve[0][1]
+    right = next((at for at, (known, _) in enumerate(curve) if known >= size), len(curve) - 1)
+    right = max(right, 1)
+    (x0, y0), (x1, y1) = curve[right - 1], curve[right]
+    slope = (y1 - y0) / (x1 - x0)
+    if curve[0][0] <= size <= curve[-1][0]:
+        return y0 + slope * (size - x0)
+    slope = max(slope, 0.0)
+    return y1 + slope * (size - x1) if size > x1 else max(y0 - slope * (x0 - size), 0.0)

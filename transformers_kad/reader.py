@@ -1,0 +1,112 @@
+"""A model beside the base that reads what the base emits: in its own tokens, after its own prompt."""
+
+import torch
+
+from .proxy import CachedModel
+from .vocabulary import VocabularyAlignment, align_vocabulary
+
+
+class Reader:
+    """Follows texts that grow by different numbers of tokens, and answers in the base's vocabulary.
+
+    Args:
+        model: the proxy or the reference, with its cache.
+        vocabulary: the base's vocabulary size V.
+        component_temperature: the model's logits are divided by it.
+        vocabulary_alignment: which of its tokens are which of the base, where their tokenizers differ.
+        chunk_size: forward a prompt at most so many tokens at a time.
+    """
+
+    def __init__(
+        self,
+        model: CachedModel,
+        *,
+        vocabulary: int,
+        component_temperature: float = 1.0,
+        vocabulary_alignment: VocabularyAlignment | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.component_temperature = component_temperature
+        self.vocabulary_alignment = vocabulary_alignment
+        self.chunk_size = chunk_size
+        self.begin(torch.empty(1, 0, dtype=torch.long))
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Start from prompts `(B, L)` in the model's own tokens, padded on the left. They are forwarded by `read`."""
+        self._prompt: tuple[torch.Tensor, torch.Tensor | None] | None = (input_ids, attention_mask)
+        whole = [input_ids.shape[1]] * len(input_ids)
+        self._lengths: list[int] = whole if attention_mask is None else attention_mask.sum(dim=-1).tolist()
+        self._unsettled: list[torch.Tensor] = []  # (B, w) each, on the CPU: the columns of a token, and which are its
+        self._lead = 0  # tokens of a round before its draft
+
+    def read(self, tokens: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
+        """Read more of the base's tokens, `(B, n)`: the tempered logits at the last `keep` positions, `(B, keep, V)`.
+
+        Float32. Behind a prompt that was not read yet, `tokens` may be None.
+        """
+        ids = mask = None
+        if tokens is not None and tokens.shape[1]:
+            ids = tokens
+            if self.vocabulary_alignment is not None:
+                ids, mask, widths = self.vocabulary_alignment.spell(tokens)
+                self._unsettled += mask.bool().cpu().split(widths, dim=1)
+            else:
+                self._unsettled += [torch.ones(len(tokens), 1, dtype=torch.bool)] * tokens.shape[1]
+        if self._prompt is None:
+            assert ids is not None
+            logits = self.model.advance(ids, mask, keep=keep)
+        else:
+            text, text_mask = self._prompt
+            if ids is not None:
+                if mask is not None or text_mask is not None:
+                    mask = torch.ones_like(ids) if mask is None else mask
+                    text_mask = torch.ones_like(text) if text_mask is None else text_mask
+                    text_mask = torch.cat([text_mask, mask.to(text_mask)], dim=-1)
+                text = torch.cat([text, ids.to(text)], dim=-1)
+            logits = self.model.logits(text, text_mask, keep=keep, chunk_size=self.chunk_size)
+            self._prompt = None
+        return tempered(
+            align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment), self.component_temperature
+        )
+
+    def settle(self, accepted: list[int]) -> None:
+        """The end of a round: of the draft, row b keeps `accepted[b]` tokens, the rest is taken back.
+
+        What was read before the draft, the token that ended the round before, stays.
+        """
+        counts = torch.tensor(accepted) + self._lead
+        kept = [columns & (counts > place)[:, None] for place, columns in enumerate(self._unsettled)]
+        columns = torch.cat(kept, dim=1) if kept else torch.empty(len(accepted), 0, dtype=torch.bool)
+        self.model.keep(columns)
+        self._lengths = [before + more for before, more in zip(self._lengths, columns.sum(1).tolist(), strict=True)]
+        self._unsettled, self._lead = [], 1
+
+    def select(self, rows: list[int]) -> None:
+        """Between rounds: go on with some of the rows, in this order."""
+        self.model.select(rows)
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def room(self, tokens: torch.Tensor | None) -> list[int | None]:
+        """How many tokens more each row could read behind the next `tokens` `(B, 1)`; None without a limit.
+
+        Raises:
+            ContextLengthError: a row is longer than the model's context already.
+        """
+        limit = self.model.context_length
+        if limit is None:
+            return [None] * len(self._lengths)
+        lengths = list(self._lengths)
+        if tokens is not None:
+            for row, token in enumerate(tokens[:, 0].tolist()):
+                lengths[row] += (
+                    1 if self.vocabulary_alignment is None else len(self.vocabulary_alignment.spell_token(token))
+                )
+        self.model.check_length(max(lengths))
+        return [limit - length for length in lengths]
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits divided by a temperature; themselves at 1."""
+    return logits if temperature == 1 else logits / temperature
