@@ -228,7 +228,7 @@ def time_once(run: Callable[[], object]) -> float:
 
 def quartiles(values: list[float]) -> list[float]:
     """The three of them; of a single value three times that."""
-    return statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:

@@ -26,8 +26,8 @@ A real pair, and one that exists only as configurations, its acceptance set by t
 
 How time and memory grow with the text, the vocabulary and the batch:
 
-    python recipes/benchmark_speed.py --growth length --batch_size 4 --repetitions 1 --output growth
-    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 4 --output growth
+    python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
+    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --output growth
 
 Methods: base, base_compiled (a static cache, compiled by transformers), proxy, assisted (stock assisted decoding with
 the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto, prompt_lookup and
@@ -227,11 +227,14 @@ def settings_of(
     rule = {} if config is None else {"rule": config.rule, "parameters": dict(config.parameters)}
     mass = (speed.deferral_mass or DEFERRAL_MASS) if config is None else None
     return {
-        "base": speed.configs.get("base", models.base),
-        "proxy": speed.configs.get("proxy", models.proxy),
+        "base": _short(speed.configs.get("base", models.base)),
+        "proxy": _short(speed.configs.get("proxy", models.proxy)),
         "weights": "random" if speed.configs or speed.growth else "trained",
         "inflate": speed.inflated,
         "dtype": models.dtype,
+        "quantization": models.quantization,
+        "device_map": models.device_map,
+        "align_vocabularies": models.align_vocabularies or None,
         **rule,
         "component_temperature": None if config is None else config.component_temperature,
         "deferral_mass": mass,
@@ -242,6 +245,11 @@ def settings_of(
         "seed": speed.seed,
         "environment": environment,
     }
+
+
+def _short(path: str | None) -> str:
+    """A local path by its last two names, so that results say nothing of whose machine made them."""
+    return "/".join(Path(str(path)).parts[-2:]) if Path(str(path)).exists() else str(path)
 
 
 def find_models(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> None:
@@ -299,12 +307,17 @@ def run_speed(
             )
         records = store.records
     rows = make_rows(records)
-    report = {"rows": rows, "findings": findings(rows, records), **circumstances(settings, records)}
+    report = {
+        "rule": {"name": config.rule, "parameters": dict(config.parameters)},
+        "rows": rows,
+        "findings": findings(rows, records),
+        **circumstances(settings, records),
+    }
     write_report(report, to_markdown(report), folder, "speed")
     for size in dict.fromkeys(row["batch_size"] for row in rows):
         own = [row for row in rows if row["batch_size"] == size]
-        paths = plot_draft_lengths(own, folder / "plots" / f"draft_length_batch_{size}", title=f"Batch {size}")
-        say("".join(f"Written: {path}\n" for path in paths).rstrip())
+        for path in plot_draft_lengths(own, folder / "plots" / f"draft_length_batch_{size}", title=f"Batch {size}"):
+            say(f"Written: {path}")
     for path in plot_batch_sizes(rows, folder / "plots" / "batch_size"):
         say(f"Written: {path}")
 

@@ -46,6 +46,7 @@ def test_static_caches_take_tokens_back(uncompiled, base_architecture, proxy_arc
         assert torch.equal(ids, expected)
         assert kad.statistics.acceptance_histogram == eager.statistics.acceptance_histogram
         assert kad.statistics.proxy_forwards == eager.statistics.proxy_forwards
+        assert kad.statistics.base_forwards == eager.statistics.base_forwards
 
 
 def test_forwards_have_one_shape_behind_the_prompt(base, proxy, monkeypatch):

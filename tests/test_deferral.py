@@ -401,6 +401,7 @@ def small_is_large(monkeypatch):
     """Treat vocabularies as large that hypothesis can draw and the reference can check."""
     monkeypatch.setattr(knapsack, "SORTED_VOCABULARY", 2)
     monkeypatch.setattr(knapsack, "NUCLEUS", 2)
+    monkeypatch.setattr(knapsack, "BLOCK", 2)
     monkeypatch.setattr(knapsack, "_prefix_by_sorting", forbidden)
 
 
@@ -468,6 +469,27 @@ def test_a_nucleus_whose_edge_ties_with_what_is_outside_is_found_by_counting(mon
     assert 10 < expected.count(False) < 64
 
 
+@pytest.mark.parametrize("size", [100, 128, 200, 128 * 65, 128 * 66 + 5, LARGE])
+def test_the_likeliest_tokens_are_those_of_topk(size):
+    generator = torch.Generator().manual_seed(size)
+    for p in (
+        random_rows(3, size, seed=size),
+        random_rows(3, size, seed=size).sort().values,  # all of them in the last blocks, and behind these
+        torch.randint(0, 5, (3, size), generator=generator).float(),
+    ):
+        ids = knapsack._likeliest(p, 65)
+        assert all(len(set(row)) == 65 for row in ids.tolist())
+        assert torch.equal(p.gather(-1, ids).sort().values, p.topk(65).values.flip(-1))
+
+
+def test_ties_among_the_likeliest_are_in_the_order_of_ids():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.full((LARGE,), 0.25 / LARGE)
+    p[torch.randperm(LARGE, generator=generator)[:48]] = torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat(12) / 160
+    for budget in np.linspace(0.26, 0.99, 40):
+        assert PrimalDeferral(budget).defer(p).tolist() == reference.primal(p.tolist(), None, budget)
+
+
 def test_rows_are_found_each_in_its_own_way():
     spread = torch.tensor([[0.0], [9.0], [1.0], [12.0], [0.5]])
     p = random_rows(5, LARGE, seed=2, spread=spread)
@@ -509,7 +531,8 @@ def whole_units(size, total, seed):
 
 @pytest.mark.parametrize("way", ["by sorting", "around the nucleus", "by counting"])
 def test_the_primal_rule_tells_budgets_apart_that_differ_by_the_smallest_bit(way, monkeypatch):
-    tail = whole_units(100_000, 3 * 2**38, seed=0)  # 0.75
+    total = 3 * 2**38 + 1  # 0.75 and a unit, which is no number of float32
+    tail = whole_units(100_000, total, seed=0)
     p = torch.cat([tail * UNIT, torch.tensor([0.13, 0.12])])
     if way == "by sorting":
         monkeypatch.setattr(knapsack, "SORTED_VOCABULARY", len(p))
@@ -521,8 +544,8 @@ def test_the_primal_rule_tells_budgets_apart_that_differ_by_the_smallest_bit(way
         )
     else:
         monkeypatch.setattr(knapsack, "_prefix_by_counting", forbidden)
-    assert (~PrimalDeferral(0.75).defer(p)).nonzero().flatten().tolist() == [100_000, 100_001]
-    below = (~PrimalDeferral(float(np.nextafter(0.75, 0))).defer(p)).nonzero().flatten().tolist()
+    assert (~PrimalDeferral(total * UNIT).defer(p)).nonzero().flatten().tolist() == [100_000, 100_001]
+    below = (~PrimalDeferral(float(np.nextafter(total * UNIT, 0))).defer(p)).nonzero().flatten().tolist()
     heaviest = int((tail == tail.max()).nonzero()[-1])
     assert below == [heaviest, 100_000, 100_001]
 

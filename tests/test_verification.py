@@ -272,24 +272,6 @@ def test_tokens_are_drawn_with_their_probabilities_also_where_these_do_not_sum_t
     assert_same_law({f"state {s}": p for s, p in conditional_p_values(states, tokens, law).items()})
 
 
-def test_the_law_of_a_large_vocabulary_has_no_grain():
-    """Of 200,000 tokens the first half holds a tenth. Sums in float32, or uniform numbers, would be too coarse."""
-    p = torch.cat([torch.full((100_000,), 0.1), torch.full((100_000,), 0.9)]) / 100_000
-    generator = torch.Generator().manual_seed(3)
-    tokens = verification.draw(p.expand(64, -1), generator)
-    for _ in range(63):
-        tokens = torch.cat([tokens, verification.draw(p.expand(64, -1), generator)])
-    cells = torch.bincount(tokens // 10_000, minlength=20)
-    law = p.double().view(20, -1).sum(-1)
-    even, odd = int((tokens % 2 == 0).sum()), int((tokens % 2 == 1).sum())
-    assert_same_law(
-        {
-            "places": chi_square_p_value(cells, law / law.sum()),
-            "parity": chi_square_p_value(torch.tensor([even, odd]), torch.tensor([0.5, 0.5])),
-        }
-    )
-
-
 def fixed_uniform(monkeypatch, value):
     monkeypatch.setattr(torch, "rand", lambda *shape, dtype, **_: torch.full(shape, value, dtype=dtype))
 
@@ -299,6 +281,18 @@ def fixed_uniform(monkeypatch, value):
 def test_a_token_is_drawn_by_inversion(uniform, token, scale, monkeypatch):
     fixed_uniform(monkeypatch, uniform)
     assert verification.draw(torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]]) * scale).tolist() == [token]
+
+
+def test_the_edges_between_the_tokens_of_a_large_vocabulary_are_exact(monkeypatch):
+    # Whole numbers of 2^-40 below 2^-16 are exact in float32, and their sums in float64; those of float32 are not.
+    units = torch.randint(1, 2**24, (60_000,), generator=torch.Generator().manual_seed(0))
+    units[0] = -units[1:].sum() % 2**17 + 2**17  # so that what is left for the last token is exact too
+    p = torch.cat([units, 2**40 - units.sum()[None]]).double() / 2**40
+    edges, tokens = p.cumsum(0)[:-1:300], torch.arange(60_000)[::300]
+    rows = p.float().expand(len(tokens), -1)
+    for uniform, expected in [(edges, tokens + 1), (edges - 2.0**-53, tokens)]:
+        monkeypatch.setattr(torch, "rand", lambda *shape, uniform=uniform, **_: uniform.view(shape))
+        assert torch.equal(verification.draw(rows), expected)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 2**-53, 1 - 2**-53])

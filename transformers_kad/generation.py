@@ -78,6 +78,7 @@ def kad_generate(
     rows = [_Row(text, recorder) for text, recorder in zip(input_ids.split(1), recorders, strict=True)]
     automatic = DraftLength(bonus_at_once=not generator.looks) if kad.num_assistant_tokens == "auto" else None
 
+    forwards_before = base.model.forwards
     active, last = list(range(len(rows))), None
     while active:
         began = time.perf_counter()
@@ -110,7 +111,7 @@ def kad_generate(
             rows[row].emit(place, tokens, window, criteria, output)
             for place, (row, tokens) in enumerate(zip(active, window.decide(generator), strict=True))
         ]
-        call.base_forwards = base.model.forwards
+        call.base_forwards = base.model.forwards - forwards_before
 
         # 3. All caches forget the refused tokens. The last token of each row is read in the next round.
         followers = [follower for follower in (base, generator, reference) if follower is not None]

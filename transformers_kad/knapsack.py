@@ -17,6 +17,7 @@ CONVERTED_AT_ONCE = 2**18
 # comes first.
 SORTED_VOCABULARY = 4096
 NUCLEUS = 64
+BLOCK = 128
 
 # What can't improve on the best known solution is looked for every so many turns of the search, unless that is more
 # than so many pairs of a state and an item.
@@ -82,13 +83,27 @@ def _prefix_around_nucleus(probs: torch.Tensor, budget: float) -> tuple[torch.Te
         The masks `(rows, V)`, and for which rows they are right, `(rows,)`: those that leave out none but some of the
         `NUCLEUS + 1` likeliest tokens, each of them likelier than the last.
     """
-    ids = probs.topk(NUCLEUS + 1, sorted=False).indices.sort().values
+    ids = _likeliest(probs, NUCLEUS + 1).sort().values
     ordered, order = probs.gather(-1, ids).sort(stable=True)
     rest = sum_in_float64(probs.scatter(-1, ids, 0.0))
     fits = rest.unsqueeze(-1) + ordered.double().cumsum(-1) <= budget
     fits[:, -1] = False
     mask = torch.ones_like(probs, dtype=torch.bool).scatter_(-1, ids.gather(-1, order), fits)
     return mask, (fits | (ordered > ordered[:, :1])).all(-1)
+
+
+def _likeliest(probs: torch.Tensor, count: int) -> torch.Tensor:
+    """Ids of the `count` likeliest tokens of each row `(rows, V)` on the CPU, in no order, ties in any way.
+
+    They are in the `count` blocks of the largest maxima, or behind the last whole block: what is elsewhere is at most
+    as likely as each of these maxima.
+    """
+    blocked = probs.shape[-1] // BLOCK * BLOCK
+    maxima = probs[:, :blocked].unflatten(-1, (-1, BLOCK)).amax(-1)
+    blocks = maxima.topk(min(count, maxima.shape[-1]), sorted=False).indices
+    ids = (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten(1)
+    ids = torch.cat([ids, torch.arange(blocked, probs.shape[-1]).expand(len(probs), -1)], dim=-1)
+    return ids.gather(-1, probs.gather(-1, ids).topk(count, sorted=False).indices)
 
 
 def _prefix_by_counting(probs: torch.Tensor, budget: float) -> torch.Tensor:
@@ -172,10 +187,8 @@ def solve_knapsack(
 
 
 def _largest_light(tolerance: float) -> float:
-    """The largest p below the maximum of -p log p, at 1/e, whose value is at most the tolerance; 1 if all are."""
+    """The largest p, up to the maximum of -p log p at 1/e, whose value is at most the tolerance."""
     low, high = 0.0, 1 / math.e
-    if tolerance >= high:
-        return 1.0
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if -middle * math.log(middle) <= tolerance else (low, middle)
     return low

@@ -19,7 +19,7 @@ from .cache import can_crop, can_have_holes, gather_columns
 
 # A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
 # more than this share.
-LARGEST_SHARE_OF_HOLES = 0.1
+LARGEST_SHARE_OF_HOLES = 0.05
 
 
 class ContextLengthError(ValueError):

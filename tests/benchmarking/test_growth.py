@@ -92,6 +92,7 @@ def test_models_are_as_large_as_was_asked_for(measure, monkeypatch):
     assert seen == [(2, pytest.approx(10**6, rel=0.02), vocabulary) for vocabulary in (50, 70)]
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_measured_again(measure):
     records, said = measure("batch", [1, 2])
     assert len(said) == 2

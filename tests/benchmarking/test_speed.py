@@ -41,6 +41,7 @@ def measure(base, proxy, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_methods_take_turns_and_each_repetition_has_all(measure):
     records, _ = measure(4)
     assert [record["repetition"] for record in records] == [0, 1, 2, 3]
@@ -83,6 +84,7 @@ def test_prompts_are_the_same_for_all_methods_and_fresh_in_each_repetition(measu
     assert len(prompts[speed.WARM_UP_TOKENS]) == len(METHODS)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(measure, monkeypatch):
     original = Contest.generate
     calls = []

@@ -122,8 +122,10 @@ def test_architectures_without_weights(tmp_path, capsys):
     configs = f"base={tmp_path / 'base' / 'config.json'},proxy={tmp_path / 'proxy'}"
     asked = [*SMALL, "--random_weights", configs, "--methods", "speculative", "--draft_lengths", "3"]
     assert benchmark_speed.main([*asked, "--deferral_mass", "0.6", "--output", str(tmp_path / "out")]) == 0
-    row = result_of(tmp_path / "out")["rows"][1]
-    assert row["deferral_mass"] == pytest.approx(0.6, abs=0.15)
+    result = result_of(tmp_path / "out")
+    assert result["rows"][1]["deferral_mass"] == pytest.approx(0.6, abs=0.15)
+    assert 0 < result["rule"]["parameters"]["threshold"] < 1
+    assert result["settings"]["base"] == "base/config.json"
     assert "deferral mass of 0.6 takes dual with threshold" in capsys.readouterr().err
 
 
