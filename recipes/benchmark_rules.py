@@ -44,6 +44,7 @@ from transformers_kad import (
     NudgingDeferral,
     PrimalDeferral,
 )
+from transformers_kad.benchmarking.bounds import quartiles
 from transformers_kad.command_line import parse_arguments
 from transformers_kad.composition import Rule, compose
 from transformers_kad.environment import describe_environment
@@ -224,11 +225,6 @@ def time_once(run: Callable[[], object]) -> float:
     started = time.thread_time()
     run()
     return time.thread_time() - started
-
-
-def quartiles(values: list[float]) -> list[float]:
-    """The three of them; of a single value three times that."""
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:

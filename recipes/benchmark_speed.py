@@ -70,7 +70,7 @@ from transformers_kad.benchmarking.plots import plot_batch_sizes, plot_draft_len
 from transformers_kad.benchmarking.report import findings, make_rows, to_markdown
 from transformers_kad.benchmarking.speed import Workload, measure_batch_size
 from transformers_kad.benchmarking.subjects import TASKS, load_subject, threshold_that_defers
-from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.command_line import exit_status, parse_arguments, quieten
 from transformers_kad.configuration import KADConfig
 from transformers_kad.environment import describe_environment
 from transformers_kad.evaluation.session import say
@@ -364,14 +364,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     arguments = parse_arguments([ModelArguments, RuleArguments, SpeedArguments], __doc__, argv)
     quieten()
-    try:
-        return run(*arguments)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(*arguments))
 
 
 if __name__ == "__main__":

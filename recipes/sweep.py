@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers_kad.arguments import ModelArguments
-from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.command_line import exit_status, parse_arguments, quieten
 from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
 from transformers_kad.evaluation.session import evaluate
 
@@ -82,17 +82,13 @@ def main(argv: list[str] | None = None) -> int:
     types = (ModelArguments, SweepArguments, GridArguments, EvaluationSampling)
     models, evaluation, grid, sampling = parse_arguments(types, __doc__, argv)
     quieten()
-    try:
+
+    def run() -> None:
         if grid.draft_lengths and not sampling.speculative:
             raise ValueError(f"--draft_lengths {grid.draft_lengths} have no effect with --no_speculative.")
         evaluate(models, evaluation, grid, sampling, positions=True, default_pair=TINY_PAIR)
-        return 0
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ import torch
 from accelerate import PartialState
 
 from transformers_kad.arguments import ModelArguments
-from transformers_kad.command_line import parse_arguments, quieten
+from transformers_kad.command_line import exit_status, parse_arguments, quieten
 from transformers_kad.environment import describe_environment
 from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
 from transformers_kad.evaluation.figures import points_of
@@ -210,14 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     types = (ModelArguments, TuningEvaluationArguments, EvaluationSampling, TuningArguments)
     arguments = parse_arguments(types, __doc__, argv)
     quieten()
-    try:
-        return run(*arguments)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
-        return 130
+    return exit_status(lambda: run(*arguments))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Parsing a command line: dataclasses as options, help with its examples, one-line errors."""
 
 import argparse
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import HfArgumentParser
@@ -34,6 +35,22 @@ def parse_arguments(
         return parser.parse_args_into_dataclasses(None if argv is None else list(argv))
     except (TypeError, ValueError) as error:
         parser.error(str(error))
+
+
+def exit_status(run: Callable[[], int | None]) -> int:
+    """Run what a stop does no harm to, and say in one line what went wrong.
+
+    Returns:
+        What `run` returns, 0 for None; 2 for an error, 130 where it was interrupted.
+    """
+    try:
+        return run() or 0
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        return 130
 
 
 def quieten() -> None:

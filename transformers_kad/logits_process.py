@@ -17,7 +17,7 @@ from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
 from .lazy import ForcedRows, draw_again, draw_from_base, force
 from .proxy import CachedModel, describe, is_unusable, unusable_logits_error
-from .reader import Reader
+from .reader import Reader, tempered
 from .statistics import KADStatistics, KADTrace, StepRecorder
 from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
 
@@ -305,7 +305,7 @@ class KADLogitsProcessor(LogitsProcessor):
         proxy_logits = text.logits(self.cached_proxy)
         composition = compose(
             self.rule,
-            scores / self.component_temperature,
+            tempered(scores, self.component_temperature),
             self._align_and_temper(proxy_logits, vocabulary),
             self._reference_logits(text, vocabulary),
         )
@@ -323,7 +323,7 @@ class KADLogitsProcessor(LogitsProcessor):
     def _draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores that force a token drawn from r. The proxy is asked where a row that goes on draws a deferred one."""
         assert isinstance(self.rule, DeferralRule)
-        base_logits = scores / self.component_temperature
+        base_logits = tempered(scores, self.component_temperature)
         drawn = draw_from_base(self.rule, base_logits)
         ended, replaced = (rows.to(scores.device) for rows in self._rows.follow(input_ids))
         asks, unusable, replaced_rows = torch.stack([drawn.deferred & ~ended, is_unusable(scores), replaced]).tolist()
@@ -364,7 +364,7 @@ class KADLogitsProcessor(LogitsProcessor):
 
     def _align_and_temper(self, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """Logits of the proxy or the reference in the base's vocabulary, tempered: `(rows, V)` float32."""
-        return align_vocabulary(logits, vocabulary, self.vocabulary_alignment) / self.component_temperature
+        return tempered(align_vocabulary(logits, vocabulary, self.vocabulary_alignment), self.component_temperature)
 
     def _reference_logits(self, text: "_Text", vocabulary: int) -> torch.Tensor | None:
         """`(rows, V)`; None for rules that need none."""

@@ -84,8 +84,8 @@ ALL = {
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that are saved."""
-    saved, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, stem: saved.append(figure) or save(figure, stem))
+    saved, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, stem: saved.append(figure) or save(figure, stem))
     return saved
 
 

@@ -10,7 +10,7 @@ from transformers import CompileConfig, StaticCache
 
 from ..compiled import CAPACITY_STEP, CompiledModel
 from ..configuration import KADConfig
-from ..evaluation.decoding import _draft_like_kad
+from ..evaluation.decoding import draft_like_kad
 from ..logits_process import KADLogitsProcessor
 from ..prompting import PLAIN_SAMPLING
 from ..statistics import KADStatistics
@@ -167,7 +167,7 @@ class Contest:
             self._processors[method].reset()
             arguments["logits_processor"] = [self._processors[method]]
         elif method.draft_length is not None:
-            _draft_like_kad(subject.proxy, method.draft_length)
+            draft_like_kad(subject.proxy, method.draft_length)
         elif kind.compiled:
             arguments |= self._compile_base()
         model = subject.proxy if method.kind == "proxy" else subject.base

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.plots import PathStem, _matplotlib_style, _new_figure, _save, _wrap, group_style
+from ..evaluation.plots import PathStem, group_style, matplotlib_style, new_figure, save_figure, wrap_label
 from .methods import KINDS
 
 if TYPE_CHECKING:
@@ -31,11 +31,11 @@ def plot_draft_lengths(rows: Sequence[Row], path_stem: PathStem, *, title: str =
     level = [row for row in rows if row["draft_length"] is None and row["ratio"]]
     if not drafted:
         return []
-    with _matplotlib_style():
-        figure = _new_figure(7.5, 4.4)
+    with matplotlib_style():
+        figure = new_figure(7.5, 4.4)
         axes = figure.add_axes((0.08, 0.12, 0.56, 0.8))
         axes.set(xlabel="draft length γ", ylabel="tokens/s, base alone = 1")
-        axes.set_title(_wrap(title, 60), loc="left")
+        axes.set_title(wrap_label(title, 60), loc="left")
         axes.set_xticks(sorted({row["draft_length"] for row in drafted}))
         for kind in dict.fromkeys(row["kind"] for row in drafted):
             own = sorted((row for row in drafted if row["kind"] == kind), key=lambda row: row["draft_length"])
@@ -46,7 +46,7 @@ def plot_draft_lengths(rows: Sequence[Row], path_stem: PathStem, *, title: str =
                 row["ratio"][1], color=style.color, linestyle=style.line_style, linewidth=1, label=row["label"]
             )
         _finish(axes)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def plot_batch_sizes(rows: Sequence[Row], path_stem: PathStem, *, title: str = "") -> list[Path]:
@@ -60,11 +60,11 @@ def plot_batch_sizes(rows: Sequence[Row], path_stem: PathStem, *, title: str = "
     sizes = sorted({row["batch_size"] for row in rows if row["ratio"]})
     if len(sizes) < 2:
         return []
-    with _matplotlib_style():
-        figure = _new_figure(7.5, 4.4)
+    with matplotlib_style():
+        figure = new_figure(7.5, 4.4)
         axes = figure.add_axes((0.08, 0.12, 0.56, 0.8))
         axes.set(xlabel="batch size", ylabel="tokens/s, base alone at the same batch size = 1")
-        axes.set_title(_wrap(title, 60), loc="left")
+        axes.set_title(wrap_label(title, 60), loc="left")
         _logarithmic(axes, sizes)
         for at, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
             own = [row for row in rows if row["method"] == method and row["ratio"]]
@@ -72,7 +72,7 @@ def plot_batch_sizes(rows: Sequence[Row], path_stem: PathStem, *, title: str = "
                 own.sort(key=lambda row: row["batch_size"])
                 _line(axes, [row["batch_size"] for row in own], own, at)
         _finish(axes)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def plot_growth(
@@ -89,8 +89,8 @@ def plot_growth(
     Returns:
         The PNG and the SVG file.
     """
-    with _matplotlib_style():
-        figure = _new_figure(7.5, 4.4)
+    with matplotlib_style():
+        figure = new_figure(7.5, 4.4)
         axes = figure.add_axes((0.1, 0.12, 0.54, 0.8))
         axes.set(xlabel=xlabel, ylabel="seconds", yscale="log")
         from matplotlib.ticker import FuncFormatter  # noqa: PLC0415
@@ -101,7 +101,7 @@ def plot_growth(
             style = group_style(at)
             axes.plot(sizes, seconds, marker=style.marker, color=style.color, linestyle=style.line_style, label=label)
         _finish(axes, zero=False)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def _style(kind: str) -> Any:
@@ -113,7 +113,7 @@ def _line(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], at: int | None =
     style = _style(rows[0]["kind"]) if at is None else group_style(at)
     label = KINDS[rows[0]["kind"]].label if at is None else rows[0]["label"]
     lows, middles, highs = zip(*(row["ratio"] for row in rows), strict=True)
-    axes.plot(xs, middles, marker=style.marker, color=style.color, linestyle="-", label=_wrap(label, 44))
+    axes.plot(xs, middles, marker=style.marker, color=style.color, linestyle="-", label=wrap_label(label, 44))
     axes.vlines(xs, lows, highs, style.color, linewidth=0.8)
     bounds = [row["bound"] for row in rows]
     if KINDS[rows[0]["kind"]].speculative and None not in bounds:

@@ -191,7 +191,7 @@ class Decoder:
         elif method.name == "assisted":
             extra["assistant_model"] = pair.proxy
             rooms.append((pair.proxy, length))
-            _draft_like_kad(pair.proxy, int(method.num_assistant_tokens))
+            draft_like_kad(pair.proxy, int(method.num_assistant_tokens))
         room = _room(rooms, max_new_tokens)
         if room < max_new_tokens and len(prompts) > 1:
             raise _CrowdedError
@@ -267,7 +267,7 @@ def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
     return wanted
 
 
-def _draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
+def draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
     """Make stock speculative decoding draft a fixed number of tokens, whatever the proxy thinks of them."""
     settings = getattr(proxy, "get_base_model", lambda: proxy)().generation_config
     settings.num_assistant_tokens = num_assistant_tokens

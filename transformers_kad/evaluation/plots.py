@@ -145,21 +145,21 @@ def plot_accuracy_speed(points: Sequence[Point], path_stem: PathStem, *, title: 
     """
     if not points:
         raise ValueError("`points` is empty: there is nothing to plot.")
-    with _matplotlib_style():
+    with matplotlib_style():
         figure, fits = _accuracy_speed_figure(points, title, numbered=False)
         if not fits:
             figure, _ = _accuracy_speed_figure(points, title, numbered=True)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def _accuracy_speed_figure(points: Sequence[Point], title: str, numbered: bool) -> "tuple[Figure, bool]":
     """The figure, and whether all labels, or all numbers, found room in it."""
     groups = _groups(points)
     points = sorted(points, key=lambda p: (p.tokens_per_second, -p.accuracy, p.label))
-    figure = _new_figure(7, min(7.0, max(4.4, 1 + 0.15 * len(points))) if numbered else 4.4)
+    figure = new_figure(7, min(7.0, max(4.4, 1 + 0.15 * len(points))) if numbered else 4.4)
     axes = figure.add_axes((0.1, 0.12, 0.86, 0.8))
     axes.set(xlabel="tokens per second", ylabel="accuracy (95 % interval)")
-    axes.set_title(_wrap(title, 90), loc="left")
+    axes.set_title(wrap_label(title, 90), loc="left")
     _set_limits(axes, [p.tokens_per_second for p in points], [y for p in points for y in (p.low, p.high)])
     _percent(axes)
 
@@ -175,9 +175,9 @@ def _accuracy_speed_figure(points: Sequence[Point], title: str, numbered: bool) 
 
     _add_legend(figure, groups)
     if numbered:
-        _add_key(axes, [_wrap(p.label, 90) for p in points])
+        _add_key(axes, [wrap_label(p.label, 90) for p in points])
         return figure, _place_labels(axes, points, [str(at + 1) for at in range(len(points))])
-    return figure, _place_labels(axes, points, [_wrap(p.label, 28) for p in points])
+    return figure, _place_labels(axes, points, [wrap_label(p.label, 28) for p in points])
 
 
 def _add_legend(figure: "Figure", groups: Mapping[str, int]) -> None:
@@ -187,7 +187,7 @@ def _add_legend(figure: "Figure", groups: Mapping[str, int]) -> None:
     for group, index in groups.items():
         style = group_style(index)
         handles.append(Line2D([], [], marker=style.marker, color=style.color, linestyle="none"))
-        handles[-1].set_label(_wrap(group, 40))
+        handles[-1].set_label(wrap_label(group, 40))
     widest = max(len(line) for handle in handles for line in str(handle.get_label()).split("\n"))
     columns = max(1, min(len(handles), 110 // (widest + 6)))
     figure.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.53, 0.02), ncols=columns)
@@ -354,17 +354,17 @@ def plot_accuracy_parameter(
     lines: dict[str, list[Point]] = {}
     for point in valued:
         lines.setdefault(point.group or point.label, []).append(point)
-    with _matplotlib_style():
+    with matplotlib_style():
         from matplotlib.transforms import ScaledTranslation  # noqa: PLC0415
 
         groups = _groups(points)
         extra = itertools.count(len(groups))  # for what is in no group
         constant = [point for point in points if point.value is None]
-        names = [_wrap(name, 34) for name in (*lines, *(point.label for point in constant))]
-        figure = _new_figure(6.4, max(4.2, 1 + 0.17 * sum(1 + name.count("\n") for name in names)))
+        names = [wrap_label(name, 34) for name in (*lines, *(point.label for point in constant))]
+        figure = new_figure(6.4, max(4.2, 1 + 0.17 * sum(1 + name.count("\n") for name in names)))
         axes = figure.add_axes((0.1, 0.12, 0.86, 0.8))
-        axes.set(xlabel=_wrap(parameter, 80), ylabel="accuracy (95 % interval)")
-        axes.set_title(_wrap(title, 90), loc="left")
+        axes.set(xlabel=wrap_label(parameter, 80), ylabel="accuracy (95 % interval)")
+        axes.set_title(wrap_label(title, 90), loc="left")
         values = [point.value for point in points if point.value is not None]
         _set_limits(axes, values, [y for p in points for y in (p.low, p.high)])
         _percent(axes)
@@ -391,7 +391,7 @@ def plot_accuracy_parameter(
             axes.vlines(right, point.low, point.high, style.color, linewidth=0.8, transform=moved, clip_on=False)
             ends.append(_LineEnd(right, point.accuracy, axes.transData, style, "none"))
         _label_lines(axes, ends, names)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 class _LineEnd(NamedTuple):
@@ -490,7 +490,7 @@ def plot_acceptance_lengths(
     shown = {method: list(map(int, h)) for method, h in histograms.items() if len(h) > 1 and any(h)}
     if not shown:
         raise ValueError(f"None of the methods {list(histograms)} drafted anything: there is nothing to plot.")
-    with _matplotlib_style():
+    with matplotlib_style():
         sums = {m: (sum(h), sum(k * count for k, count in enumerate(h))) for m, h in shown.items()}
         headings = {m: f"mean {accepted / rounds:.2f}, {rounds:,} rounds" for m, (rounds, accepted) in sums.items()}
         figure, panels = _panels(headings, title, "draft tokens accepted in a round", "share of rounds")
@@ -505,7 +505,7 @@ def plot_acceptance_lengths(
         panels[0].set(xlim=(-0.7, longest - 0.3), ylim=(0, 1.08 * highest))
         _percent(panels[0])
         _add_notes(figure, {"Left out, nothing was drafted": [m for m in histograms if m not in shown]})
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def plot_deferral_positions(
@@ -545,7 +545,7 @@ def plot_deferral_positions(
     shown = {m: list(values) for m, values in masses.items() if any(value is not None for value in values)}
     if not shown:
         raise ValueError(f"None of the methods {list(masses)} has a deferral mass: there is nothing to plot.")
-    with _matplotlib_style():
+    with matplotlib_style():
         headings = dict.fromkeys(shown, "")
         figure, panels = _panels(headings, title, "position in the generated text", "mean deferral mass D")
         longest = max(map(len, shown.values()))
@@ -563,7 +563,7 @@ def plot_deferral_positions(
         if counts is not None:
             notes["Grey"] = [f"texts that reach the position, 1 on the axis = {most:,}"]
         _add_notes(figure, notes)
-        return _save(figure, path_stem)
+        return save_figure(figure, path_stem)
 
 
 def _panels(headings: Mapping[str, str], title: str, xlabel: str, ylabel: str) -> "tuple[Figure, list[Axes]]":
@@ -571,9 +571,9 @@ def _panels(headings: Mapping[str, str], title: str, xlabel: str, ylabel: str) -
     methods = list(headings)
     columns = min(len(methods), 3 if len(methods) <= 9 else 5)
     rows = math.ceil(len(methods) / columns)
-    titles = [f"{_wrap(method, 30)}\n{heading}".rstrip() for method, heading in headings.items()]
+    titles = [f"{wrap_label(method, 30)}\n{heading}".rstrip() for method, heading in headings.items()]
     title_lines = 1 + max(name.count("\n") for name in titles)
-    figure = _new_figure(max(2.5 * columns, 3.6), rows * (1.5 + 0.15 * title_lines) + 0.6, layout="constrained")
+    figure = new_figure(max(2.5 * columns, 3.6), rows * (1.5 + 0.15 * title_lines) + 0.6, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = list(grid.flat)
     for axes, name in zip(panels, titles, strict=False):
@@ -584,14 +584,14 @@ def _panels(headings: Mapping[str, str], title: str, xlabel: str, ylabel: str) -
     figure.supxlabel(xlabel, fontsize=9)
     figure.supylabel(ylabel, fontsize=9)
     if title:
-        figure.suptitle(_wrap(title, max(45, 30 * columns)), fontsize=9)
+        figure.suptitle(wrap_label(title, max(45, 30 * columns)), fontsize=9)
     return figure, panels[: len(methods)]
 
 
 def _add_notes(figure: "Figure", notes: Mapping[str, Sequence[str]]) -> None:
     """Below the plot, a line or more for each heading that has entries."""
     width = int(figure.get_figwidth() * 15)
-    lines = [_wrap(f"{heading}: {', '.join(entries)}.", width) for heading, entries in notes.items() if entries]
+    lines = [wrap_label(f"{heading}: {', '.join(entries)}.", width) for heading, entries in notes.items() if entries]
     if lines:
         figure.text(0.01, -0.1 / figure.get_figheight(), "\n".join(lines), va="top")
 
@@ -600,7 +600,7 @@ def _add_notes(figure: "Figure", notes: Mapping[str, Sequence[str]]) -> None:
 
 
 @contextmanager
-def _matplotlib_style() -> Iterator[None]:
+def matplotlib_style() -> Iterator[None]:
     """Matplotlib's own defaults and `_STYLE`; what the user had set is set again afterwards."""
     try:
         from matplotlib import style  # noqa: PLC0415
@@ -610,7 +610,7 @@ def _matplotlib_style() -> Iterator[None]:
         yield
 
 
-def _new_figure(width: float, height: float, layout: Any = None) -> "Figure":
+def new_figure(width: float, height: float, layout: Any = None) -> "Figure":
     """A figure of its own, in inches: it is in no list of pyplot's, and no window shows it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -620,7 +620,7 @@ def _new_figure(width: float, height: float, layout: Any = None) -> "Figure":
     return figure
 
 
-def _wrap(text: str, width: int) -> str:
+def wrap_label(text: str, width: int) -> str:
     return "\n".join(textwrap.wrap(text, width))
 
 
@@ -644,7 +644,7 @@ def _whole_ticks(axes: "Axes", most: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def _save(figure: "Figure", path_stem: PathStem) -> list[Path]:
+def save_figure(figure: "Figure", path_stem: PathStem) -> list[Path]:
     paths = [Path(f"{os.fspath(path_stem)}.{ending}") for ending in ("png", "svg")]
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
