@@ -123,28 +123,31 @@ class KADCandidateGenerator(CandidateGenerator):
             ContextLengthError: a text is longer than the proxy's context.
         """
         rooms = self._rooms(tokens, lengths)
-        self._next, rows = tokens, len(lengths)
+        self._next = tokens
         ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
-        ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        counts = torch.zeros(rows, dtype=torch.long, device=self._device)
-        room = torch.tensor(rooms, device=self._device)
-        for place in range(max(rooms)):
+        ended = [False] * len(lengths)
+        for _ in range(max(rooms)):
             logits.append(self.next_logits())
             # Greedy drafts are compared with argmax r: from what they were drawn plays no part.
             probs.append(logits[-1].softmax(-1) if self.do_sample else logits[-1])
             ids.append(self._draw(probs[-1]))
             self._next = ids[-1][:, None]
-            counts += ~ended & (place < room)
-            ended |= torch.isin(ids[-1], self._eos)
-            if self.looks and bool(ended.all()):
-                break
+            if self.looks:
+                ended = [
+                    before or token in self.eos_token_ids
+                    for before, token in zip(ended, ids[-1].tolist(), strict=True)
+                ]
+                if all(ended):
+                    break
         if not self.looks:
             logits.append(self.next_logits())
-        nothing = torch.empty(rows, 0, self.reader.vocabulary, device=self._device)
+        none = torch.empty(len(lengths), 0, dtype=torch.long, device=self._device)
+        drafted = torch.stack(ids, dim=1) if ids else none
+        nothing = none.new_empty(*none.shape, self.reader.vocabulary, dtype=torch.float32)
         return Draft(
-            torch.stack(ids, dim=1) if ids else counts.new_empty(rows, 0),
+            drafted,
             torch.stack(probs, dim=1) if ids else nothing,
-            counts,
+            self._lengths(drafted, rooms),
             torch.stack(logits, dim=1) if logits else nothing,
         )
 
@@ -172,6 +175,12 @@ class KADCandidateGenerator(CandidateGenerator):
                 limits.append(left)
             rooms.append(max(min(limits), 0))
         return rooms
+
+    def _lengths(self, ids: torch.Tensor, rooms: list[int]) -> torch.Tensor:
+        """How many of the drafted tokens `(B, n)` count: up to a row's room, and to its first end of sequence."""
+        ends = torch.isin(ids, self._eos).long()
+        within = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(rooms, device=ids.device)[:, None]
+        return (within & (ends.cumsum(-1) == ends)).sum(-1)
 
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:
         """One token from each row of `(B, V)`, `(B,)`."""
