@@ -243,6 +243,20 @@ def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:
     return "\n".join(lines)
 
 
+def summary_table(ratios: list[dict[str, Any]]) -> str:
+    """Rules and whole steps side by side, at the number of rows where they cost most."""
+    parts, kinds = ("rule", "step"), list(dict.fromkeys(row["distribution"] for row in ratios))
+    worst: dict[str, dict[tuple[str, str], float]] = {}
+    for row in ratios:
+        line, cell = worst.setdefault(row["rule"], {}), (row["part"], row["distribution"])
+        line[cell] = max(line.get(cell, 0.0), row["ratio"][1])
+    heads = [f"{part}, {kind}" for part in parts for kind in kinds]
+    lines = [f"| in softmaxes | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for rule, line in worst.items():
+        lines.append(f"| {rule} | {' | '.join(f'{line[part, kind]:.1f}' for part in parts for kind in kinds)} |")
+    return "\n".join(lines)
+
+
 def exact_table(rows: list[dict[str, Any]]) -> str:
     """The exact rule's times as Markdown."""
     lines = ["| budget | distribution | nucleus | ms a position | longest |", "|---:|---|---:|---:|---:|"]
@@ -264,6 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     del kept
     print(f"The rule, in softmaxes of its {arguments.vocabulary:,} tokens:\n\n{ratio_table(ratios, 'rule')}\n")
     print(f"The whole step, from logits to accepted tokens:\n\n{ratio_table(ratios, 'step')}\n")
+    print(f"Both, at the number of rows where they cost most:\n\n{summary_table(ratios)}\n")
     print(f"ExactDeferral:\n\n{exact_table(exact)}\n")
     print(environment["device"])
     if arguments.output is not None:

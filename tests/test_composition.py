@@ -423,7 +423,7 @@ class TestComposition:
 
     def test_rows_and_tokens_are_found_again(self, rule):
         made = compose(rule, *(random_logits(5, 8, seed=i) for i in range(3)))
-        row = made.row(3)
+        row = made.rows(slice(3, 4))
         assert torch.equal(row.target_probs, made.target_probs[3:4])
         assert torch.equal(row.base_probs, made.base_probs[3:4])
         assert torch.equal(row.proxy_probs, made.proxy_probs[3:4])

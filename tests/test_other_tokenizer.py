@@ -81,6 +81,18 @@ def test_rows_of_a_batch_decode_as_alone_though_they_spell_differently(base, tok
     assert widths[0] != widths[1]  # so there were holes
 
 
+def test_rows_of_a_speculative_batch_without_padding_may_spell_differently(base, tokenizer, alignment):
+    texts = ["Mia has 12 apples. She buys", "Mia has 21 apples. She buys"]
+    ids, mask = (tokenizer(texts, padding=True, return_tensors="pt")[name] for name in ("input_ids", "attention_mask"))
+    assert mask.all() and alignment.retokenize(ids, mask)[1].all()
+    proxy = make_proxy()
+    kad = make_kad(alignment, proxy)
+    alone = [generated(base, tokenizer, kad, [text])[0] for text in texts]
+    widths = [[alignment.spell(torch.tensor([[token]]))[0].shape[1] for token in row] for row in alone]
+    assert widths[0] != widths[1]
+    assert generated(base, tokenizer, kad, texts, assistant_model=proxy) == alone
+
+
 def test_beams_and_return_sequences(base, tokenizer, alignment):
     kad = make_kad(alignment)
     (best,) = generated(base, tokenizer, kad, TEXTS[:1], num_beams=3, length_penalty=0.0)

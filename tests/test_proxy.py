@@ -127,3 +127,13 @@ def test_unusable_logits():
     inf, nan = float("inf"), float("nan")
     rows = torch.tensor([[0.0, -inf], [-inf, -inf], [inf, 0.0], [nan, 0.0], [0.0, nan], [-1e30, -inf]])
     assert is_unusable(rows).tolist() == [False, True, True, True, True, False]
+
+
+def test_a_hole_behind_texts_without_padding_is_not_read():
+    """One row goes on with a token more than the other."""
+    model, ids = tiny_model("llama", seed=3), random_ids(2, 6)
+    cached = CachedModel(model)
+    cached.logits(ids)
+    logits = cached.advance(torch.tensor([[0, 7], [9, 7]]), torch.tensor([[0, 1], [1, 1]]))
+    torch.testing.assert_close(logits[:1], plain(model, torch.cat([ids[:1], torch.tensor([[7]])], dim=-1)))
+    torch.testing.assert_close(logits[1:], plain(model, torch.cat([ids[1:], torch.tensor([[9, 7]])], dim=-1)))

@@ -196,9 +196,8 @@ class Composition:
     target_probs: torch.Tensor
     deferral_mass: torch.Tensor | None
 
-    def row(self, index: int) -> "Composition":
-        """One row as a `Composition` of its own."""
-        part = slice(index, index + 1)
+    def rows(self, part: slice) -> "Composition":
+        """Some rows as a `Composition` of their own."""
         mass = None if self.deferral_mass is None else self.deferral_mass[part]
         return Composition(self.base_probs[part], self.proxy_probs[part], self.target_probs[part], mass)
 

@@ -221,7 +221,7 @@ class _Row:
             window.lengths[place],
             min(window.accepted[place], count),
             tokens[:count],
-            [window.position(place, at) for at in range(count)],
+            window.positions(place, count),
         )
         return count
 

@@ -27,7 +27,7 @@ REDUCED_AT_ONCE = 2**18
 
 def parts_to_convert(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Rows `(n, V)` in the parts in which they are best converted to float64: outside the CPU all together."""
-    if rows.device.type != "cpu":
+    if rows.device.type != "cpu" or rows.numel() <= CONVERTED_AT_ONCE:
         return (rows,)
     return rows.split(max(1, CONVERTED_AT_ONCE // rows.shape[1]))
 

@@ -158,9 +158,14 @@ class CachedModel:
         """`logits` of the texts held, continued by `ids` `(B, n)`; `mask` `(B, n)` has zeros at what is no token."""
         assert self._ids is not None and self._mask is not None
         ids = ids.to(self._ids)
-        mask = torch.ones_like(ids) if mask is None else mask.to(self._mask)
+        self._padded = self._padded or (mask is not None and not bool(mask.all()))
+        texts = torch.cat([self._ids, ids], dim=-1)
+        if not self._padded:
+            mask = torch.ones_like(texts)
+        else:
+            mask = torch.cat([self._mask, torch.ones_like(ids) if mask is None else mask.to(self._mask)], dim=-1)
         try:
-            return self._forward(torch.cat([self._ids, ids], -1), torch.cat([self._mask, mask], -1), keep, None)
+            return self._forward(texts, mask, keep, None)
         except BaseException:
             self.reset()
             raise
@@ -263,11 +268,12 @@ class CachedModel:
         length, start = input_ids.shape[1], self.cached_length
         stops = list(range(start + chunk_size, length - keep, chunk_size)) if chunk_size else []
         with torch.no_grad():
-            for stop in [*stops, length]:
-                logits = self._call(input_ids[:, :stop], mask[:, :stop], stop - start, keep if stop == length else 1)
+            for stop in stops:
+                self._call(input_ids[:, :stop], mask[:, :stop], stop - start, 1)
                 start = stop
-                if stop != length and self._cache is not None:
+                if self._cache is not None:
                     self._cache.crop(0)
+            logits = self._call(input_ids, mask, length - start, keep)
         self.forwards += 1
         self._ids, self._mask = input_ids, mask
         return logits[:, -keep:]
@@ -286,7 +292,7 @@ class CachedModel:
         with self._adapter_state():
             # An id beyond the model's vocabulary can be emitted by the base, but not be read here.
             ids = ids[:, -new:]
-            ids = ids.where(ids < self._readable, self._stand_in)
+            ids = ids.masked_fill(ids >= self._readable, self._stand_in)
             output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
@@ -373,7 +379,7 @@ def model_state(model: PreTrainedModel) -> Hashable:
 
 def is_unusable(logits: torch.Tensor) -> torch.Tensor:
     """Which rows of logits `(..., V)` have no likeliest token: NaN, +inf, or all -inf. Shape `(...)`, boolean."""
-    return ~logits.amax(-1).isfinite()
+    return ~(logits.amax(-1).abs() < torch.inf)
 
 
 def unusable_logits_error(

@@ -38,7 +38,8 @@ class Reader:
         self._prompt: tuple[torch.Tensor, torch.Tensor | None] | None = (input_ids, attention_mask)
         whole = [input_ids.shape[1]] * len(input_ids)
         self._lengths: list[int] = whole if attention_mask is None else attention_mask.sum(dim=-1).tolist()
-        self._unsettled: list[torch.Tensor] = []  # (B, w) each, on the CPU: the columns of a token, and which are its
+        self._places: list[int] = []  # the place in the round of each unsettled column's token
+        self._columns: list[torch.Tensor] = []  # (B, w) each, on the CPU: which columns are a row's, where they differ
         self._lead = 0  # tokens of a round before its draft
 
     def read(self, tokens: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
@@ -48,12 +49,12 @@ class Reader:
         """
         ids = mask = None
         if tokens is not None and tokens.shape[1]:
-            ids = tokens
+            ids, widths = tokens, [1] * tokens.shape[1]
             if self.vocabulary_alignment is not None:
                 ids, mask, widths = self.vocabulary_alignment.spell(tokens)
-                self._unsettled += mask.bool().cpu().split(widths, dim=1)
-            else:
-                self._unsettled += [torch.ones(len(tokens), 1, dtype=torch.bool)] * tokens.shape[1]
+                self._columns.append(mask.bool().cpu())
+            first = self._places[-1] + 1 if self._places else 0
+            self._places += [place for place, width in enumerate(widths, first) for _ in range(width)]
         if self._prompt is None:
             assert ids is not None
             logits = self.model.advance(ids, mask, keep=keep)
@@ -76,12 +77,13 @@ class Reader:
 
         What was read before the draft, the token that ended the round before, stays.
         """
-        counts = torch.tensor(accepted) + self._lead
-        kept = [columns & (counts > place)[:, None] for place, columns in enumerate(self._unsettled)]
-        columns = torch.cat(kept, dim=1) if kept else torch.empty(len(accepted), 0, dtype=torch.bool)
+        counts = torch.tensor([count + self._lead for count in accepted])
+        columns = torch.tensor(self._places, dtype=torch.long) < counts[:, None]
+        if self._columns:
+            columns &= torch.cat(self._columns, dim=1)
         self.model.keep(columns)
         self._lengths = [before + more for before, more in zip(self._lengths, columns.sum(1).tolist(), strict=True)]
-        self._unsettled, self._lead = [], 1
+        self._places, self._columns, self._lead = [], [], 1
 
     def select(self, rows: list[int]) -> None:
         """Between rounds: go on with some of the rows, in this order."""

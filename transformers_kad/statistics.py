@@ -319,19 +319,19 @@ class RoundRecorder:
     accepted: list[int] = field(default_factory=list)  # per round
     tokens: list[int] = field(default_factory=list)
     from_draft: list[bool] = field(default_factory=list)  # per token
-    masses: list[torch.Tensor | None] = field(default_factory=list)  # per token, (1,)
-    traced: list[_Traced] = field(default_factory=list)  # per token, one row
+    masses: list[torch.Tensor | None] = field(default_factory=list)  # of some tokens each
+    traced: list[_Traced] = field(default_factory=list)  # of some tokens each
 
     def record(self, drafted: int, accepted: int, tokens: list[int], positions: list[Composition]) -> None:
-        """Note a round: its draft length, and for each emitted token its id and its position (one row)."""
+        """Note a round: its draft length, and for each emitted token its id and its position, a row of a piece."""
         self.drafted.append(drafted)
         self.accepted.append(accepted)
         self.tokens += tokens
         self.from_draft += [at < accepted for at in range(len(tokens))]
-        for token, position in zip(tokens, positions, strict=True):
-            self.masses.append(position.deferral_mass)
-            if self.trace:
-                self.traced.append(_Traced.of(position, torch.tensor([token])))
+        self.masses += [piece.deferral_mass for piece in positions]
+        if self.trace:
+            of_pieces = torch.tensor(tokens).split([len(piece.target_probs) for piece in positions])
+            self.traced += map(_Traced.of, positions, of_pieces)
 
     def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
         """Statistics and trace of the sequence."""
@@ -339,7 +339,7 @@ class RoundRecorder:
         for accepted in self.accepted:
             histogram[accepted] += 1
         known = [mass for mass in self.masses if mass is not None]
-        masses: list[float | None] = [*torch.cat(known).tolist()] if known else [None] * len(self.masses)
+        masses: list[float | None] = [*torch.cat(known).tolist()] if known else [None] * len(self.tokens)
         statistics = SequenceStatistics(
             tokens=len(self.tokens),
             rounds=len(self.accepted),

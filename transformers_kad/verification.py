@@ -69,6 +69,8 @@ def count_accepted(
     """
     _check_shapes(target_probs, draft_probs, draft_ids, draft_lengths)
     drafted = draft_ids.shape[1]
+    if not drafted:
+        return torch.zeros(len(draft_ids), dtype=torch.long, device=draft_ids.device)
     if draft_lengths is not None:
         is_drafted = torch.arange(drafted, device=draft_ids.device) < draft_lengths[:, None]
         draft_ids = draft_ids.where(is_drafted, 0)
@@ -117,11 +119,18 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     """
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     parts = parts_to_convert(probs)
-    places = []
-    for part, share in zip(parts, uniform.split([len(part) for part in parts]), strict=True):
-        cumulated = part.cumsum(-1, dtype=torch.float64)
-        places.append(torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True))
-    return torch.cat(places).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    if len(parts) == 1:
+        drawn = _invert(probs, uniform)
+    else:
+        shares = uniform.split([len(part) for part in parts])
+        drawn = torch.cat([_invert(part, share) for part, share in zip(parts, shares, strict=True)])
+    return drawn.squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def _invert(probs: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The first id of each row of `(B, V)` with more than a share `(B, 1)` of the sum up to it, `(B, 1)`."""
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
 
 
 def _at(probs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

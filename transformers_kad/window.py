@@ -178,10 +178,15 @@ class Window:
                 break
         return tokens
 
-    def position(self, row: int, at: int) -> Composition:
-        """What the rule made of one position of a row."""
-        part = self._part(at)
-        return part.composition.row(row * part.target_probs.shape[1] + at - part.begin)
+    def positions(self, row: int, count: int) -> list[Composition]:
+        """What the rule made of the first `count` positions of a row, in pieces."""
+        pieces = []
+        for part in self._parts:
+            length = part.target_probs.shape[1]
+            own = min(count - part.begin, length)
+            if own > 0:
+                pieces.append(part.composition.rows(slice(row * length, row * length + own)))
+        return pieces
 
     def scores(self, row: int, at: int) -> torch.Tensor:
         """The processed log r of one position of a row, `(V,)`."""

@@ -115,15 +115,18 @@ def test_a_profile_replaces_what_would_disturb():
     assert row["seconds"] == 8
 
 
+def failing():
+    return {"seconds": 1.0, "error": "RuntimeError: no"}
+
+
 def test_failures_are_left_out_and_counted():
-    failed = {"seconds": 1.0, "error": "RuntimeError: no"}
-    records = [*RECORDS[:2], record(2, {"base": base_run(), "speculative:5": failed})]
+    records = [*RECORDS[:2], record(2, {"base": base_run(), "speculative:5": failing()})]
     row = make_rows(records)[1]
     assert (row["repetitions"], row["failed"]) == (2, 1)
     assert row["ratio"][1] == pytest.approx(1.75)
     text = to_markdown(report(records))
     assert "| failed |" in text
-    nothing = make_rows([record(0, {"base": base_run(), "speculative:5": failed})])[1]
+    nothing = make_rows([record(0, {"base": base_run(), "speculative:5": failing()})])[1]
     assert nothing["ratio"] is nothing["bound"] is nothing["steady"] is nothing["tokens_per_round"] is None
 
 
@@ -187,6 +190,19 @@ def test_findings():
     assert findings(make_rows(records[2:]), records[2:])[-1] == (
         "Drafting pays at no batch size measured, and not at 4, against KAD token by token."
     )
+
+
+def test_batch_sizes_stand_side_by_side():
+    rows = make_rows(batches())
+    shares = [row["share"][1] for row in rows if row["method"] == "speculative:5"]
+    text = to_markdown(report(batches()))
+    assert "| method | batch 1 | batch 2 | batch 4 |\n" in text
+    cells = [f"× {ratio} ({share:.2f})" for ratio, share in zip(("2.00", "1.33", "0.67"), shares, strict=True)]
+    assert f"| KAD speculative, γ = 5 | {' | '.join(cells)} |\n" in text
+    missing = [each for each in batches() if each["batch_size"] > 1]
+    missing += [record(0, {"base": base_run(8.0), "auto": failing()})]
+    assert "| KAD speculative, γ auto | – | × 1.33" in to_markdown(report(missing))
+    assert "| method | batch 1 |" not in to_markdown(report(RECORDS))
 
 
 def svg_of(paths):

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 from .bounds import ForwardTimes, Shape, quartiles, speculative_bound
@@ -205,6 +206,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         own = [row for row in rows if row["batch_size"] == size]
         parts.append(f"**Batch {size}**, repetitions: {own[0]['repetitions'] + own[0]['failed']}\n")
         parts.append(_method_table(own))
+    if len({row["batch_size"] for row in rows}) > 1:
+        parts.append("To base alone at the same batch size, in brackets the share of the bound\n")
+        parts.append(_batch_table(rows))
     parts.append("Forwards on their own, medians in milliseconds, and the bound of a full batch without its prompt\n")
     parts.append(_steady_table(rows))
     if report["findings"]:
@@ -236,6 +240,24 @@ def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not any(row["failed"] for row in rows):
         del columns["failed"]
     return table(columns, rows)
+
+
+def _batch_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each method that was measured at several batch sizes, a column for each of these."""
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    lines: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        lines.setdefault(row["label"], {})[row["batch_size"]] = row
+    columns: dict[str, Column] = {"method": lambda line: line["label"]}
+    columns |= {f"batch {size}": partial(_ratio_and_share, size) for size in sizes}
+    return table(columns, [{"label": label, "rows": own} for label, own in lines.items() if len(own) > 1])
+
+
+def _ratio_and_share(size: int, line: Mapping[str, Any]) -> str:
+    row = line["rows"].get(size)
+    if row is None or row["ratio"] is None:
+        return "–"
+    return f"× {row['ratio'][1]:.2f}" + (f" ({row['share'][1]:.2f})" if row["share"] else "")
 
 
 def _steady_table(rows: Sequence[Mapping[str, Any]]) -> str:
