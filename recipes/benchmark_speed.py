@@ -4,30 +4,36 @@
 # ///
 r"""How fast is KAD, beside the base alone and stock assisted decoding, and how far from what the forwards allow?
 
-The tiny pair, its models inflated to a realistic cost, on 2 CPU cores, about 6, 3 and 2 minutes:
+The tiny pair, its models inflated to a realistic cost: what results/speed/ holds, about an hour on 2 CPU cores.
 
-    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 --output speed \
-        --methods proxy,assisted:5,token_by_token,lazy,speculative,auto,prompt_lookup:5 --draft_lengths 3,5,7
-    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 \
-        --output compiled --methods base_compiled,speculative,compiled --draft_lengths 5
-    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 \
-        --output copying --task copying --methods speculative,prompt_lookup --draft_lengths 3,5,8
+    pair="--inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5"
+    python recipes/benchmark_speed.py $pair --output tiny_pair --repetitions 12 --draft_lengths 3,5,7 \
+        --methods proxy,assisted:5,token_by_token,lazy,speculative,auto,prompt_lookup:5
+    python recipes/benchmark_speed.py $pair --output tiny_pair --batch_size 2,4,8,16 --draft_lengths 5 \
+        --methods token_by_token,lazy,speculative,auto
+    python recipes/benchmark_speed.py $pair --output lazy --batch_size 1,2 --repetitions 12 \
+        --methods token_by_token,lazy
+    python recipes/benchmark_speed.py $pair --output compiled --repetitions 10 --draft_lengths 5 \
+        --methods base_compiled,speculative,compiled
+    python recipes/benchmark_speed.py $pair --output copying --task copying --draft_lengths 3,5,8 \
+        --methods speculative,prompt_lookup
 
-More batch sizes into the first folder, with fewer methods:
+Automatic draft lengths beside fixed ones where a proxy step costs more, and where less is accepted:
 
-    python recipes/benchmark_speed.py --inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5 --output speed \
-        --batch_size 2,4,8,16 --methods token_by_token,lazy,speculative,auto --draft_lengths 5
+    compared="--dtype bfloat16 --repetitions 8 --methods token_by_token,speculative,auto --draft_lengths 1,2,3,5,7,10"
+    python recipes/benchmark_speed.py $compared --output costly_proxy --inflate base=300M,proxy=100M --threshold 0.5
+    python recipes/benchmark_speed.py $compared --output primal --inflate base=300M,proxy=10M --rule primal --budget 0.8
+
+How time and memory grow with the text, the vocabulary and the batch:
+
+    python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
+    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --output growth
 
 A real pair, and one that exists only as configurations, its acceptance set by the share that is deferred:
 
     python recipes/benchmark_speed.py --base Qwen/Qwen3-14B-Base --proxy Qwen/Qwen3-1.7B --dtype bfloat16
     python recipes/benchmark_speed.py --random_weights base=Qwen/Qwen3-14B-Base,proxy=Qwen/Qwen3-1.7B \
         --deferral_mass 0.8 --dtype bfloat16 --device cuda --output qwen3_random
-
-How time and memory grow with the text, the vocabulary and the batch:
-
-    python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
-    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --output growth
 
 Methods: base, base_compiled (a static cache, compiled by transformers), proxy, assisted (stock assisted decoding with
 the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto, prompt_lookup and

@@ -10,7 +10,14 @@ from tiny_models import tiny_model
 
 from transformers_kad import KADConfig, KADLogitsProcessor
 from transformers_kad.composition import make_rule
-from transformers_kad.draft_length import FIRST_DRAFTS, LONGEST_DRAFT, DraftLength, Stopwatch
+from transformers_kad.draft_length import (
+    FIRST_DRAFTS,
+    FIRST_DRAFTS_OF_MANY_ROWS,
+    LONGEST_DRAFT,
+    MANY_ROWS,
+    DraftLength,
+    Stopwatch,
+)
 
 
 def settled(step, rest, acceptance, rows=1, rounds=200, bonus_at_once=False):
@@ -87,15 +94,22 @@ def test_chances_in_a_row_are_averages_over_the_text():
     assert in_a_row[:5] == pytest.approx([4 / 8, 3 / 8, 2 / 8, 1 / 8, 0], abs=0.03)
 
 
-def test_the_first_drafts_have_fixed_lengths():
+@pytest.mark.parametrize(
+    ("rows", "first"), [(1, FIRST_DRAFTS), (MANY_ROWS - 1, FIRST_DRAFTS), (MANY_ROWS, FIRST_DRAFTS_OF_MANY_ROWS)]
+)
+def test_the_first_drafts_have_fixed_lengths(rows, first):
     """The first round, which has the prompt in it, is not timed."""
     lengths, chosen = DraftLength(), []
     for timed in (False, True, True):
-        chosen.append(lengths.choose(4))
+        chosen.append(lengths.choose(rows))
         if timed:
-            lengths.timed(4, chosen[-1], 0.01, 0.07)
+            lengths.timed(rows, chosen[-1], 0.01, 0.07)
         lengths.accepted(0, [0.5] * 3)
-    assert chosen == [FIRST_DRAFTS[0], *FIRST_DRAFTS]
+    assert chosen == [first[0], *first]
+
+
+def test_a_large_batch_tries_no_long_draft_where_a_forward_costs_by_the_token():
+    assert max(settled(0.02, lambda tokens: 0.04 + 0.007 * tokens, 0.84, rows=16)) <= 2
 
 
 def test_a_stopwatch_adds_blocks_up_and_starts_again(monkeypatch):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 EXAMPLE, BEFORE, OTHER_TOKENIZER, HUB, RULE = (text for language, text in BLOCKS if language == "python")
-_, TABLE, ALIGN, MEASURE, PAPER, HARNESS = (text for language, text in BLOCKS if language == "bash")
+_, TABLE, ALIGN, MEASURE, PAPER, HARNESS, SPEED = (text for language, text in BLOCKS if language == "bash")
 PRINTED, TREE = (text for language, text in BLOCKS if language == "")
 
 
@@ -84,7 +84,7 @@ def commands(block):
             yield Path(script).stem, words
 
 
-@pytest.mark.parametrize("block", [TABLE, MEASURE, PAPER], ids=["table", "tiny", "paper"])
+@pytest.mark.parametrize("block", [TABLE, MEASURE, PAPER, SPEED], ids=["table", "tiny", "paper", "speed"])
 def test_the_commands_that_measure_are_understood(block, monkeypatch):
     understood = []
     for name, words in commands(block):
@@ -92,7 +92,7 @@ def test_the_commands_that_measure_are_understood(block, monkeypatch):
         worker = "evaluate" if name in ("run_eval", "sweep") else "run"
         monkeypatch.setattr(recipe, worker, lambda *given, **_: understood.append(given) or 0)
         assert recipe.main(words) == 0
-    assert len(understood) == {TABLE: 1, MEASURE: 4, PAPER: 2}[block]
+    assert len(understood) == {TABLE: 1, MEASURE: 4, PAPER: 2, SPEED: 1}[block]
     if block == PAPER:
         for _, evaluation, chosen, _ in understood:
             assert {*evaluation.task} == {*TASKS} - {"tiny"}
@@ -101,7 +101,7 @@ def test_the_commands_that_measure_are_understood(block, monkeypatch):
 
 def test_the_pictures_of_the_page_are_there():
     paths = re.findall(r"!\[[^]]+\]\((\S+)\)", README)
-    assert len(paths) == 5
+    assert len(paths) == 7
     for path in paths:
         assert (ROOT / path).read_bytes().startswith((b"\x89PNG", b"<?xml"))
 

@@ -19,8 +19,11 @@ import torch
 
 LONGEST_DRAFT = 16
 
-# Lengths to begin with, so that there is something to choose by.
+# Lengths to begin with, so that there is something to choose by. In larger batches, where a forward may cost by the
+# token, a long draft is dear to try, and whether to draft at all is what has to be known.
 FIRST_DRAFTS = (5, 2)
+FIRST_DRAFTS_OF_MANY_ROWS = (2, 0)
+MANY_ROWS = 5
 
 # A draft length that was not measured yet may be this much cheaper than the lengths around it say: it is tried where
 # that would make it the best.
@@ -84,7 +87,7 @@ class DraftLength:
     def choose(self, rows: int) -> int:
         """The length of the next draft, for a batch of so many rows."""
         measured = {tokens - 1 for _, tokens in self._round_times}
-        for length in FIRST_DRAFTS:
+        for length in FIRST_DRAFTS if rows < MANY_ROWS else FIRST_DRAFTS_OF_MANY_ROWS:
             if length not in measured:
                 return length
         return max(range(LONGEST_DRAFT + 1), key=lambda length: self._rate(rows, length))

@@ -1,6 +1,7 @@
 """The speed benchmark: what it measures, writes and refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import benchmark_speed
@@ -8,8 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from transformers_kad.benchmarking.growth import growth_to_markdown
 from transformers_kad.benchmarking.report import to_markdown
 
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "recipes" / "results" / "speed"
 PAIR = Path(benchmark_speed.__file__).parent / "tiny_pair"
 SMALL = ("--device", "cpu", "--max_new_tokens", "8", "--repetitions", "2")
 FIELDS = {
@@ -196,3 +200,65 @@ def test_mistakes_end_in_one_line(words, message, tmp_path, capsys):
     assert error.startswith("error: ")
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def kept(name, file="speed.json"):
+    """A committed report, and its figures by batch size and method."""
+    report = json.loads((RESULTS / name / file).read_text())
+    return report, {(row["batch_size"], row["method"]): row for row in report["rows"] if "batch_size" in row}
+
+
+def page():
+    """The README with all white space alike, for its line ends."""
+    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
+def test_the_tables_that_are_kept_are_those_of_their_figures(folder):
+    name, write = ("growth", growth_to_markdown) if folder == "growth" else ("speed", to_markdown)
+    report, _ = kept(folder, f"{name}.json")
+    assert write(report) == (RESULTS / folder / f"{name}.md").read_text()
+
+
+def test_the_page_shows_what_is_kept():
+    report, _ = kept("tiny_pair")
+    tables = re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.MULTILINE)
+    by_batch = [table for table in tables if table.startswith("| method | batch 1 |")]
+    for table in [tables[0], *by_batch]:
+        assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(by_batch) == 1
+    for name in ("tiny_pair", "costly_proxy", "primal", "compiled", "copying", "lazy"):
+        lines = [line for line in kept(name)[0]["findings"] if quoted(name, line)]
+        assert lines
+        for line in lines:
+            assert line.removeprefix("Batch 1: ").rstrip(".") in page()
+
+
+def quoted(name, finding):
+    """What the page quotes of a report: the draft lengths and what is compiled at batch 1, and what drafting pays."""
+    first = finding.startswith("Batch 1: ") and (name == "lazy" or "lazy" not in finding)
+    return first or (name == "tiny_pair" and finding.startswith("Drafting pays"))
+
+
+def test_what_is_kept_is_what_is_promised():
+    """Figures of one run each, of which nothing is measured again here."""
+    _, rows = kept("tiny_pair")
+    five = rows[1, "speculative:5"]
+    assert five["ratio"][1] >= 1.9
+    assert five["share"][1] >= 0.95
+    assert five["outside"] <= 0.04
+    for size in (2, 4, 8, 16):
+        assert rows[size, "speculative:5"]["share"][1] >= 0.9
+    for name in ("tiny_pair", "costly_proxy", "primal"):
+        (line,) = (line for line in kept(name)[0]["findings"] if line.startswith("Batch 1: the best draft length"))
+        assert float(re.search(r"auto reaches ([\d.]+)", line)[1]) >= 0.95
+    for row in (rows[1, "lazy"], kept("lazy")[1][1, "lazy"]):
+        assert row["proxy_forwards_per_token"] == pytest.approx(row["deferral_mass"], rel=0.1)
+
+
+def test_long_texts_cost_what_their_forwards_cost():
+    report, _ = kept("growth", "growth.json")
+    rows = [row for row in report["rows"] if row["axis"] == "length"]
+    speculative = {row["size"]: row for row in rows if row["method"] == "speculative:5"}
+    assert speculative[8192]["outside"] <= speculative[256]["outside"]
+    assert max(row["cache_over_ideal"] for row in rows if row["size"] == 8192) <= 1.15
