@@ -108,6 +108,14 @@ def test_the_first_drafts_have_fixed_lengths(rows, first):
     assert chosen == [first[0], *first]
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+def test_no_draft_is_more_than_about_twice_as_long_as_the_longest_before(rows):
+    chosen = settled(0.001, lambda tokens: 0.07, 0.98, rows=rows)
+    for before, length in itertools.pairwise(itertools.accumulate(chosen, max)):
+        assert length <= 2 * before + 2
+    assert chosen[-1] == LONGEST_DRAFT
+
+
 def test_a_large_batch_tries_no_long_draft_where_a_forward_costs_by_the_token():
     assert max(settled(0.02, lambda tokens: 0.04 + 0.007 * tokens, 0.84, rows=16)) <= 2
 

@@ -90,7 +90,9 @@ class DraftLength:
         for length in FIRST_DRAFTS if rows < MANY_ROWS else FIRST_DRAFTS_OF_MANY_ROWS:
             if length not in measured:
                 return length
-        return max(range(LONGEST_DRAFT + 1), key=lambda length: self._rate(rows, length))
+        # Costs far beyond what was measured are not to be guessed.
+        longest = min(2 * max(measured) + 2, LONGEST_DRAFT)
+        return max(range(longest + 1), key=lambda length: self._rate(rows, length))
 
     def accepted(self, row: int, chances: list[float]) -> None:
         """Note, for each token that a row emitted, the chance Σ min(q, r) with which a draft of it is accepted."""
