@@ -9,13 +9,11 @@ The tiny pair, its models inflated to a realistic cost: what results/speed/ hold
     pair="--inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5"
     python recipes/benchmark_speed.py $pair --output tiny_pair --repetitions 12 --draft_lengths 3,5,7 \
         --methods proxy,assisted:5,token_by_token,lazy,speculative,auto,prompt_lookup:5
-    python recipes/benchmark_speed.py $pair --output tiny_pair --batch_size 2,4,8,16 --draft_lengths 5 \
-        --methods token_by_token,lazy,speculative,auto
-    python recipes/benchmark_speed.py $pair --output lazy --batch_size 1,2 --repetitions 7 \
-        --methods token_by_token,lazy
-    python recipes/benchmark_speed.py $pair --output compiled --repetitions 6 --draft_lengths 5 \
+    python recipes/benchmark_speed.py $pair --output tiny_pair --batch_size 2,4 --draft_lengths 5 \
+        --methods token_by_token,lazy,speculative,auto  # and 8,16 with --repetitions 4
+    python recipes/benchmark_speed.py $pair --output compiled --repetitions 5 --draft_lengths 5 \
         --methods base_compiled,speculative,compiled
-    python recipes/benchmark_speed.py $pair --output copying --task copying --repetitions 4 --draft_lengths 3,5,8 \
+    python recipes/benchmark_speed.py $pair --output copying --task copying --repetitions 3 --draft_lengths 3,5,8 \
         --methods speculative,prompt_lookup
 
 Automatic draft lengths beside fixed ones where a proxy step costs more, and where less is accepted:
@@ -23,12 +21,12 @@ Automatic draft lengths beside fixed ones where a proxy step costs more, and whe
     python recipes/benchmark_speed.py --inflate base=300M,proxy=100M --dtype bfloat16 --threshold 0.5 --repetitions 7 \
         --output costly_proxy --methods token_by_token,speculative,auto --draft_lengths 1,2,3,5,7,10
     python recipes/benchmark_speed.py --inflate base=300M,proxy=10M --dtype bfloat16 --rule primal --budget 0.8 \
-        --repetitions 7 --output primal --methods speculative,auto --draft_lengths 1,3,5,8
+        --repetitions 6 --output primal --methods speculative,auto --draft_lengths 1,3,5,8
 
 How time and memory grow with the text, the vocabulary and the batch:
 
     python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
-    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --repetitions 2 --output growth
+    python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --repetitions 1 --output growth
 
 A real pair, and one that exists only as configurations, its acceptance set by the share that is deferred:
 

@@ -11,7 +11,7 @@ is mostly the base's forward over n tokens. The best γ has the largest quotient
 
 import statistics
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,9 +20,9 @@ import torch
 LONGEST_DRAFT = 16
 
 # Lengths to begin with, so that there is something to choose by. In larger batches, where a forward may cost by the
-# token, a long draft is dear to try, and whether to draft at all is what has to be known.
+# token, a long draft is dear to try, and whether to draft at all is what has to be known, not by one measurement.
 FIRST_DRAFTS = (5, 2)
-FIRST_DRAFTS_OF_MANY_ROWS = (2, 0)
+FIRST_DRAFTS_OF_MANY_ROWS = (2, 0, 0, 0)
 MANY_ROWS = 5
 
 # A draft length that was not measured yet may be this much cheaper than the lengths around it say: it is tried where
@@ -86,9 +86,12 @@ class DraftLength:
 
     def choose(self, rows: int) -> int:
         """The length of the next draft, for a batch of so many rows."""
-        measured = {tokens - 1 for _, tokens in self._round_times}
-        for length in FIRST_DRAFTS if rows < MANY_ROWS else FIRST_DRAFTS_OF_MANY_ROWS:
-            if length not in measured:
+        measured = Counter[int]()
+        for (_, tokens), times in self._round_times.items():
+            measured[tokens - 1] += len(times)
+        first = FIRST_DRAFTS if rows < MANY_ROWS else FIRST_DRAFTS_OF_MANY_ROWS
+        for length in first:
+            if measured[length] < first.count(length):
                 return length
         # Costs far beyond what was measured are not to be guessed.
         longest = min(2 * max(measured) + 2, LONGEST_DRAFT)
