@@ -10,7 +10,7 @@ The tiny pair, its models inflated to a realistic cost: what results/speed/ hold
     python recipes/benchmark_speed.py $pair --output tiny_pair --repetitions 12 --draft_lengths 3,5,7 \
         --methods proxy,assisted:5,token_by_token,lazy,speculative,auto,prompt_lookup:5
     python recipes/benchmark_speed.py $pair --output tiny_pair --batch_size 2,4 --draft_lengths 5 \
-        --methods token_by_token,lazy,speculative,auto  # and 8,16 with --repetitions 4
+        --methods token_by_token,lazy,speculative,auto  # and 8,16 with --repetitions 3
     python recipes/benchmark_speed.py $pair --output compiled --repetitions 5 --draft_lengths 5 \
         --methods base_compiled,speculative,compiled
     python recipes/benchmark_speed.py $pair --output copying --task copying --repetitions 3 --draft_lengths 3,5,8 \
