@@ -73,8 +73,7 @@ class CompiledModel(CachedModel):
         length = ids.shape[1]
         self._cache = self._static
         self._write_length(length - new)
-        ids = ids[:, -new:]
-        ids = ids.masked_fill(ids >= self._readable, self._stand_in)
+        ids = self._legible(ids[:, -new:])
         filled = length - new + self.width
         if new > self.width or length == new or (self.context_length is not None and filled > self.context_length):
             kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}

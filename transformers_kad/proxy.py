@@ -158,7 +158,7 @@ class CachedModel:
         """`logits` of the texts held, continued by `ids` `(B, n)`; `mask` `(B, n)` has zeros at what is no token."""
         assert self._ids is not None and self._mask is not None
         ids = ids.to(self._ids)
-        self._padded = self._padded or (mask is not None and not bool(mask.all()))
+        self._note_padding(mask)
         texts = torch.cat([self._ids, ids], dim=-1)
         if not self._padded:
             mask = torch.ones_like(texts)
@@ -218,7 +218,7 @@ class CachedModel:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
-            self._padded = self._padded or (attention_mask is not None and bool((mask == 0).any()))
+            self._note_padding(attention_mask)
             # Copies: the tensors may be the caller's own, to be written to later.
             return self._forward(input_ids.clone(), mask.clone(), keep, chunk_size)
         except BaseException:
@@ -278,6 +278,14 @@ class CachedModel:
         self._ids, self._mask = input_ids, mask
         return logits[:, -keep:]
 
+    def _note_padding(self, mask: torch.Tensor | None) -> None:
+        """From the first padding or hole on, forwards need the mask."""
+        self._padded = self._padded or (mask is not None and not bool(mask.all()))
+
+    def _legible(self, ids: torch.Tensor) -> torch.Tensor:
+        """An id beyond the model's vocabulary can be emitted by the base, but not be read here."""
+        return ids.masked_fill(ids >= self._readable, self._stand_in)
+
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
         """One forward over the last `new` columns, `(B, S)` all in all; the logits of the last `keep` are needed."""
         kwargs: dict[str, Any] = {}
@@ -290,10 +298,7 @@ class CachedModel:
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = keep
         with self._adapter_state():
-            # An id beyond the model's vocabulary can be emitted by the base, but not be read here.
-            ids = ids[:, -new:]
-            ids = ids.masked_fill(ids >= self._readable, self._stand_in)
-            output = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **kwargs)
+            output = self.model(input_ids=self._legible(ids[:, -new:]), past_key_values=self._cache, use_cache=True, **kwargs)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
             raise ValueError(
