@@ -63,7 +63,8 @@ def kad_generate(
             not row by row, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
     """
     at = _place_of_kad(logits_processor)
-    kad, call = logits_processor[at], logits_processor[at].open_call
+    kad = logits_processor[at].kad
+    call = kad.open_call
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
@@ -132,6 +133,9 @@ def kad_generate(
         last = torch.cat([rows[row].text[:, -1:] for row in active]) if active else None
 
     return output.of(rows, base.model.cache if len(rows) == 1 and isinstance(base.model, PreparedBase) else None)
+
+
+kad_generate.is_kad_generate = True  # type: ignore[attr-defined]  # the wrapper of generate knows the loop by it
 
 
 def _readers(
@@ -272,9 +276,12 @@ class _Output:
 
 def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
     for place, processor in enumerate(logits_processor):
-        if getattr(processor, "is_kad_processor", False):
+        if hasattr(processor, "kad"):
             return place
-    raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
+    raise ValueError(
+        "`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none. It is called by "
+        "`model.generate(..., custom_generate=kad_generate)`, looked up after transformers_kad was imported."
+    )
 
 
 def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:

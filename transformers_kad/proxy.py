@@ -298,7 +298,9 @@ class CachedModel:
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = keep
         with self._adapter_state():
-            output = self.model(input_ids=self._legible(ids[:, -new:]), past_key_values=self._cache, use_cache=True, **kwargs)
+            output = self.model(
+                input_ids=self._legible(ids[:, -new:]), past_key_values=self._cache, use_cache=True, **kwargs
+            )
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
             raise ValueError(
