@@ -92,8 +92,8 @@ def kad_generate(
         new = draft.ids.to(input_ids.device)
         new = new if last is None else torch.cat([last, new], dim=-1)
         drafted = draft.ids.shape[1]
-        base_logits = base.read(new, keep=drafted + 1).to(input_ids.device)
-        reference_logits = None if reference is None else reference.read(new, keep=drafted + 1)
+        base_logits = base.read(new, keep_tokens=drafted + 1).to(input_ids.device)
+        reference_logits = None if reference is None else reference.read(new, keep_tokens=drafted + 1)
         window = Window(
             model,
             kad,
@@ -148,6 +148,7 @@ def _readers(
 ) -> tuple[Reader, KADCandidateGenerator, Reader | None]:
     """Base, drafter and reference, at the beginning of the prompts."""
     call, mask = kad.open_call, model_kwargs.pop("attention_mask", None)
+    mask = None if mask is None else (mask != 0).long()  # it may be of any type
     settings = {
         "vocabulary": model.config.get_text_config(decoder=True).vocab_size,
         "chunk_size": generation_config.prefill_chunk_size,
@@ -194,6 +195,7 @@ def _compiled_models(
     base.reserve(max_length)
     proxy = kad.compiled(kad.proxy, "proxy", width if kad.drafter == "prompt_lookup" else 1)
     proxy_ids, _ = kad.open_call.proxy_text(input_ids)
+    # With a tokenizer of its own the proxy may need more room than this, and then makes it.
     proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1])
     return base, proxy
 

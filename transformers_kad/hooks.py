@@ -271,7 +271,7 @@ class _Settings:
             pad = self.get("pad_token_id")
             if pad is not None and int(pad) not in self.eos_token_ids:
                 mask = ids.ne(int(pad)).long()
-        return None if mask is None or bool((mask != 0).all()) else mask
+        return None if mask is None or bool((mask != 0).all()) else (mask != 0).long()
 
 
 def _as_list(value: Any) -> list[int]:
