@@ -46,7 +46,8 @@ class CompiledModel(CachedModel):
 
     def _allocate(self, needed: int) -> None:
         config = self.model.config.get_text_config(decoder=True)
-        static = StaticCache(config=config, max_cache_len=needed)
+        with torch.inference_mode(False):  # later calls write to it, in whatever mode
+            static = StaticCache(config=config, max_cache_len=needed)
         if any(type(layer) is not StaticLayer for layer in static.layers):
             raise ValueError(
                 f"`compile=True` needs full attention in all layers, and the {self.role} {describe(self.model)} has "

@@ -235,7 +235,7 @@ def compose(
     at_once = max(COMPOSED_AT_ONCE // vocabulary, 1) if base_logits.device.type == "cpu" else rows
     if rows <= at_once:
         return _compose(rule, base_logits, proxy_logits, reference_logits)
-    p, q, r = (torch.empty(rows, vocabulary, dtype=torch.float32) for _ in range(3))
+    p, q, r = (torch.empty(rows, vocabulary, device=base_logits.device) for _ in range(3))
     masses = []
     for begin in range(0, rows, at_once):
         some = slice(begin, begin + at_once)

@@ -250,7 +250,7 @@ class _Output:
         if self._logits:
             row.logits.append(window.base_logits[place, at].clone())
         if self._streamer is not None:
-            self._streamer.put(torch.tensor([token]))
+            self._streamer.put(torch.tensor([token], device="cpu"))
 
     def of(self, rows: list[_Row], cache: Cache | None) -> torch.Tensor | GenerateDecoderOnlyOutput:
         """The finished rows, filled up on the right."""

@@ -452,7 +452,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
     elif kad.vocabulary_alignment is not None:
         start = _as_list(settings.get("bos_token_id")) if ids is None else ids
         call.proxy_prompt = kad.vocabulary_alignment.retokenize(
-            torch.as_tensor(start).view(call.batch_size, -1), call.attention_mask
+            torch.as_tensor(start, device="cpu").view(call.batch_size, -1), call.attention_mask
         )
         call.attention_mask = None
     return call

@@ -101,8 +101,8 @@ def _likeliest(probs: torch.Tensor, count: int) -> torch.Tensor:
     blocked = probs.shape[-1] // BLOCK * BLOCK
     maxima = probs[:, :blocked].unflatten(-1, (-1, BLOCK)).amax(-1)
     blocks = maxima.topk(min(count, maxima.shape[-1]), sorted=False).indices
-    ids = (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK)).flatten(1)
-    ids = torch.cat([ids, torch.arange(blocked, probs.shape[-1]).expand(len(probs), -1)], dim=-1)
+    ids = (blocks.unsqueeze(-1) * BLOCK + torch.arange(BLOCK, device=probs.device)).flatten(1)
+    ids = torch.cat([ids, torch.arange(blocked, probs.shape[-1], device=probs.device).expand(len(probs), -1)], dim=-1)
     return ids.gather(-1, probs.gather(-1, ids).topk(count, sorted=False).indices)
 
 
@@ -123,7 +123,7 @@ def _prefix_by_counting(probs: torch.Tensor, budget: float) -> torch.Tensor:
     mask = bits < critical
 
     # Of the tokens with this very value, as many as fit. (In a row with NaN, `below` is NaN, and any mask will do.)
-    value = float(torch.tensor(critical, dtype=torch.int32).view(torch.float32))
+    value = float(torch.tensor(critical, dtype=torch.int32, device=bits.device).view(torch.float32))
     count = int((budget - below) / value) + 1 if value > 0 and below <= budget else len(probs)
     while value > 0 and below + count * value > budget:
         count -= 1
@@ -235,7 +235,7 @@ class _Search:
 
         self.right = int(torch.searchsorted(self._mass, budget, right=True)) - 1
         self.left = self.right - 1
-        self.greedy = torch.arange(len(weights)) < self.right
+        self.greedy = torch.arange(len(weights), device=weights.device) < self.right
         self.taken, self.best = self.greedy, float(self._value[self.right])
         self.state_mass, self.state_value = self._mass[self.right].view(1), self._value[self.right].view(1)
         self._history: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # item, each state's parent, flipped or not
@@ -307,7 +307,7 @@ class _Search:
         """Those undecided items on one side whose flip may lead to a gain. Finds the best flips of two on the way."""
         if not items:
             return items
-        index = torch.tensor(items)
+        index = torch.tensor(items, device=self.weights.device)
         mass = self.state_mass[:, None] + sign * self.weights[index]
         value = self.state_value[:, None] + sign * self.values[index]
         completions = self._complete(mass.flatten(), value.flatten())
@@ -384,5 +384,5 @@ def _lowest_ids_first(weights: torch.Tensor, taken: torch.Tensor) -> torch.Tenso
     """The same number of items taken of every weight, but the first ones. Items in the order of weight, then id."""
     _, group, sizes = weights.unique_consecutive(return_inverse=True, return_counts=True)
     taken_in_group = torch.zeros_like(sizes).index_add(0, group, taken.long())
-    place_in_group = torch.arange(len(weights)) - (sizes.cumsum(0) - sizes)[group]
+    place_in_group = torch.arange(len(weights), device=weights.device) - (sizes.cumsum(0) - sizes)[group]
     return place_in_group < taken_in_group[group]

@@ -69,7 +69,7 @@ class ForcedRows:
 
     def __init__(self, eos_token_ids: Collection[int], pad_token_id: int | None) -> None:
         self.pad_token_id = pad_token_id
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device="cpu")
         self._ended: torch.Tensor | None = None  # (rows,)
         self._forced: torch.Tensor | None = None  # (rows,)
 

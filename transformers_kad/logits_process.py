@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
 from . import hooks
 from .compiled import CompiledModel
@@ -512,6 +512,8 @@ def _checked(model: PreTrainedModel, role: str) -> PreTrainedModel:
     """Raise unless the model can serve as proxy or reference."""
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"`{role}` must be a causal LM or a PeftModel, got {type(model).__name__}.")
+    if not isinstance(getattr(model, "get_base_model", lambda: model)(), GenerationMixin):
+        raise TypeError(f"`{role}` must be a causal LM, which has a head and `generate`, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only {role}, got the encoder-decoder model {describe(model)}.")
     if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):

@@ -34,7 +34,7 @@ class PromptLookup(KADCandidateGenerator):
         found = [self._look_up(text, room) for text, room in zip(self._texts, rooms, strict=True)]
         found = self.reader.cut_to_context(tokens, found)
         longest = max(map(len, found))
-        self._found = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long)
+        self._found = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long, device="cpu")
         self._found = self._found.view(len(found), longest)
         ids = self._found.to(self._device)
         read = ids if tokens is None else torch.cat([tokens.to(ids), ids], dim=-1)

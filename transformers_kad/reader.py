@@ -33,7 +33,7 @@ class Reader:
         self.component_temperature = component_temperature
         self.vocabulary_alignment = vocabulary_alignment
         self.chunk_size = chunk_size
-        self.begin(torch.empty(1, 0, dtype=torch.long))
+        self.begin(torch.empty(1, 0, dtype=torch.long, device="cpu"))
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         """Start from prompts `(B, L)` in the model's own tokens, padded on the left. They are forwarded by `read`."""
@@ -87,8 +87,8 @@ class Reader:
 
         What was read before the draft, the token that ended the round before, stays.
         """
-        counts = torch.tensor([count + self._lead for count in accepted])
-        columns = torch.tensor(self._places, dtype=torch.long) < counts[:, None]
+        counts = torch.tensor([count + self._lead for count in accepted], device="cpu")
+        columns = torch.tensor(self._places, dtype=torch.long, device="cpu") < counts[:, None]
         if self._columns:
             columns &= torch.cat(self._columns, dim=1)
         self.model.keep(columns)

@@ -330,7 +330,7 @@ class RoundRecorder:
         self.from_draft += [at < accepted for at in range(len(tokens))]
         self.masses += [piece.deferral_mass for piece in positions]
         if self.trace:
-            of_pieces = torch.tensor(tokens).split([len(piece.target_probs) for piece in positions])
+            of_pieces = torch.tensor(tokens, device="cpu").split([len(piece.target_probs) for piece in positions])
             self.traced += map(_Traced.of, positions, of_pieces)
 
     def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:

@@ -133,8 +133,8 @@ class VocabularyAlignment:
     ) -> None:
         self._base, self._proxy = _Tokens(base_tokenizer), _Tokens(proxy_tokenizer)
         pairs = self._match(same or {})
-        self.base_ids = torch.tensor(list(pairs), dtype=torch.long)
-        self.proxy_ids = torch.tensor(list(pairs.values()), dtype=torch.long)
+        self.base_ids = torch.tensor(list(pairs), dtype=torch.long, device="cpu")
+        self.proxy_ids = torch.tensor(list(pairs.values()), dtype=torch.long, device="cpu")
         self._proxy_of = pairs
         candidates = (proxy_tokenizer.pad_token_id, proxy_tokenizer.eos_token_id, 0)
         self._stand_in = next(i for i in candidates if i is not None)
