@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor, align_vocabularies
 
 FALSE_ALARM = 1e-6
-P_VALUES = 48
+P_VALUES = 56
 THRESHOLD = FALSE_ALARM / P_VALUES
 
 SIZE = 4  # the base's vocabulary
@@ -86,6 +86,20 @@ def two_adapters(model: PreTrainedModel) -> PeftModel:
     return adapted
 
 
+def with_activated_adapter(model: PreTrainedModel, prompt: Text) -> PeftModel:
+    """Activated by two tokens inside the prompt."""
+    torch.manual_seed(5)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=16,
+        init_lora_weights=False,
+        target_modules="all-linear",
+        alora_invocation_tokens=list(prompt[2:4]),
+    )
+    return get_peft_model(model, config).eval()
+
+
 KINDS: dict[str, Callable[[PreTrainedModel], PreTrainedModel | PeftModel]] = {
     "model": lambda model: model,
     "LoRA": with_adapter,
@@ -93,6 +107,7 @@ KINDS: dict[str, Callable[[PreTrainedModel], PreTrainedModel | PeftModel]] = {
     "LoRA, second of two": two_adapters,
     "LoRA, implicit reward": with_adapter,
     "LoRA, base too": with_adapter,
+    "LoRA, activated": lambda model: model,  # see `pair`
 }
 
 
@@ -101,13 +116,16 @@ def pair(kind: str, vocabulary: str) -> tuple[PreTrainedModel | PeftModel, PreTr
     base = tiny_model("llama", vocabulary=SIZE, hidden=8, seed=8)
     if kind == "LoRA, base too":
         base = with_adapter(base, seed=7)
-    proxy = tiny_model("qwen3", vocabulary=VOCABULARIES[vocabulary].proxy_size, hidden=8, seed=110)
+    words = VOCABULARIES[vocabulary]
+    proxy = tiny_model("qwen3", vocabulary=words.proxy_size, hidden=8, seed=110)
+    if kind == "LoRA, activated":
+        return base, with_activated_adapter(proxy, words.prompt)
     return base, KINDS[kind](proxy)
 
 
-def logits_after(model: PreTrainedModel | PeftModel, ids: Text) -> np.ndarray:
+def logits_after(model: PreTrainedModel | PeftModel, ids: Text, **kwargs: Any) -> np.ndarray:
     with torch.no_grad():
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].double().numpy()
+        return model(input_ids=torch.tensor([ids]), use_cache=False, **kwargs).logits[0, -1].double().numpy()
 
 
 @cache
@@ -120,8 +138,10 @@ def laws(kind: str, vocabulary: str) -> dict[str, exact_law.Law]:
     def distributions(prefix: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         text = words.prompt + tuple(piece for token in prefix for piece in words.reads[token])
 
+        offsets = {"alora_offsets": [len(text) - 2]} if kind == "LoRA, activated" else {}
+
         def said(model: PreTrainedModel | PeftModel) -> np.ndarray:
-            logits = logits_after(model, text)
+            logits = logits_after(model, text, **offsets)
             return exact_law.softmax(np.array([-np.inf if i is None else logits[i] for i in words.says]))
 
         p, q, q0 = exact_law.softmax(logits_after(base, PROMPT + prefix)), said(proxy), np.ones(SIZE)

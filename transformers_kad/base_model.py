@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from peft.tuners.shadow.layers import ShadowCache
 from transformers import Cache, PreTrainedModel
 
-from .cache import can_crop
+from .adapters import activated, columns_since, prompt_activation
+from .cache import can_crop, record_past
 from .proxy import CachedModel, describe
 
 
@@ -48,6 +50,7 @@ class PreparedBase(CachedModel):
         self._shift: torch.Tensor | None = None
         self._kwargs = model_kwargs
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self._inactive = prompt_activation(model, mask)
         if self._given_positions is not None:  # a row's next position, less the number of its tokens
             self._shift = self._given_positions[..., -1:] - mask.sum(dim=-1, keepdim=True) + 1
         cache.activate_past_recording()
@@ -72,11 +75,18 @@ class PreparedBase(CachedModel):
 
     def select(self, rows: list[int]) -> None:
         """See `CachedModel.select`."""
+        assert self._ids is not None
+        for name, value in self._kwargs.items():  # such as `encoder_hidden_states`
+            if torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self._ids):
+                self._kwargs[name] = value[rows]
         super().select(rows)
         for name in ("_given_positions", "_shift", "_token_types"):
             value = getattr(self, name)
             if value is not None and value.shape[-2] > 1:
                 setattr(self, name, value[..., rows, :])
+
+    def _activate(self, prompt: torch.Tensor, mask: torch.Tensor) -> None:
+        """See `CachedModel._activate`; peft looked for the invocation when the call began."""
 
     def _align(self, input_ids: torch.Tensor, mask: torch.Tensor, *, upto: int, continues: bool) -> None:
         # The cache that came with the call holds a beginning of its text, by `generate`'s contract.
@@ -90,7 +100,14 @@ class PreparedBase(CachedModel):
             given = self._of_prompt(self._token_types, mask, new)
             last = self._token_types[..., -1:].expand(*given.shape[:-1], new - given.shape[-1])
             further["token_type_ids"] = torch.cat([given, last], dim=-1)
-        return self.model(**self._inputs(ids, mask, new, keep, **further), return_dict=True).logits
+        inputs = self._inputs(ids, mask, new, keep, **further)
+        with activated(self.model, None if self._inactive is None else columns_since(self._inactive, mask)):
+            output = self.model(**inputs, return_dict=True)
+        cache = getattr(output, "past_key_values", None)
+        if isinstance(cache, ShadowCache) and cache is not self._cache:  # the call's cache and the adapter's beside it
+            record_past(cache)
+            self._cache = self._kwargs["past_key_values"] = cache
+        return output.logits
 
     def _is_first_forward(self) -> bool:
         return self.forwards == 0

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from .adapters import why_not_compilable
 from .proxy import CachedModel, describe
 
 # Capacities are multiples of this, so that texts of about the same length share a cache, and with it the code.
@@ -36,6 +37,13 @@ class CompiledModel(CachedModel):
         self._static: StaticCache | None = None
         self._on_cuda = model.device.type == "cuda"
         self._compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if self._on_cuda else None)
+
+    def refresh(self) -> None:
+        """See `CachedModel.refresh`."""
+        super().refresh()
+        reason = why_not_compilable(self.model)
+        if reason is not None:
+            raise ValueError(f"The {self.role} {describe(self.model)} {reason}: leave out `compile`.")
 
     def reserve(self, tokens: int) -> None:
         """Make room for a text of so many tokens. A larger cache than before is compiled for anew."""

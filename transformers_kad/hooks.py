@@ -31,6 +31,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
+from .adapters import check_speculative_base, remove_injections
 from .generation import kad_generate
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
@@ -200,7 +201,11 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         bound = signature.bind(self, *args, **kwargs).arguments
         bound.pop("self")
         extra = bound.pop("kwargs", {})
-        return _generate_with_kad(original, self, found[0], {**bound, **extra})
+        try:
+            return _generate_with_kad(original, self, found[0], {**bound, **extra})
+        except BaseException:
+            remove_injections(self)
+            raise
 
     generate.__kad_original__ = original  # type: ignore[attr-defined]
     return generate
@@ -348,6 +353,7 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
                 f"combined with: leave out `{name}`, or `assistant_model` (or `custom_generate`)."
             )
     sequences = (1 if ids is None else ids.shape[0]) * settings.get("num_return_sequences", 1)
+    check_speculative_base(model, sequences)
     if sequences > 1 and settings.arguments.get("streamer") is not None:
         raise ValueError(f"A streamer shows one sequence, got {sequences}. Leave out `streamer`.")
     if settings.get("synced_gpus"):

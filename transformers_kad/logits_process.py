@@ -17,7 +17,7 @@ from .configuration import KADConfig, check_drafter, check_settings
 from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
 from .lazy import ForcedRows, draw_again, draw_from_base, force
-from .proxy import CachedModel, describe, is_unusable, unusable_logits_error
+from .proxy import CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
 from .reader import Reader, tempered
 from .statistics import KADStatistics, KADTrace, StepRecorder
 from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
@@ -414,7 +414,12 @@ class KADLogitsProcessor(LogitsProcessor):
             return _Text(input_ids)
         before, self._last_shape = self._last_shape, (len(input_ids), input_ids.shape[1])
         longer = before is not None and before[0] == len(input_ids) and before[1] < input_ids.shape[1]
-        return _Text(*call.proxy_text(input_ids), call.rows_stay and longer, call.chunk_size)
+        return _Text(
+            *call.proxy_text(input_ids),
+            continues=call.rows_stay and longer,
+            chunk_size=call.chunk_size,
+            prompt_length=call.prompt_length if call.proxy_prompt is None else call.proxy_prompt[0].shape[1],
+        )
 
     def _settle(self, text: "_Text") -> None:
         for cached in self._cached:
@@ -444,6 +449,7 @@ class KADLogitsProcessor(LogitsProcessor):
         if reference is not None:
             return CachedModel(_checked(reference, "reference"), "reference")
         if isinstance(self.proxy, PeftModel):
+            check_adapters(self.proxy, "reference", without_adapter=True)
             return CachedModel(self.proxy, "reference", without_adapter=True)
         raise ValueError(
             f"{self.rule!r} needs the proxy before alignment: pass `reference=`, or a `PeftModel` as proxy, whose "
@@ -458,10 +464,17 @@ class _Text(NamedTuple):
     mask: torch.Tensor | None = None
     continues: bool = False
     chunk_size: int | None = None
+    prompt_length: int | None = None
 
     def logits(self, model: CachedModel) -> torch.Tensor:
         """For the token that follows, in the model's own vocabulary: `(rows, V')`."""
-        return model.logits(self.ids, self.mask, continues=self.continues, chunk_size=self.chunk_size)[:, -1]
+        return model.logits(
+            self.ids,
+            self.mask,
+            continues=self.continues,
+            chunk_size=self.chunk_size,
+            prompt_length=self.prompt_length,
+        )[:, -1]
 
 
 def _resolve_rule(rule: Rule | str, parameters: dict[str, Any]) -> Rule:
@@ -516,9 +529,5 @@ def _checked(model: PreTrainedModel, role: str) -> PreTrainedModel:
         raise TypeError(f"`{role}` must be a causal LM, which has a head and `generate`, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only {role}, got the encoder-decoder model {describe(model)}.")
-    if isinstance(model, PeftModel) and any(c.is_prompt_learning for c in model.peft_config.values()):
-        raise ValueError(
-            f"The {role} {describe(model)} has a prompt-learning adapter, whose virtual tokens do not fit the text; "
-            "use an adapter that changes weights, such as LoRA."
-        )
+    check_adapters(model, role)
     return model

@@ -6,16 +6,21 @@ refused, beams that are reordered, and chats that continue in a later call.
 """
 
 import inspect
-from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from .cache import can_crop, can_have_holes, gather_columns, trim
+from .adapters import (
+    columns_since,
+    first_difference,
+    forward_without_adapter,
+    tokens_before_activation,
+    why_not_before_alignment,
+    why_not_followable,
+)
+from .cache import can_crop, can_have_holes, gather_columns, layers_of, record_past, trim
 from .fingerprint import fingerprint
 
 # A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
@@ -60,6 +65,7 @@ class CachedModel:
         config = model.config.get_text_config(decoder=True)
         candidates = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
         self._stand_in = next((i for i in candidates if isinstance(i, int) and 0 <= i < self._readable), 0)
+        self._inactive: torch.Tensor | None = None  # (B,): tokens before the activated LoRA of each row
         self._now: Hashable = None
         self.reset()
 
@@ -77,12 +83,13 @@ class CachedModel:
         """Before a call: drop the cache if the model changed since it was filled, see `fingerprint`.
 
         Raises:
-            ValueError: the model is in training mode.
+            ValueError: the model is in training mode, or its adapters can't serve (any longer).
         """
         if self.model.training:
             raise ValueError(
                 f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
             )
+        check_adapters(self.model, self.role, without_adapter=self.without_adapter)
         self._now = fingerprint(self.model)
         if self._cache is not None and self._now != self._state:
             self.reset()
@@ -151,6 +158,8 @@ class CachedModel:
 
     def select(self, rows: list[int]) -> None:
         """Keep only some rows, in this order."""
+        if self._inactive is not None:
+            self._inactive = self._inactive[rows]
         if self._ids is None or self._mask is None:
             return
         index = torch.tensor(rows, device=self._ids.device)
@@ -197,6 +206,7 @@ class CachedModel:
         keep: int = 1,
         continues: bool = False,
         chunk_size: int | None = None,
+        prompt_length: int | None = None,
     ) -> torch.Tensor:
         """The model's logits at the last `keep` positions of each text, shape `(B, keep, V)`, on its device.
 
@@ -207,6 +217,8 @@ class CachedModel:
             continues: promise that the texts continue those of the last call, row by row, apart from tokens
                 at their end that were taken back. Nothing is compared then.
             chunk_size: forward at most so many tokens at a time.
+            prompt_length: of the L columns, how many are the prompt, in which an activated LoRA (aLoRA) looks for its
+                invocation tokens; all by default.
 
         Afterwards `parents[b]` is the row of the last call that row b continues; None means row b.
 
@@ -226,6 +238,7 @@ class CachedModel:
             mask = (attention_mask != 0).to(mask)  # a mask may be of any type
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
+            self._activate(self._legible(input_ids[:, :prompt_length]), mask)
             self._note_padding(attention_mask)
             return self._forward(input_ids, mask, keep, chunk_size)
         except BaseException:
@@ -244,13 +257,29 @@ class CachedModel:
         if common < self.cached_length:
             self.settle(common)
         if common <= 0 or self._cache is None:
-            self.reset()
-            self._state = fingerprint(self.model) if self._now is None else self._now
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self.reset()
+        self._state = fingerprint(self.model) if self._now is None else self._now
+
+    def _activate(self, prompt: torch.Tensor, mask: torch.Tensor) -> None:
+        """Find where the prompts `(B, L)` of the texts `(B, S)` activate an aLoRA; drop what was read otherwise."""
+        if self.without_adapter:
+            return
+        before, prompt_mask = self._inactive, mask[:, : prompt.shape[1]]
+        self._inactive = tokens_before_activation(self.model, prompt, prompt_mask)
+        if self._cache is not None and self._inactive is not None and before is not None:
+            common = first_difference(self._inactive, before, mask)
+            if common < self.cached_length:
+                self.settle(common)
+            if self.cached_length == 0:
+                self._begin_anew()
 
     def _match_rows(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
         """Give every text the cached row that shares its longest prefix; return the shortest of these."""
         assert self._cache is not None and self._ids is not None and self._mask is not None
-        if not all(hasattr(layer, "batch_select_indices") for layer in self._cache.layers):
+        if not all(hasattr(layer, "batch_select_indices") for layer in layers_of(self._cache)):
             return 0  # linear attention has one state for the whole text
         width, rows = min(self.cached_length, input_ids.shape[1]), len(self._ids)
         cached = 2 * self._ids[:, :width] + self._mask[:, :width]
@@ -267,6 +296,7 @@ class CachedModel:
         if common > 0 and parents.tolist() != list(range(rows)):
             self._cache.batch_select_indices(parents)
             self._ids, self._mask = self._ids[parents], self._mask[parents]
+            self._inactive = None if self._inactive is None else self._inactive[parents]
             self.parents = parents.tolist()
         return common
 
@@ -297,8 +327,9 @@ class CachedModel:
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
         """One forward over the last `new` columns, `(B, S)` all in all; the logits of the last `keep` are needed."""
         inputs = self._inputs(ids, mask, new, keep, past_key_values=self._cache, use_cache=True)
-        with self._adapter_state():
-            output = self.model(**inputs)
+        if self._inactive is not None:
+            inputs["alora_offsets"] = columns_since(self._inactive, mask).tolist()
+        output = forward_without_adapter(self.model, **inputs) if self.without_adapter else self.model(**inputs)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
             raise ValueError(
@@ -307,7 +338,7 @@ class CachedModel:
             )
         if self._cache is None:
             # Only now: a prefill that records its past keeps states that sliding windows could drop.
-            cache.activate_past_recording()
+            record_past(cache)
         self._cache = cache
         if self._padded:
             self._check_holes(mask, cache)
@@ -348,7 +379,7 @@ class CachedModel:
 
     def _check_holes(self, mask: torch.Tensor, cache: Cache) -> None:
         """A sliding window counts columns, so what is masked between tokens would push tokens out of it."""
-        windows = [layer.sliding_window for layer in cache.layers if getattr(layer, "is_sliding", False)]
+        windows = [layer.sliding_window for layer in layers_of(cache) if getattr(layer, "is_sliding", False)]
         if windows and mask.shape[1] > min(windows) and bool((mask[:, 1:] < mask[:, :-1]).any()):
             raise ValueError(
                 f"The {self.role} {describe(self.model)} has a sliding window of {min(windows)} tokens, and this text "
@@ -357,31 +388,18 @@ class CachedModel:
                 "mask."
             )
 
-    def _adapter_state(self) -> AbstractContextManager[None]:
-        return adapter_off(self.model) if self.without_adapter else nullcontext()
 
-
-@contextmanager
-def adapter_off(model: PreTrainedModel) -> Iterator[None]:
-    """A `PeftModel` without its adapter for the time of the block.
-
-    As `model.disable_adapter()`, which takes longer than the forward of a small model: it surveys the state of all
-    adapters, and sets gradients, on every entry and exit.
-    """
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    layers = [module for module in model.modules() if isinstance(module, kinds)]
-    if not layers:
-        with model.disable_adapter():
-            yield
-        return
-    active = [layer for layer in layers if not layer.disable_adapters]
-    for layer in active:
-        layer._disable_adapters = True
-    try:
-        yield
-    finally:
-        for layer in active:
-            layer._disable_adapters = False
+def check_adapters(model: PreTrainedModel, role: str, *, without_adapter: bool = False) -> None:
+    """Raise `ValueError` unless a model with its adapters can serve beside the base, or as it was before alignment."""
+    reason = why_not_followable(model)
+    if reason is not None:
+        raise ValueError(f"The {role} {describe(model)} {reason}; use an adapter that changes weights, such as LoRA.")
+    reason = why_not_before_alignment(model) if without_adapter else None
+    if reason is not None:
+        raise ValueError(
+            f"{describe(model)} with its adapter switched off is not the proxy before alignment: {reason}. Pass that "
+            "model as `reference=`."
+        )
 
 
 def context_length(model: PreTrainedModel) -> int | None:

@@ -68,13 +68,16 @@ class Reader:
             logits = self.model.advance(ids, mask, keep=keep_columns)
         else:
             text, text_mask = self._prompt
+            prompt_length = text.shape[1]
             if ids is not None:
                 if mask is not None or text_mask is not None:
                     mask = torch.ones_like(ids) if mask is None else mask
                     text_mask = torch.ones_like(text) if text_mask is None else text_mask
                     text_mask = torch.cat([text_mask, mask.to(text_mask)], dim=-1)
                 text = torch.cat([text, ids.to(text)], dim=-1)
-            logits = self.model.logits(text, text_mask, keep=keep_columns, chunk_size=self.chunk_size)
+            logits = self.model.logits(
+                text, text_mask, keep=keep_columns, chunk_size=self.chunk_size, prompt_length=prompt_length
+            )
             self._prompt = None
         if keep_columns > len(ends):
             logits = logits[:, [end - ends[0] for end in ends]]
