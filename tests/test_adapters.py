@@ -257,6 +257,45 @@ def test_a_mixture_of_adapters_on_the_disk_is_refused(tmp_path) -> None:
         KADLogitsProcessor(get_peft_model(below, config).eval())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
+def test_texts_that_change_at_will_behind_a_cache(name: str, architecture: str) -> None:
+    """A walk of growing, shrinking, reordered and other texts, in which the invocation comes, moves and goes."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_model(architecture, seed=3), kind.config(task_type="CAUSAL_LM", **kind.settings)
+    ).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    cached, ids, reused, found = CachedModel(model), invoking_ids(2, 12), 0, set()
+    for step in range(60):
+        move = int(torch.randint(0, 5, (), generator=generator))
+        if move == 0:
+            ids = torch.cat([ids, random_ids(len(ids), 1 + step % 4, seed=step)], dim=1)
+        elif move == 1:
+            ids = ids[:, : max(6, ids.shape[1] - 3)]
+        elif move == 2:
+            ids = ids[torch.randint(0, len(ids), (1 + step % 3,), generator=generator)]
+        elif move == 3:  # invoked once more in some rows, or at another place
+            place = int(torch.randint(0, ids.shape[1] - 1, (), generator=generator))
+            ids = ids.clone()
+            ids[:: 1 + step % 2, place : place + 2] = torch.tensor(INVOCATION)
+        else:
+            ids = invoking_ids(1 + step % 3, 10, seed=step, at=step % 5)
+        keep, before = 1 + step % 3, cached.cached_length
+        got = cached.logits(ids, keep=keep)
+        torch.testing.assert_close(got, plain(model, ids, keep), atol=5e-4, rtol=5e-4)
+        reused += before > 0
+        found |= set() if cached._inactive is None else set(cached._inactive.tolist())
+        cached.settle(ids.shape[1] - step % 2)
+    assert reused > 20
+    assert len(found) > 5 or name == "SHADOW"
+
+
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": 0}
 ENDS = list(range(11, 17))
 
@@ -302,13 +341,13 @@ def padded_prompts() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("speculative", [False, True])
-def test_an_activated_lora_as_proxy(speculative: bool, chunk: int | None) -> None:
+@pytest.mark.parametrize("drafter", [None, "proxy", "prompt_lookup"])
+def test_an_activated_lora_as_proxy(drafter: str | None, chunk: int | None) -> None:
     """A padded batch, then a chat that continues its first text, invoked once more, on both paths."""
     proxy, base, rule = adapted("activated LoRA"), tiny_model(seed=1), DualDeferral(0.6)
-    kad = KADLogitsProcessor(proxy, rule)
+    kad = KADLogitsProcessor(proxy, rule, drafter=drafter or "proxy")
     settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS, "prefill_chunk_size": chunk}
-    if speculative:
+    if drafter is not None:
         settings["assistant_model"] = proxy
     ids, mask = padded_prompts()
     texts = generated(base.generate(input_ids=ids, attention_mask=mask, **settings), 12)
@@ -322,6 +361,25 @@ def test_an_activated_lora_as_proxy(speculative: bool, chunk: int | None) -> Non
         answer = base.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
         assert generated(answer, len(text))[0] == greedy_by_hand(base, proxy, torch.tensor(text), rule)
         text = answer[0].tolist()
+
+
+def test_an_activated_lora_with_beams() -> None:
+    """Beams take one another's place: the same texts as with a proxy that reads every text from its beginning."""
+    proxy, base = adapted("activated LoRA"), tiny_model(seed=1)
+    ids, mask = padded_prompts()
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    settings = {**GREEDY, "logits_processor": [kad], "num_beams": 3, "input_ids": ids, "attention_mask": mask}
+    texts = base.generate(**settings)
+
+    forgetful = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    read = forgetful.cached_proxy.logits
+
+    def read_anew(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        forgetful.cached_proxy.reset()
+        return read(*arguments, **{**keywords, "continues": False})
+
+    forgetful.cached_proxy.logits = read_anew
+    assert torch.equal(base.generate(**{**settings, "logits_processor": [forgetful]}), texts)
 
 
 def test_an_activated_lora_by_hand_and_with_a_prompt_of_its_own() -> None:
