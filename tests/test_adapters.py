@@ -363,6 +363,15 @@ def test_an_activated_lora_as_proxy(drafter: str | None, chunk: int | None) -> N
         text = answer[0].tolist()
 
 
+def test_rows_that_change_places_take_their_activations_along() -> None:
+    """Each text shares six tokens with the other row's, but for where it is invoked last."""
+    model = adapted("activated LoRA")
+    cached = CachedModel(model)
+    cached.logits(torch.tensor([[20, *INVOCATION, 21, 22, 23, 24, 25], [30, *INVOCATION, 31, 32, 33, *INVOCATION]]))
+    texts = torch.tensor([[30, *INVOCATION, 31, 32, 33, 34, 35], [20, *INVOCATION, 21, 22, 23, *INVOCATION]])
+    torch.testing.assert_close(cached.logits(texts), plain(model, texts), atol=1e-4, rtol=1e-4)
+
+
 def test_an_activated_lora_with_beams() -> None:
     """Beams take one another's place: the same texts as with a proxy that reads every text from its beginning."""
     proxy, base = adapted("activated LoRA"), tiny_model(seed=1)

@@ -29,18 +29,18 @@ NOT_TOKEN_BY_TOKEN = {
 REWRITING_INITIALIZATIONS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # What peft hands to its layers by hooks during a call of `generate`, one value for each row of the batch.
 VALUES_BY_ROW = ("adapter_names", "task_ids")
+ADAPTED_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+ADAPTED_ATTENTION = (AdaptedAttention, AdaptedAttentionGPT)  # of adaption prompts, which are no such layers
 # Tokens before an activation that never comes.
 NEVER = torch.iinfo(torch.long).max
 
 
 def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """The configurations of all adapters in a model, by name, whether peft or transformers put them there."""
-    return {
-        name: config
-        for module in model.modules()
-        for name, config in (getattr(module, "peft_config", None) or {}).items()
-        if isinstance(config, PeftConfig)
-    }
+    # `vars`, since a module without the attribute would look for it through all that it wraps.
+    inside = [vars(module).get("peft_config") for module in model.modules()]
+    found = [configs for configs in (*inside, getattr(model, "peft_config", None)) if isinstance(configs, dict)]
+    return {name: config for configs in found for name, config in configs.items() if isinstance(config, PeftConfig)}
 
 
 def why_not_followable(model: nn.Module) -> str | None:
@@ -127,16 +127,16 @@ def forward_without_adapter(model: PeftModel, **inputs: Any) -> Any:
     places: list[tuple[dict[str, Any], str]] = []
     found: list[Any] = []
     off: list[Any] = []
-    for layer in _tuner_layers(model):
-        places.append((vars(layer), "_disable_adapters"))
-        found.append(layer.disable_adapters)
-        off.append(True)
-    for parent in model.modules():
-        for name, module in parent._modules.items():
-            if isinstance(module, AdaptedAttention | AdaptedAttentionGPT):  # stands in for the attention it holds
-                places.append((parent._modules, name))
-                found.append(module)
-                off.append(module.model)
+    for module in model.modules():
+        if isinstance(module, ADAPTED_LAYERS):
+            places.append((vars(module), "_disable_adapters"))
+            found.append(module.disable_adapters)
+            off.append(True)
+        for name, child in module._modules.items():
+            if isinstance(child, ADAPTED_ATTENTION):  # stands in for the attention that it holds
+                places.append((module._modules, name))
+                found.append(child)
+                off.append(child.model)
     # An interrupt can arrive anywhere, so also on the way out: what it stops the first time is done the second time.
     try:
         try:
@@ -154,7 +154,7 @@ def _put(places: list[tuple[dict[str, Any], str]], values: list[Any]) -> None:
 
 
 def _tuner_layers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return [module for module in model.modules() if isinstance(module, ADAPTED_LAYERS)]
 
 
 def tokens_before_activation(
