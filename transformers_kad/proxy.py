@@ -238,7 +238,7 @@ class CachedModel:
             mask = (attention_mask != 0).to(mask)  # a mask may be of any type
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
-            self._activate(self._legible(input_ids[:, :prompt_length]), mask)
+            self._activate(input_ids[:, :prompt_length], mask)
             self._note_padding(attention_mask)
             return self._forward(input_ids, mask, keep, chunk_size)
         except BaseException:
