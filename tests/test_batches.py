@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_generation import CountForwards, StopAfter
+from test_generation import CountForwards
 from test_other_tokenizer import TEXTS, make_kad
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
 from transformers import (
     LogitsProcessor,
     MaxTimeCriteria,
+    StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
 )
@@ -161,12 +162,23 @@ def test_stop_strings_end_every_row():
     assert all(text.rstrip()[-1] in ".=" for text in texts[1])
 
 
-def test_custom_criteria_are_asked_row_by_row_after_every_token(base, proxy):
+class StopAtToken(StoppingCriteria):
+    """Ends rows at a token, and notes every text that it was asked about."""
+
+    def __init__(self, token):
+        self.token, self.lengths = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return input_ids[:, -1] == self.token
+
+
+def test_custom_criteria_are_asked_about_all_rows_after_every_token(base, proxy):
     inputs, kad = padded(4), KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=4)
     settings = {"logits_processor": [kad], **GREEDY}
     free = base.generate(**inputs, **settings)[:, 12:].tolist()
     token = free[0][5]
-    stop = StopAfter(token)
+    stop = StopAtToken(token)
     ids = base.generate(
         **inputs,
         assistant_model=proxy,
@@ -175,7 +187,7 @@ def test_custom_criteria_are_asked_row_by_row_after_every_token(base, proxy):
     )[:, 12:].tolist()
     expected = [trimmed(row, [token]) for row in free]
     assert [row[: len(tokens)] for row, tokens in zip(ids, expected, strict=True)] == expected
-    assert sorted(stop.lengths) == sorted(13 + at for tokens in expected for at in range(len(tokens)))
+    assert stop.lengths == [13 + at for at in range(max(map(len, expected)))]
 
 
 @pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.4, "min_new_tokens": 3}])
@@ -226,18 +238,16 @@ def test_user_processors_before_and_after_in_a_batch(base, proxy):
     assert not torch.equal(drafted, base.generate(**padded(4), logits_processor=[kad], **GREEDY))
 
 
-def test_a_processor_with_a_state_of_the_whole_batch_is_refused(base, proxy):
-    kad = KADLogitsProcessor(proxy)
-    watermark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3], context_history_size=8)
-    with pytest.raises(ValueError, match=r"SynthIDText.* takes all rows of a batch together"):
-        base.generate(
-            **padded(2),
-            logits_processor=[kad],
-            assistant_model=proxy,
-            do_sample=True,
-            watermarking_config=watermark,
-            max_new_tokens=4,
-        )
+def test_a_watermark_with_a_state_of_the_whole_batch(base, proxy):
+    """It is called as token by token: once a step, with all rows. It leaves one token of each pair at a time."""
+    watermark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3], context_history_size=64)
+    processor = watermark.construct_processor(50, "cpu")
+    settings = {"logits_processor": [KADLogitsProcessor(proxy), processor], **GREEDY}
+    one_by_one = base.generate(**padded(3), **settings)
+    processor.state = None
+    drafted = base.generate(**padded(3), assistant_model=proxy, **settings)
+    assert torch.equal(one_by_one, drafted)
+    assert not torch.equal(drafted, base.generate(**padded(3), logits_processor=[KADLogitsProcessor(proxy)], **GREEDY))
 
 
 @pytest.mark.parametrize("role", ["base", "proxy"])

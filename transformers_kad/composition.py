@@ -25,6 +25,10 @@ from .deferral import (
     mix_and_mass,
 )
 
+# A score this far below the likeliest is a ban, in nats: its probability is 0 even in float64, whose smallest number
+# is exp(-744.4).
+BANNED_BELOW = 746.0
+
 # On the CPU a rule is applied to so many elements at a time that what it makes on the way stays in the cache.
 COMPOSED_AT_ONCE = 2**20
 
@@ -220,6 +224,22 @@ class Composition:
         return ids, probs.gather(-1, ids)
 
 
+def with_bans(scores: torch.Tensor) -> torch.Tensor:
+    """The base's scores `(..., V)`, before any temperature, with every ban at -inf.
+
+    A score is taken for a ban where it lies more than `BANNED_BELOW` = 746 nats under the likeliest of its row. There
+    a probability is 0 even in float64. The logits of models lie within a few hundred of each other, while -1e3, -1e4,
+    -1e9 and the smallest numbers of float16, bfloat16 and float32, which processors write in place of -inf, lie
+    beyond. `InfNanRemoveLogitsProcessor` (`remove_invalid_values=True`) is one of them: it turns every earlier -inf
+    into the smallest float32. A token that is only unlikely, such as one at -120, whose p is 0 in float32, is no ban.
+    p is the same with and without: it is 0 at a ban in either case.
+    """
+    line = scores.amax(-1, keepdim=True) - BANNED_BELOW
+    if not may_be_any(scores.amin(-1, keepdim=True) < line):
+        return scores
+    return scores.masked_fill(scores < line, -torch.inf)
+
+
 def compose(
     rule: Rule,
     base_logits: torch.Tensor,
@@ -228,8 +248,9 @@ def compose(
 ) -> Composition:
     """Apply a rule to logits `(rows, V)` of the models.
 
-    Ids at -inf in `base_logits` are banned: they are removed from q (and q0) as well, which are renormalised
-    before the rule. Where that leaves a row of q without any token, q is set to p.
+    Ids at -inf in `base_logits` are banned (:func:`with_bans` puts bans of other kinds there): they are removed
+    from q (and q0) as well, which are renormalised before the rule. Where that leaves a row of q without any token,
+    q is set to p.
     """
     rows, vocabulary = base_logits.shape
     at_once = max(COMPOSED_AT_ONCE // vocabulary, 1) if base_logits.device.type == "cpu" else rows

@@ -1,5 +1,6 @@
 """kad_generate: the one decoding loop that drafts with the proxy and verifies with the base."""
 
+import functools
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import (
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
@@ -46,10 +48,16 @@ def kad_generate(
     `num_assistant_tokens + 1` times. Every row accepts its own number of tokens, and rows that are finished leave the
     batch. The device is waited for once a round, more often only for processors that must be called one by one.
 
-    Processors before KAD in the list see the base's scores, those after it see log r, one row and position at a time
-    with the text that leads to it. A processor of the user's, or one of transformers that keeps a state, is called
-    once per emitted token, in order. The rest are functions of text and scores, and are called for the whole draft
-    at once. Stopping criteria are asked after every token, row by row.
+    Processors before KAD in the list see the base's scores, those after it see log r, with the text that leads to the
+    position. A processor of the user's, or one of transformers that keeps a state, is called once per emitted token,
+    in order, and only after the stopping criteria let the text go on. The rest are functions of text and scores, and
+    are called for the whole draft at once. Stopping criteria are asked after every token.
+
+    In a batch, transformers' own processors and criteria are called for each row by itself. One of the user's may keep
+    a state of every row, or count its calls. With one of those in the call the rows go *in step*: they all end a round
+    where the first of them ends it, and the processor or criterion is called as `generate` calls it token by token,
+    once a step, with all rows, those that are finished filled up with the padding token. That is exact as well, and
+    takes more rounds.
 
     Returns:
         The sequences `(B, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
@@ -60,7 +68,8 @@ def kad_generate(
 
     Raises:
         ValueError: no KAD processor in `logits_processor`, a cache that can't be rolled back, or for a batch
-            not row by row, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
+            not row by row, outputs that this loop does not collect, logits that are NaN, +inf or all -inf, or scores
+            from which no token can be chosen after the processors behind KAD.
     """
     at = _place_of_kad(logits_processor)
     kad = logits_processor[at].kad
@@ -73,10 +82,12 @@ def kad_generate(
     processing = Processing(
         LogitsProcessorList(logits_processor[:at]), LogitsProcessorList(logits_processor[at + 1 :]), len(input_ids)
     )
-    criteria = _Criteria(stopping_criteria, call.eos_token_ids)
+    criteria = _Criteria(stopping_criteria, call.eos_token_ids, len(input_ids))
     output = _Output(call.pad_token_id, generation_config, streamer)
     recorders = call.recorder.begin(len(input_ids))
     rows = [_Row(text, recorder) for text, recorder in zip(input_ids.split(1), recorders, strict=True)]
+    texts_of = _InStep if processing.together or criteria.together else _RowByRow
+    texts = texts_of(rows, criteria, output)
     automatic = DraftLength(bonus_at_once=not generator.looks) if kad.num_assistant_tokens == "auto" else None
 
     forwards_before = base.model.forwards
@@ -87,8 +98,8 @@ def kad_generate(
             generator.num_assistant_tokens = automatic.choose(len(active))
 
         # 1. The proxy drafts, the base reads the draft.
-        texts = [rows[row].text for row in active]
-        draft = generator.draft(last, [text.shape[1] for text in texts])
+        before = [rows[row].text for row in active]
+        draft = generator.draft(last, [text.shape[1] for text in before])
         new = draft.ids.to(input_ids.device)
         new = new if last is None else torch.cat([last, new], dim=-1)
         drafted = draft.ids.shape[1]
@@ -99,19 +110,19 @@ def kad_generate(
             kad,
             processing,
             active,
-            texts,
+            before,
             draft,
             base_logits,
             reference_logits,
+            whole_batch=texts.whole_batch,
+            in_step=texts.in_step,
             do_sample=generation_config.do_sample,
             with_chances=automatic is not None,
         )
 
         # 2. What is accepted, and the token after it, until a criterion ends the row in the middle of the round.
-        emitted = [
-            rows[row].emit(place, tokens, window, criteria, output)
-            for place, (row, tokens) in enumerate(zip(active, window.decide(generator), strict=True))
-        ]
+        window.decide(generator, functools.partial(texts.emit, window))
+        emitted = [rows[row].end_round(place, window) for place, row in enumerate(active)]
         call.base_forwards = base.model.forwards - forwards_before
 
         # 3. All caches forget the refused tokens. The last token of each row is read in the next round.
@@ -212,24 +223,97 @@ class _Row:
     recorder: RoundRecorder
     scores: list[torch.Tensor] = field(default_factory=list)  # (V,) each
     logits: list[torch.Tensor] = field(default_factory=list)  # (V,) each
+    tokens: list[int] = field(default_factory=list)  # of the round
     finished: bool = False
 
-    def emit(self, place: int, tokens: list[int], window: Window, criteria: "_Criteria", output: "_Output") -> int:
-        """Emit a round's tokens one by one, until a criterion ends the text; row `place` of the window. How many."""
-        before, count = self.text.shape[1], 0
-        text = torch.cat([self.text, self.text.new_tensor([tokens])], dim=-1)
-        while count < len(tokens) and not self.finished:
-            output.note(self, window, place, count, tokens[count])
-            count += 1
-            self.finished = criteria.met(text[:, : before + count], self.scores, tokens[count - 1])
-        self.text = text[:, : before + count]
-        self.recorder.record(
-            window.lengths[place],
-            min(window.accepted[place], count),
-            tokens[:count],
-            window.positions(place, count),
-        )
-        return count
+    def end_round(self, place: int, window: Window) -> int:
+        """Record the round, the row being at a place of the window. How many tokens it emitted."""
+        tokens, self.tokens = self.tokens, []
+        accepted = min(window.accepted[place], len(tokens))
+        self.recorder.record(window.lengths[place], accepted, tokens, window.positions(place, len(tokens)))
+        return len(tokens)
+
+
+class _Texts:
+    """The sequences of a call, as they grow."""
+
+    in_step: bool
+
+    def __init__(self, rows: list[_Row], criteria: "_Criteria", output: "_Output") -> None:
+        self.rows, self.criteria, self.output = rows, criteria, output
+
+    def emit(self, window: Window, tokens: dict[int, list[int]]) -> list[int]:
+        """Emit tokens at places of the window until a criterion ends a row; the places of those that it does not."""
+        raise NotImplementedError
+
+    def whole_batch(self) -> torch.Tensor:
+        """All texts `(B, L)`, where they go in step."""
+        raise NotImplementedError
+
+    def _note(self, window: Window, place: int, token: int) -> _Row:
+        """A row emits a token."""
+        row = self.rows[window.rows[place]]
+        self.output.note(row, window, place, len(row.tokens), token)
+        row.tokens.append(token)
+        return row
+
+
+class _RowByRow(_Texts):
+    """Rows that grow by different numbers of tokens, each asked about by itself."""
+
+    in_step = False
+
+    def emit(self, window: Window, tokens: dict[int, list[int]]) -> list[int]:
+        """See `_Texts.emit`."""
+        for place, own in tokens.items():
+            row = self.rows[window.rows[place]]
+            length = row.text.shape[1]
+            text = torch.cat([row.text, row.text.new_tensor([own], dtype=torch.long)], dim=-1)
+            for token in own:
+                self._note(window, place, token)
+                length += 1
+                row.finished = self.criteria.met(text[:, :length], row.scores, token)
+                if row.finished:
+                    break
+            row.text = text[:, :length]
+        return [place for place in tokens if not self.rows[window.rows[place]].finished]
+
+
+class _InStep(_Texts):
+    """Rows that all grow by the same number of tokens, and are asked about together, as `generate` does it.
+
+    Finished rows are filled up with padding. A round emits no more tokens of a row than all rows that go on have.
+    """
+
+    in_step = True
+
+    def __init__(self, rows: list[_Row], criteria: "_Criteria", output: "_Output") -> None:
+        super().__init__(rows, criteria, output)
+        self._batch = torch.cat([row.text for row in rows])  # (B, L)
+        self._scores: list[torch.Tensor] = []  # (B, V) each
+
+    def whole_batch(self) -> torch.Tensor:
+        """See `_Texts.whole_batch`."""
+        return self._batch
+
+    def emit(self, window: Window, tokens: dict[int, list[int]]) -> list[int]:
+        """See `_Texts.emit`."""
+        going, at = list(tokens), 0
+        while going and all(len(tokens[place]) > at for place in going):
+            newest = self._batch.new_full((len(self.rows), 1), self.output.padding)
+            for place in going:
+                self._note(window, place, tokens[place][at])
+                newest[window.rows[place]] = tokens[place][at]
+            self._batch = torch.cat([self._batch, newest], dim=-1)
+            emitting = [self.rows[window.rows[place]] for place in going]
+            self._scores += self.output.step(self.rows, emitting)
+            ended = self.criteria.met_by_row(self._batch, self._scores)
+            for place, row in zip(going, emitting, strict=True):
+                row.text = self._batch[window.rows[place]][None]
+                row.finished = ended[window.rows[place]]
+            going = [place for place in going if not self.rows[window.rows[place]].finished]
+            at += 1
+        return going
 
 
 class _Output:
@@ -238,7 +322,7 @@ class _Output:
     def __init__(
         self, pad_token_id: int | None, generation_config: GenerationConfig, streamer: BaseStreamer | None
     ) -> None:
-        self._padding, self._streamer = pad_token_id or 0, streamer
+        self.padding, self._streamer = pad_token_id or 0, streamer
         self._dict = generation_config.return_dict_in_generate
         self._scores = self._dict and generation_config.output_scores
         self._logits = self._dict and generation_config.output_logits
@@ -257,7 +341,7 @@ class _Output:
         if self._streamer is not None:
             self._streamer.end()
         sequences = torch.nn.utils.rnn.pad_sequence(
-            [row.text[0] for row in rows], batch_first=True, padding_value=self._padding
+            [row.text[0] for row in rows], batch_first=True, padding_value=self.padding
         )
         if not self._dict:
             return sequences
@@ -268,12 +352,23 @@ class _Output:
             past_key_values=cache,
         )
 
+    def step(self, rows: list[_Row], emitting: list[_Row]) -> list[torch.Tensor]:
+        """The newest scores of all rows `(B, V)`, if scores are kept: nothing otherwise."""
+        if not self._scores:
+            return []
+        padding = self._scores_of_padding(emitting[0].scores[-1])
+        return [torch.stack([row.scores[-1] if any(row is e for e in emitting) else padding for row in rows])]
+
     def _steps(self, rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
         """Step by step the scores of all rows, `(B, V)` each; those of a finished row put all on the padding."""
-        padding = torch.full_like(rows[0][0], -torch.inf)
-        padding[self._padding] = 0.0
+        padding = self._scores_of_padding(rows[0][0])
         steps = max(map(len, rows))
         return tuple(torch.stack([row[at] if at < len(row) else padding for row in rows]) for at in range(steps))
+
+    def _scores_of_padding(self, like: torch.Tensor) -> torch.Tensor:
+        scores = torch.full_like(like, -torch.inf)
+        scores[self.padding] = 0.0
+        return scores
 
 
 def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
@@ -295,9 +390,15 @@ def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | 
 
 
 class _Criteria:
-    """Stopping criteria, asked after every token of a row."""
+    """Stopping criteria, asked after every token.
 
-    def __init__(self, criteria: StoppingCriteriaList, eos_token_ids: frozenset[int]) -> None:
+    Attributes:
+        together: one of them may tell the rows of a batch apart by their places in it, or count its calls.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, eos_token_ids: frozenset[int], rows: int) -> None:
+        self.together = rows > 1 and any(type(c).__module__ != StoppingCriteria.__module__ for c in criteria)
+        self._all = criteria
         # The two that every call has are answered without a tensor.
         self._max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
         self._eos_token_ids = eos_token_ids if any(type(c) is EosTokenCriteria for c in criteria) else frozenset()
@@ -310,3 +411,8 @@ class _Criteria:
             seen = tuple(step[None] for step in scores) or None
             stops.append(bool(self._rest(text, seen).all()))
         return any(stops)
+
+    def met_by_row(self, texts: torch.Tensor, scores: list[torch.Tensor]) -> list[bool]:
+        """Whether each of the texts `(B, L)` ends with its last token; scores `(B, V)` are those that are kept."""
+        ended: list[bool] = self._all(texts, tuple(scores) or None).tolist()
+        return ended

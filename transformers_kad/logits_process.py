@@ -12,7 +12,7 @@ from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
 from . import hooks
 from .compiled import CompiledModel
-from .composition import RULES, Rule, compose, make_rule, unknown_name_message
+from .composition import RULES, Rule, compose, make_rule, unknown_name_message, with_bans
 from .configuration import KADConfig, check_drafter, check_settings
 from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
@@ -32,8 +32,10 @@ class KADLogitsProcessor(LogitsProcessor):
         r_v = (1 - d_v) p_v + D q_v
 
     where p and q are softmax(logits / component_temperature) of the two models. Whatever `generate` itself
-    warps (`temperature`, `top_k`, `top_p`) comes after, on r. Ids at -inf in the scores that reach this
-    processor are removed from q as well.
+    warps (`temperature`, `top_k`, `top_p`) comes after, on r. Ids that are banned in the scores that reach this
+    processor are removed from q as well: those at -inf, and those more than 746 nats below the likeliest of their
+    row, where p is 0 even in float64 (other processors ban with -1e4, -1e9 or the smallest number of a dtype, and
+    `remove_invalid_values=True` turns -inf into one).
 
     Paper: Hammal, Zweigenbaum, Corro, "KAD: A Framework for Proxy-based Test-time Alignment with Knapsack
     Approximation Deferral", EACL 2026 (arXiv 2510.27017).
@@ -363,7 +365,7 @@ class KADLogitsProcessor(LogitsProcessor):
         proxy_logits = text.logits(self.cached_proxy)
         composition = compose(
             self.rule,
-            tempered(scores, self.component_temperature),
+            tempered(with_bans(scores), self.component_temperature),
             self._align_and_temper(proxy_logits, vocabulary),
             self._reference_logits(text, vocabulary),
         )
@@ -381,7 +383,7 @@ class KADLogitsProcessor(LogitsProcessor):
     def _draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores that force a token drawn from r. The proxy is asked where a row that goes on draws a deferred one."""
         assert isinstance(self.rule, DeferralRule)
-        base_logits = tempered(scores, self.component_temperature)
+        base_logits = tempered(with_bans(scores), self.component_temperature)
         drawn = draw_from_base(self.rule, base_logits)
         ended, replaced = (rows.to(scores.device) for rows in self._rows.follow(input_ids))
         asks, unusable, replaced_rows = torch.stack([drawn.deferred & ~ended, is_unusable(scores), replaced]).tolist()

@@ -1,7 +1,8 @@
 """One round of speculative decoding: from the models' logits to the tokens that every row emits."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -26,8 +27,8 @@ from transformers import (
 )
 
 from .candidate_generator import Draft, KADCandidateGenerator
-from .composition import Composition, compose
-from .proxy import is_unusable, unusable_logits_error
+from .composition import Composition, compose, with_bans
+from .proxy import UnusableLogitsError, is_unusable, unusable_logits_error
 from .reader import tempered
 from .verification import count_accepted, draw_next
 
@@ -39,7 +40,7 @@ _ONE_BY_ONE = (
 )
 
 # Those made for all rows of a batch together.
-_ONE_SEQUENCE = (
+_FOR_A_BATCH = (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
@@ -61,20 +62,29 @@ _WITHOUT_TEXT = (
 
 
 class Processing:
-    """The call's other processors, those before KAD and those after it; of each one for every row."""
+    """The call's other processors, those before KAD and those after it.
+
+    Attributes:
+        before, after: the processors, each as a list with one for every row of the batch.
+        together: one of them may tell the rows apart by their places in the batch, as one does that is not
+            transformers' own and may keep a state of every row. All are then called as `generate` calls them: once a
+            position, with the texts of all rows.
+        at_once: all are functions of text and scores, so that a whole draft can be processed at once.
+        reads_text: one of them looks at the text.
+    """
 
     def __init__(self, before: LogitsProcessorList, after: LogitsProcessorList, rows: int) -> None:
-        for processor in (*before, *after):
-            if rows > 1 and isinstance(processor, _ONE_SEQUENCE):
-                raise ValueError(
-                    f"{type(processor).__name__} takes all rows of a batch together, which grow by different numbers "
-                    "of tokens in speculative decoding. Leave out `assistant_model`, or generate one sequence at a "
-                    "time."
-                )
-        self.before = [[_for_row(processor, row, rows) for row in range(rows)] for processor in before]
-        self.after = [[_for_row(processor, row, rows) for row in range(rows)] for processor in after]
-        self.at_once = all(map(_is_stateless, (*before, *after)))
-        self.reads_text = any(type(processor) not in _WITHOUT_TEXT for processor in (*before, *after))
+        every = (*before, *after)
+        self.together = rows > 1 and not all(map(_is_of_rows, every))
+        self.before = [self._of_rows(processor, rows) for processor in before]
+        self.after = [self._of_rows(processor, rows) for processor in after]
+        self.at_once = not self.together and all(map(_is_stateless, every))
+        self.reads_text = any(type(processor) not in _WITHOUT_TEXT for processor in every)
+
+    def _of_rows(self, processor: LogitsProcessor, rows: int) -> list[LogitsProcessor]:
+        if self.together:
+            return [processor] * rows
+        return [_for_row(processor, row, rows) for row in range(rows)]
 
 
 def _for_row(processor: LogitsProcessor, row: int, rows: int) -> LogitsProcessor:
@@ -89,8 +99,16 @@ def _for_row(processor: LogitsProcessor, row: int, rows: int) -> LogitsProcessor
 
 def _is_stateless(processor: LogitsProcessor) -> bool:
     """Whether a processor is known to be a function of text and scores."""
-    own = type(processor).__module__ == LogitsProcessor.__module__
-    return own and not isinstance(processor, _ONE_BY_ONE)
+    return _is_own(processor) and not isinstance(processor, _ONE_BY_ONE)
+
+
+def _is_of_rows(processor: LogitsProcessor) -> bool:
+    """Whether what a processor does to one row of a batch is known to depend on that row alone, see `_for_row`."""
+    return _is_own(processor) and not isinstance(processor, _FOR_A_BATCH)
+
+
+def _is_own(processor: LogitsProcessor) -> bool:
+    return type(processor).__module__ == LogitsProcessor.__module__
 
 
 @dataclass(frozen=True)
@@ -100,7 +118,15 @@ class _Part:
     begin: int
     composition: Composition  # (B * n) rows
     log_target: torch.Tensor | None  # processed, (B, n, V); None where r was not processed
-    target_probs: torch.Tensor  # (B, n, V)
+    target_probs: torch.Tensor  # (B, n, V); what is drawn from, or for greedy decoding log_target itself
+
+
+class _Decided(NamedTuple):
+    """What was read from the device of some neighbouring positions."""
+
+    accepted: list[int]  # how many of their draft tokens, of every row
+    next_tokens: list[int]  # behind these; it means something where not all were accepted
+    faults: dict[int, tuple[int, UnusableLogitsError]]  # a row's first position without a distribution, if it has any
 
 
 class Window:
@@ -125,12 +151,15 @@ class Window:
         base_logits: torch.Tensor,
         reference_logits: torch.Tensor | None,
         *,
+        whole_batch: Callable[[], torch.Tensor],
+        in_step: bool,
         do_sample: bool,
         with_chances: bool,
     ) -> None:
         device = base_logits.device
         self.model, self.kad, self.processing, self.rows = model, kad, processing, rows
         self.base_logits, self.reference_logits = base_logits, reference_logits
+        self._whole_batch, self.in_step = whole_batch, in_step
         self.do_sample, self.with_chances = do_sample, with_chances
         self.draft_ids, self.draft_lengths = draft.ids.to(device), draft.lengths.to(device)
         self.draft_probs, self.proxy_logits = draft.probs.to(device), draft.proxy_logits.to(device)
@@ -142,17 +171,25 @@ class Window:
                 torch.cat([text, ids], dim=-1) for text, ids in zip(texts, self.draft_ids.split(1), strict=True)
             ]
         self._parts: list[_Part] = []
+        self._alive: list[int] = []  # the rows whose round goes on
 
-    def decide(self, generator: KADCandidateGenerator) -> list[list[int]]:
-        """The tokens that each row emits: what is accepted of its draft, and unless that ends the text, one more.
+    def decide(self, generator: KADCandidateGenerator, emit: Callable[[dict[int, list[int]]], Sequence[int]]) -> None:
+        """Settle which tokens each row emits: what is accepted of its draft, and one more.
 
         The bonus position, behind a draft that was accepted as a whole, may need one more forward of the proxy, which
-        is run if a row gets there.
+        is run if a row gets there. With `in_step` every row's round ends where the first of them ends it.
+
+        Args:
+            generator: drafted the tokens.
+            emit: takes the next tokens of some rows, as soon as they are known, and returns the rows that they do not
+                end. With `in_step` it emits no more of each than all those rows have.
+
+        Raises:
+            UnusableLogitsError: a row came to a position that has no distribution.
         """
-        rows, drafted = self.draft_ids.shape
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        self.accepted = [0] * rows
-        alive = list(range(rows))
+        drafted = self.draft_ids.shape[1]
+        self.accepted = [0] * len(self.draft_ids)
+        alive = list(range(len(self.draft_ids)))
         ready = self.proxy_logits.shape[1]
         ends = {ready, drafted + 1} - {0} if self.processing.at_once else range(1, drafted + 2)
         begin = 0
@@ -160,23 +197,28 @@ class Window:
             if end > ready:
                 bonus = generator.next_logits().to(self.proxy_logits.device)
                 self.proxy_logits = torch.cat([self.proxy_logits, bonus[:, None]], dim=1)
-            proxy_logits = self.proxy_logits[:, begin:end]
-            accepted, next_tokens = self._extend(begin, proxy_logits, alive)
-            still = []
+            self._alive = alive
+            decided = self._extend(begin, self.proxy_logits[:, begin:end])
+            tokens = {}
             for row in alive:
-                count = accepted[row]
-                tokens[row] += self._drafted[row][begin : begin + count]
+                count = decided.accepted[row]
                 self.accepted[row] += count
-                if count and tokens[row][-1] in self.kad.open_call.eos_token_ids:
-                    continue
-                if begin + count == end:
-                    still.append(row)
-                else:
-                    tokens[row].append(next_tokens[row])
-            alive, begin = still, end
+                tokens[row] = self._drafted[row][begin : begin + count]
+                if begin + count < end:
+                    tokens[row].append(decided.next_tokens[row])
+                if row in decided.faults:
+                    tokens[row] = tokens[row][: decided.faults[row][0]]
+            alive = list(emit(tokens))
+            emitted = {row: len(tokens[row]) for row in alive}
+            if self.in_step:
+                emitted = dict.fromkeys(alive, min(emitted.values(), default=0))
+            for row in alive:
+                if row in decided.faults and decided.faults[row][0] == emitted[row]:
+                    raise decided.faults[row][1]
+            whole = [row for row in alive if decided.accepted[row] == emitted[row] == end - begin]
+            alive, begin = [] if self.in_step and len(whole) < len(alive) else whole, end
             if not alive:
                 break
-        return tokens
 
     def positions(self, row: int, count: int) -> list[Composition]:
         """What the rule made of the first `count` positions of a row, in pieces."""
@@ -198,27 +240,26 @@ class Window:
     def _part(self, at: int) -> _Part:
         return next(part for part in reversed(self._parts) if part.begin <= at)
 
-    def _extend(self, begin: int, proxy_logits: torch.Tensor, alive: list[int]) -> tuple[list[int], list[int]]:
-        """Process the next n positions, given the proxy's logits there, `(B, n, V)`.
-
-        Returns how many of their draft tokens each row accepts and the token after these, which means something
-        where not all n are accepted.
-        """
+    def _extend(self, begin: int, proxy_logits: torch.Tensor) -> _Decided:
+        """Process the next n positions, given the proxy's logits there, `(B, n, V)`."""
         rows, count, _ = proxy_logits.shape
         part = slice(begin, begin + count)
         base_scores = self.base_logits[:, part]
         if self.processing.before:
-            base_scores = self._process(self.processing.before, begin, base_scores.clone(), alive)
+            base_scores = self._process(self.processing.before, begin, base_scores.clone())
         composition = compose(
             self.kad.rule,
-            tempered(base_scores.flatten(0, 1), self.kad.component_temperature),
+            tempered(with_bans(base_scores.flatten(0, 1)), self.kad.component_temperature),
             proxy_logits.flatten(0, 1),
             None if self.reference_logits is None else self.reference_logits[:, part].flatten(0, 1),
         )
         target_probs, log_target = composition.target_probs.view(rows, count, -1), None
+        unusable = [is_unusable(base_scores), is_unusable(proxy_logits)]
         if self.processing.after:
-            log_target = self._process(self.processing.after, begin, target_probs.log(), alive)
-            target_probs = log_target.softmax(-1)
+            log_target = self._process(self.processing.after, begin, target_probs.log())
+            # Greedy decoding takes the largest score as it is: +inf forces a token there.
+            target_probs = log_target.softmax(-1) if self.do_sample else log_target
+            unusable.append(~(target_probs.amax(-1) > -torch.inf))
         self._parts.append(_Part(begin, composition, log_target, target_probs))
 
         draft_probs, draft_ids = self.draft_probs[:, part], self.draft_ids[:, part]
@@ -227,7 +268,6 @@ class Window:
         next_tokens = draw_next(
             target_probs, draft_probs, accepted.clamp(max=count - 1), draft_lengths, do_sample=self.do_sample
         )
-        unusable = torch.stack([is_unusable(base_scores), is_unusable(proxy_logits)])
         chances = None
         if self.with_chances:
             proxy_probs = composition.proxy_probs.view_as(target_probs)
@@ -235,26 +275,38 @@ class Window:
                 chances = torch.minimum(proxy_probs, target_probs).sum(-1)
             else:
                 chances = (proxy_probs.argmax(-1) == target_probs.argmax(-1)).float()
-        return self._read(begin, accepted, next_tokens, unusable, chances, alive)
+        return self._read(begin, accepted, next_tokens, torch.stack(unusable), chances)
 
-    def _process(
-        self, processors: list[list[LogitsProcessor]], begin: int, scores: torch.Tensor, alive: list[int]
-    ) -> torch.Tensor:
-        """Run processors on scores `(B, n, V)` of the positions from `begin` on; dead rows may stay as they are."""
-        for of_row in processors:
-            if type(of_row[0]) in _WITHOUT_TEXT:
+    def _process(self, processors: list[list[LogitsProcessor]], begin: int, scores: torch.Tensor) -> torch.Tensor:
+        """Run processors on scores `(B, n, V)` of the positions from `begin` on."""
+        if self.processing.together:
+            return self._process_whole_batch([of_rows[0] for of_rows in processors], scores)
+        for of_rows in processors:
+            if type(of_rows[0]) in _WITHOUT_TEXT:
                 flat = scores.flatten(0, 1)
-                scores = of_row[0](flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+                scores = of_rows[0](flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
                 continue
             processed = list(scores)
-            for row in alive:
-                processor, text, length = of_row[self.rows[row]], self._texts[row], self._lengths[row] + begin
+            for row in self._alive:
+                processor, text, length = of_rows[self.rows[row]], self._texts[row], self._lengths[row] + begin
                 positions = [
                     processor(text[:, : length + at], position) for at, position in enumerate(scores[row].split(1))
                 ]
                 processed[row] = torch.cat(positions)
             scores = torch.stack(processed)
         return scores
+
+    def _process_whole_batch(self, processors: list[LogitsProcessor], scores: torch.Tensor) -> torch.Tensor:
+        """Run processors on scores `(B, 1, V)` of the position behind all texts, as `generate` does.
+
+        They see the rows that have left the batch too, with all scores 0.
+        """
+        texts = self._whole_batch()
+        of_all = scores.new_zeros(len(texts), scores.shape[-1])
+        of_all[self.rows] = scores[:, 0]
+        for processor in processors:
+            of_all = processor(texts, of_all)
+        return of_all[self.rows][:, None]
 
     def _read(
         self,
@@ -263,8 +315,7 @@ class Window:
         next_tokens: torch.Tensor,
         unusable: torch.Tensor,
         chances: torch.Tensor | None,
-        alive: list[int],
-    ) -> tuple[list[int], list[int]]:
+    ) -> _Decided:
         """Fetch from the device, at once, all that is to be known of some positions."""
         rows, drafted = self.draft_ids.shape
         asked = [accepted, next_tokens, unusable.flatten()]
@@ -278,15 +329,30 @@ class Window:
             return [int(next(values)) for _ in range(count)]
 
         counts, following = take(rows), take(rows)
-        flags = [[take(unusable.shape[2]) for _ in range(rows)] for _ in range(2)]
+        flags = [[take(unusable.shape[2]) for _ in range(rows)] for _ in range(len(unusable))]
         if begin == 0:
             self.lengths, self._drafted = take(rows), [take(drafted) for _ in range(rows)]
         if chances is not None:
             for noted in self.chances:
                 noted += [next(values) for _ in range(unusable.shape[2])]
-        for row in alive:
-            for (role, model), bad in zip((("base", self.model), ("proxy", self.kad.proxy)), flags, strict=True):
-                if any(bad[row][: counts[row] + 1]):
-                    position = self._lengths[row] + begin + bad[row].index(1)
-                    raise unusable_logits_error(role, model, position, self.rows[row])
-        return counts, following
+        faults = {}
+        for row in range(rows):
+            # Where a draft token is refused, what comes behind it is of no text.
+            bad = [any(at) for at in zip(*(of_source[row] for of_source in flags), strict=True)][: counts[row] + 1]
+            if True in bad:
+                first = bad.index(True)
+                source = next(number for number, of_source in enumerate(flags) if of_source[row][first])
+                faults[row] = first, self._fault(source, row, begin + first)
+        return _Decided(counts, following, faults)
+
+    def _fault(self, source: int, row: int, at: int) -> UnusableLogitsError:
+        """The error for a position of a row without a distribution: of the base, the proxy, or behind KAD."""
+        position, sequence = self._lengths[row] + at, self.rows[row]
+        if source < 2:
+            role, model = (("base", self.model), ("proxy", self.kad.proxy))[source]
+            return unusable_logits_error(role, model, position, sequence)
+        return UnusableLogitsError(
+            f"The scores for position {position} of sequence {sequence} are NaN, +inf or all -inf after the "
+            "processors behind KAD in `logits_processor`, so that no token can be chosen: one of them may have banned "
+            "every token that r leaves."
+        )
