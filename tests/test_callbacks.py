@@ -2,7 +2,9 @@
 
 import threading
 
+import exact_law
 import pytest
+import test_distribution
 import torch
 from lm_eval.models.utils_hf import MultiTokenEOSCriteria
 from test_batches import padded
@@ -14,7 +16,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad import DualDeferral, KADLogitsProcessor, window
 from transformers_kad.loading import load_model, load_tokenizer
 
 END = 40  # emitted by one of the greedy texts, late
@@ -375,3 +377,54 @@ def test_the_base_may_break_behind_the_end_of_a_text():
         settings = {"logits_processor": [make_kad(proxy)], "stopping_criteria": [StopAtToken([end])], **GREEDY}
         texts.append(base.generate(**padded(1), assistant_model=assistant, **settings)[0, BEGIN:].tolist())
     assert texts[0] == texts[1] == free[: free.index(end) + 1]
+
+
+# Going in step is exact
+
+
+def p_values_in_step(calls=600, rows=3, drafts=2, length=4):
+    """Of all texts, and of what two rows of a call say at their second and third tokens."""
+    chosen, setting = test_distribution.models(), test_distribution.Setting()
+    kad = test_distribution.make_kad(chosen, DualDeferral(0.4), setting, drafts)
+    prompt, texts, whole_drafts = torch.tensor([test_distribution.PROMPT]), [], 0
+    torch.manual_seed(5)
+    for _ in range(calls):
+        ids = chosen.base.generate(
+            prompt,
+            logits_processor=[kad],
+            assistant_model=chosen.proxy,
+            stopping_criteria=[StopAfterCalls(99)],
+            num_return_sequences=rows,
+            max_new_tokens=length,
+            **test_distribution.COMMON,
+        )
+        texts.append(ids[:, prompt.shape[1] :])
+        whole_drafts += sum(kad.statistics.acceptance_histogram[drafts:])
+    assert whole_drafts > calls / 10
+    law = setting.law(exact_law.dual(0.4), chosen, length)
+    alone = exact_law.marginal_law(law, [1, 2])
+    together = {(*a, *b): p * q for a, p in alone.items() for b, q in alone.items()}
+    pairs = [tuple(pair) for pair in torch.stack(texts)[:, :2, 1:3].flatten(1).tolist()]
+    every = [tuple(text) for text in torch.cat(texts).tolist()]
+    return [exact_law.chi_square_p_value(every, law), exact_law.chi_square_p_value(pairs, together)]
+
+
+@pytest.mark.slow
+def test_rows_in_step_are_drawn_from_the_law_each_by_itself():
+    """Two p-values, each below 5e-7 with that probability where the code is right."""
+    assert min(p_values_in_step()) > 5e-7
+
+
+@pytest.mark.slow
+def test_the_law_refuses_a_row_that_takes_the_residual_where_another_ends_the_round(monkeypatch):
+    """What a row emits where another refuses is its own accepted token."""
+    decide = window.Window._read
+
+    def residual_for_all(self, *arguments):
+        decided = decide(self, *arguments)
+        if self.in_step and min(decided.accepted) == 0:
+            return decided._replace(accepted=[0] * len(decided.accepted))
+        return decided
+
+    monkeypatch.setattr(window.Window, "_read", residual_for_all)
+    assert min(p_values_in_step()) < 5e-7
