@@ -272,7 +272,7 @@ class Seen(LogitsProcessor):
 
 class StopAtToken(StoppingCriteria):
     def __init__(self, tokens):
-        self.tokens = torch.tensor(tokens)
+        self.tokens = torch.tensor(tokens, dtype=torch.long)
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.isin(input_ids[:, -1], self.tokens)

@@ -19,19 +19,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    EosTokenCriteria,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
     PreTrainedModel,
+    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import BaseStreamer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import logging
 
 from .adapters import check_speculative_base, remove_injections
+from .ended_rows import EndedRows
 from .generation import kad_generate
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
@@ -58,6 +62,7 @@ class OpenCall:
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
         finished: the call returned, so that the caches are as it left them.
+        ended_rows: knows which rows have ended, token by token; None where that is not told row by row, as with beams.
     """
 
     recorder: StepRecorder | BatchRecorder
@@ -74,6 +79,7 @@ class OpenCall:
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
     finished: bool = False
+    ended_rows: EndedRows | None = None
     _spelled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]] | None = None
 
     def proxy_text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -116,20 +122,31 @@ class OpenCall:
             if self.beams > 1:  # all beams of a prompt start alike: its first stands for them
                 per_prompt = len(sequences) // self.batch_size
                 rows = [row // per_prompt * self.beams for row in rows]
-            # Finished rows are filled up: in beams always, else where there is an end of sequence.
-            padded = len(sequences) > 1 and (self.beams > 1 or bool(self.eos_token_ids))
-            lengths = [self._emitted(ids, padded) for ids in sequences[:, self.prompt_length :].tolist()]
+                lengths = self.recorder.beam_lengths(sequences, self.prompt_length, rows)
+            else:
+                lengths = self._lengths(sequences)
             statistics, trace = self.recorder.finish(sequences, self.prompt_length, lengths, rows)
         totals = add_up(statistics, base_forwards=self.base_forwards, proxy_forwards=proxy_forwards)
         return totals, trace
 
-    def _emitted(self, ids: list[int], padded: bool) -> int:
-        """How many tokens of a generated row count: up to its end of sequence, without the padding."""
+    def _lengths(self, sequences: torch.Tensor) -> list[int]:
+        """How many tokens each row emitted, of sequences `(B, L)`."""
+        longest = sequences.shape[1] - self.prompt_length
+        if len(sequences) == 1:
+            return [longest]
+        known = None if self.ended_rows is None else self.ended_rows.lengths
+        if known is not None and len(known) == len(sequences):
+            return [min(length - self.prompt_length, longest) for length in known.tolist()]
+        # A decoding method of the user's that does not ask the criteria as `generate` does.
+        return [self._emitted(ids) for ids in sequences[:, self.prompt_length :].tolist()]
+
+    def _emitted(self, ids: list[int]) -> int:
+        """How many tokens of a generated row seem to count: up to its end of sequence, or without the padding."""
+        length = len(ids)
         for index, token in enumerate(ids):
             if token in self.eos_token_ids:
                 return index + 1
-        length = len(ids)
-        while padded and length and ids[length - 1] == self.pad_token_id:
+        while self.eos_token_ids and length and ids[length - 1] == self.pad_token_id:
             length -= 1
         return length
 
@@ -219,7 +236,10 @@ def _generate_with_kad(
     _refuse(model, kad, settings, speculative)
     call = _describe_call(kad, settings, speculative)
     _warn_about_eos(kad, call)
-    arguments = _bind_loop(settings) if speculative else dict(arguments)
+    if speculative:
+        arguments = _bind_loop(settings)
+    else:
+        arguments = _watch_rows(settings, call) if call.beams == 1 else dict(arguments)
     arguments["logits_processor"] = LogitsProcessorList(
         StepProcessor(kad) if processor is kad else processor for processor in arguments["logits_processor"]
     )
@@ -261,6 +281,16 @@ class _Settings:
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return frozenset(_as_list(self.get("eos_token_id")))
+
+    @property
+    def ending_ids(self) -> frozenset[int]:
+        """The ids that end a text: an `EosTokenCriteria` of the user's takes the place of `generate`'s own."""
+        own = [criterion for criterion in self.stopping_criteria if type(criterion) is EosTokenCriteria]
+        return frozenset(end for criterion in own for end in _as_list(criterion.eos_token_id)) or self.eos_token_ids
+
+    @property
+    def stopping_criteria(self) -> list[StoppingCriteria]:
+        return list(self.arguments.get("stopping_criteria") or [])
 
     @property
     def pad_token_id(self) -> int | None:
@@ -442,7 +472,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
         batch_size=len(ids) if ids is not None else len(embeds) if embeds is not None else 1,
         beams=beams,
         attention_mask=settings.attention_mask(),
-        eos_token_ids=settings.eos_token_ids,
+        eos_token_ids=settings.ending_ids,
         pad_token_id=settings.pad_token_id,
         chunk_size=settings.get("prefill_chunk_size"),
         rows_stay=beams == 1 and settings.arguments.get("custom_generate") is None,
@@ -491,21 +521,41 @@ def _bind_loop(settings: _Settings) -> dict[str, Any]:
     A callable `custom_generate` loses the streamer and the tokenizer on the way: the first is bound to the loop,
     the second is used up here, for the stop strings.
     """
+    arguments = _with_stop_strings_as_criterion(settings)
+    for name in ("assistant_model", "assistant_tokenizer", "tokenizer"):
+        arguments.pop(name, None)
+    arguments["custom_generate"] = functools.partial(kad_generate, streamer=arguments.get("streamer"))
+    return arguments
+
+
+def _watch_rows(settings: _Settings, call: OpenCall) -> dict[str, Any]:
+    """The arguments of the same call token by token, with criteria by which the call learns which rows have ended."""
+    arguments = _with_stop_strings_as_criterion(settings)
+    criteria = list(arguments.get("stopping_criteria") or [])
+    # These take the place of `generate`'s own of the same type; by them, or the ids, all rows end alike.
+    kept = [c for c in criteria if isinstance(c, MaxLengthCriteria | MaxTimeCriteria) or type(c) is EosTokenCriteria]
+    asked = [c for c in criteria if all(c is not other for other in kept)]
+    fills_up = bool(call.eos_token_ids) or any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    call.ended_rows = EndedRows(asked, call.eos_token_ids, fills_up=fills_up)
+    arguments["stopping_criteria"] = StoppingCriteriaList([*kept, call.ended_rows])
+    return arguments
+
+
+def _with_stop_strings_as_criterion(settings: _Settings) -> dict[str, Any]:
+    """The arguments of the same call with its stop strings, if it has any, as one of the stopping criteria."""
     arguments = dict(settings.arguments)
-    arguments.pop("assistant_model", None)
-    arguments.pop("assistant_tokenizer", None)
-    tokenizer = arguments.pop("tokenizer", None)
-    streamer: BaseStreamer | None = arguments.get("streamer")
-    stop_strings = settings.get("stop_strings")
-    if stop_strings is not None:
-        if tokenizer is None:
-            raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer` argument of generate as well.")
-        criteria = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
-        arguments["stopping_criteria"] = StoppingCriteriaList([criteria, *(arguments.get("stopping_criteria") or [])])
-        if settings.config is not None:
-            arguments["generation_config"] = copy.deepcopy(settings.config)
-            arguments["generation_config"].stop_strings = None
-        if settings.config is None or settings.model.generation_config.stop_strings is not None:
-            arguments["stop_strings"] = None
-    arguments["custom_generate"] = functools.partial(kad_generate, streamer=streamer)
+    stop_strings, tokenizer = settings.get("stop_strings"), arguments.get("tokenizer")
+    if stop_strings is None:
+        return arguments
+    if tokenizer is None:
+        raise ValueError(f"`stop_strings={stop_strings!r}` needs the `tokenizer` argument of generate as well.")
+    criteria = settings.stopping_criteria
+    if not any(type(criterion) is StopStringCriteria for criterion in criteria):  # the user's would take its place
+        criteria = [StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer), *criteria]
+    arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
+    if settings.config is not None:
+        arguments["generation_config"] = copy.deepcopy(settings.config)
+        arguments["generation_config"].stop_strings = None
+    if settings.config is None or settings.model.generation_config.stop_strings is not None:
+        arguments["stop_strings"] = None
     return arguments

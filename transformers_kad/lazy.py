@@ -6,7 +6,6 @@ Read as sampling: draw v ~ p; if d_v = 1, throw it away and draw from q instead.
 token that is kept costs no forward of the proxy.
 """
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -54,42 +53,3 @@ def force(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Scores `(rows, vocabulary)` float32 that leave one token to each row: 0 there, -inf elsewhere."""
     scores = torch.full((len(tokens), vocabulary), -torch.inf, device=tokens.device)
     return scores.scatter_(-1, tokens[:, None], 0.0)
-
-
-class ForcedRows:
-    """Which rows of a call of `generate` have ended, told from what became of the tokens forced on them.
-
-    A row ends with an end of sequence. One that another stopping criterion ended shows it one step later: `generate`
-    fills it up with padding, whatever is forced on it.
-
-    Args:
-        eos_token_ids: ids that end a text.
-        pad_token_id: what finished rows are filled up with.
-    """
-
-    def __init__(self, eos_token_ids: Collection[int], pad_token_id: int | None) -> None:
-        self.pad_token_id = pad_token_id
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device="cpu")
-        self._ended: torch.Tensor | None = None  # (rows,)
-        self._forced: torch.Tensor | None = None  # (rows,)
-
-    def follow(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the newest token of each text `(rows, L)`.
-
-        Returns:
-            Which rows have ended, and which go on with another token than was forced on them, `(rows,)` boolean.
-        """
-        if self._forced is None or self._ended is None:
-            self._eos = self._eos.to(input_ids.device)
-            self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-            return self._ended, self._ended
-        newest = input_ids[:, -1]
-        differs = ~self._ended & (newest != self._forced.to(newest))
-        padded = torch.zeros_like(differs) if self.pad_token_id is None else newest == self.pad_token_id
-        ends = torch.isin(newest, self._eos)
-        self._ended = self._ended | ends | (differs & padded)
-        return self._ended, differs & ~padded
-
-    def forced(self, tokens: torch.Tensor) -> None:
-        """Note the tokens `(rows,)` that are forced on the rows."""
-        self._forced = tokens

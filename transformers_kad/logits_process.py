@@ -16,7 +16,7 @@ from .composition import RULES, Rule, compose, make_rule, unknown_name_message, 
 from .configuration import KADConfig, check_drafter, check_settings
 from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
-from .lazy import ForcedRows, draw_again, draw_from_base, force
+from .lazy import draw_again, draw_from_base, force
 from .proxy import CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
 from .reader import Reader, tempered
 from .statistics import KADStatistics, KADTrace, StepRecorder
@@ -155,7 +155,7 @@ class KADLogitsProcessor(LogitsProcessor):
         self._intact = True  # whether the caches hold what they say
         self._reset_wanted = False
         self._last_shape: tuple[int, int] | None = None  # of the call's texts when the proxy last read them
-        self._rows = ForcedRows((), None)
+        self._forced: torch.Tensor | None = None  # (rows,): the tokens that a lazy step before forced
 
     @classmethod
     def from_config(cls, proxy: PreTrainedModel, config: KADConfig, **kwargs: Any) -> "KADLogitsProcessor":
@@ -261,8 +261,7 @@ class KADLogitsProcessor(LogitsProcessor):
                     "its adapter off (`ImplicitReward` without `reference`)."
                 )
             self._open_call = weakref.ref(call)
-        self._last_shape = None
-        self._rows = ForcedRows(call.eos_token_ids, call.pad_token_id)
+        self._last_shape = self._forced = None
         self._refresh()
 
     def close(self, call: OpenCall) -> None:
@@ -270,7 +269,6 @@ class KADLogitsProcessor(LogitsProcessor):
         if self._call is not call:
             return
         self._intact = call.finished
-        self._rows = ForcedRows((), None)
         if self._reset_wanted:
             self._reset_wanted = False
             self._drop_caches()
@@ -334,6 +332,11 @@ class KADLogitsProcessor(LogitsProcessor):
         return self._draw(input_ids, scores) if self.lazy else self._compose(input_ids, scores)
 
     @property
+    def reference(self) -> PreTrainedModel | None:
+        """The proxy before alignment, for rules that need one."""
+        return None if self._cached_reference is None else self._cached_reference.model
+
+    @property
     def proxy_forwards(self) -> int:
         """Forwards of the proxy so far, over all calls."""
         compiled = self._compiled.get("proxy")
@@ -363,30 +366,38 @@ class KADLogitsProcessor(LogitsProcessor):
         """Log r."""
         text, vocabulary = self._read(input_ids), scores.shape[-1]
         proxy_logits = text.logits(self.cached_proxy)
+        reference_logits = None if self._cached_reference is None else text.logits(self._cached_reference)
         composition = compose(
             self.rule,
             tempered(with_bans(scores), self.component_temperature),
             self._align_and_temper(proxy_logits, vocabulary),
-            self._reference_logits(text, vocabulary),
+            None if reference_logits is None else self._align_and_temper(reference_logits, vocabulary),
         )
         self._settle(text)
-        unusable = torch.stack([is_unusable(scores), is_unusable(proxy_logits).to(scores.device)]).tolist()
-        self._check("base", unusable[0], input_ids)
-        self._check("proxy", unusable[1], input_ids)
+        ended = self._ended(input_ids)
+        broken = [is_unusable(scores), is_unusable(proxy_logits).to(scores.device)]
+        if reference_logits is not None:
+            broken.append(is_unusable(reference_logits).to(scores.device))
+        unusable = torch.stack(broken)
+        for role, rows in zip(("base", "proxy", "reference"), (unusable & ~ended).tolist(), strict=False):
+            self._check(role, rows, input_ids)
         call = self._call
         if call is not None and isinstance(call.recorder, StepRecorder):
             parents = None if call.rows_stay else self.cached_proxy.parents or list(range(len(input_ids)))
             call.recorder.record(input_ids, composition, parents)
             call.base_forwards += 1
-        return composition.target_probs.log()
+        # `generate` chooses a token for rows that have ended too, and needs a distribution to do so.
+        return composition.target_probs.log().masked_fill(unusable.any(0)[:, None], 0.0)
 
     def _draw(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores that force a token drawn from r. The proxy is asked where a row that goes on draws a deferred one."""
         assert isinstance(self.rule, DeferralRule)
         base_logits = tempered(with_bans(scores), self.component_temperature)
         drawn = draw_from_base(self.rule, base_logits)
-        ended, replaced = (rows.to(scores.device) for rows in self._rows.follow(input_ids))
-        asks, unusable, replaced_rows = torch.stack([drawn.deferred & ~ended, is_unusable(scores), replaced]).tolist()
+        ended = self._ended(input_ids)
+        replaced = torch.zeros_like(ended) if self._forced is None else input_ids[:, -1] != self._forced
+        flags = torch.stack([drawn.deferred, is_unusable(scores), replaced.to(ended)]) & ~ended
+        asks, unusable, replaced_rows = flags.tolist()
         self._check("base", unusable, input_ids)
         if any(replaced_rows):
             raise RuntimeError(
@@ -399,13 +410,20 @@ class KADLogitsProcessor(LogitsProcessor):
             proxy_logits = text.logits(self.cached_proxy)
             tokens = draw_again(drawn, base_logits, self._align_and_temper(proxy_logits, scores.shape[-1]))
             self._settle(text)
-            self._check("proxy", is_unusable(proxy_logits).tolist(), input_ids)
+            self._check("proxy", (is_unusable(proxy_logits).to(ended) & ~ended).tolist(), input_ids)
         if self._call is not None:
-            self._rows.forced(tokens)
+            self._forced = tokens.to(input_ids.device)
             assert isinstance(self._call.recorder, StepRecorder)
             self._call.recorder.record_mass(input_ids, drawn.deferral_mass, None)
             self._call.base_forwards += 1
         return force(tokens, scores.shape[-1])
+
+    def _ended(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Which of the texts `(rows, L)` have ended, `(rows,)` boolean; none where it is not known."""
+        known = None if self._call is None or self._call.ended_rows is None else self._call.ended_rows.flags
+        if known is None or len(known) != len(input_ids):
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return known
 
     def _read(self, input_ids: torch.Tensor) -> "_Text":
         """The base's texts `(rows, L)` as the proxy and the reference read them."""
@@ -421,6 +439,7 @@ class KADLogitsProcessor(LogitsProcessor):
             continues=call.rows_stay and longer,
             chunk_size=call.chunk_size,
             prompt_length=call.prompt_length if call.proxy_prompt is None else call.proxy_prompt[0].shape[1],
+            ended=self._ended(input_ids),
         )
 
     def _settle(self, text: "_Text") -> None:
@@ -431,16 +450,10 @@ class KADLogitsProcessor(LogitsProcessor):
         """Logits of the proxy or the reference in the base's vocabulary, tempered: `(rows, V)` float32."""
         return tempered(align_vocabulary(logits, vocabulary, self.vocabulary_alignment), self.component_temperature)
 
-    def _reference_logits(self, text: "_Text", vocabulary: int) -> torch.Tensor | None:
-        """`(rows, V)`; None for rules that need none."""
-        if self._cached_reference is None:
-            return None
-        return self._align_and_temper(text.logits(self._cached_reference), vocabulary)
-
     def _check(self, role: str, unusable: list[bool], input_ids: torch.Tensor) -> None:
-        """Raise if a row of the base's or the proxy's logits is unusable."""
+        """Raise if a row of a model's logits is unusable."""
         if any(unusable):
-            model = self.proxy if role == "proxy" else None
+            model = next((cached.model for cached in self._cached if cached.role == role), None)
             raise unusable_logits_error(role, model, input_ids.shape[1], unusable.index(True))
 
     def _make_reference(self, reference: PreTrainedModel | None) -> CachedModel | None:
@@ -467,6 +480,7 @@ class _Text(NamedTuple):
     continues: bool = False
     chunk_size: int | None = None
     prompt_length: int | None = None
+    ended: torch.Tensor | None = None  # (rows,): of which nobody reads the logits
 
     def logits(self, model: CachedModel) -> torch.Tensor:
         """For the token that follows, in the model's own vocabulary: `(rows, V')`."""
@@ -476,6 +490,7 @@ class _Text(NamedTuple):
             continues=self.continues,
             chunk_size=self.chunk_size,
             prompt_length=self.prompt_length,
+            ended=self.ended,
         )[:, -1]
 
 

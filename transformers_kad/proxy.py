@@ -207,6 +207,7 @@ class CachedModel:
         continues: bool = False,
         chunk_size: int | None = None,
         prompt_length: int | None = None,
+        ended: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The model's logits at the last `keep` positions of each text, shape `(B, keep, V)`, on its device.
 
@@ -219,6 +220,7 @@ class CachedModel:
             chunk_size: forward at most so many tokens at a time.
             prompt_length: of the L columns, how many are the prompt, in which an activated LoRA (aLoRA) looks for its
                 invocation tokens; all by default.
+            ended: which rows may be longer than the context, `(B,)` boolean, since nobody reads their logits.
 
         Afterwards `parents[b]` is the row of the last call that row b continues; None means row b.
 
@@ -229,7 +231,12 @@ class CachedModel:
         if length == 0:
             raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
         if self.context_length is not None and length > self.context_length:
-            self.check_length(length if attention_mask is None else int(attention_mask.sum(dim=-1).max()))
+            lengths = torch.full((len(input_ids),), length)
+            if attention_mask is not None:
+                lengths = attention_mask.sum(dim=-1)
+            if ended is not None:
+                lengths = lengths.masked_fill(ended.to(lengths.device), 0)
+            self.check_length(int(lengths.max()))
         device = self.model.device
         # Copies: the tensors may be the caller's own, to be written to later.
         input_ids = self._legible(input_ids.to(device).clone())

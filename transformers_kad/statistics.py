@@ -279,18 +279,36 @@ class StepRecorder:
             )
         return statistics, KADTrace(tuple(records))
 
+    def beam_lengths(self, sequences: torch.Tensor, prompt_length: int, rows: list[int]) -> list[int]:
+        """How many tokens each of the returned sequences `(N, L)` emitted in beam search, see `finish`.
+
+        A beam that has ended is continued in no later step, whatever it is filled up with.
+        """
+        longest = sequences.shape[1] - prompt_length
+        return [len(path) for path in self._paths(sequences, prompt_length, [longest] * len(rows), rows)]
+
     def _masses(
         self, sequences: torch.Tensor, prompt_length: int, lengths: list[int], rows: list[int]
     ) -> list[list[float | None]]:
-        """D of every emitted position. Beams are followed from row to row through their parents."""
+        """D of every emitted position."""
         table = {
             at: None if step.deferral_mass is None else step.deferral_mass.tolist() for at, step in self.steps.items()
         }
+        result = []
+        for path in self._paths(sequences, prompt_length, lengths, rows):
+            masses = [table[at] for at in range(prompt_length, prompt_length + len(path))]
+            result.append([None if mass is None else mass[row] for mass, row in zip(masses, path, strict=True)])
+        return result
+
+    def _paths(
+        self, sequences: torch.Tensor, prompt_length: int, lengths: list[int], rows: list[int]
+    ) -> list[list[int]]:
+        """The row that each sequence had in every step. Beams are followed from row to row through their parents."""
         newest = {at: step.newest.tolist() for at, step in self.steps.items() if step.parents is not None}
         ids = sequences.tolist()
-        result = []
+        paths = []
         for sequence, (length, start) in enumerate(zip(lengths, rows, strict=True)):
-            row, masses = start, []
+            row, path = start, list[int]()
             for at in range(prompt_length, prompt_length + length):
                 parents = self.steps[at].parents
                 if parents is not None and at > prompt_length:
@@ -301,10 +319,9 @@ class StepRecorder:
                     )
                     if row < 0:  # the beam ended here: its last token was chosen, and never continued
                         break
-                mass = table[at]
-                masses.append(None if mass is None else mass[row])
-            result.append(masses)
-        return result
+                path.append(row)
+            paths.append(path)
+        return paths
 
 
 @dataclass

@@ -111,6 +111,9 @@ def _is_own(processor: LogitsProcessor) -> bool:
     return type(processor).__module__ == LogitsProcessor.__module__
 
 
+_BEHIND_KAD = "behind KAD"
+
+
 @dataclass(frozen=True)
 class _Part:
     """Some neighbouring positions of a round, of all rows, from `begin` on."""
@@ -254,12 +257,14 @@ class Window:
             None if self.reference_logits is None else self.reference_logits[:, part].flatten(0, 1),
         )
         target_probs, log_target = composition.target_probs.view(rows, count, -1), None
-        unusable = [is_unusable(base_scores), is_unusable(proxy_logits)]
+        unusable = {"base": is_unusable(base_scores), "proxy": is_unusable(proxy_logits)}
+        if self.reference_logits is not None:
+            unusable["reference"] = is_unusable(self.reference_logits[:, part])
         if self.processing.after:
             log_target = self._process(self.processing.after, begin, target_probs.log())
             # Greedy decoding takes the largest score as it is: +inf forces a token there.
             target_probs = log_target.softmax(-1) if self.do_sample else log_target
-            unusable.append(~(target_probs.amax(-1) > -torch.inf))
+            unusable[_BEHIND_KAD] = ~(target_probs.amax(-1) > -torch.inf)
         self._parts.append(_Part(begin, composition, log_target, target_probs))
 
         draft_probs, draft_ids = self.draft_probs[:, part], self.draft_ids[:, part]
@@ -275,7 +280,7 @@ class Window:
                 chances = torch.minimum(proxy_probs, target_probs).sum(-1)
             else:
                 chances = (proxy_probs.argmax(-1) == target_probs.argmax(-1)).float()
-        return self._read(begin, accepted, next_tokens, torch.stack(unusable), chances)
+        return self._read(begin, accepted, next_tokens, unusable, chances)
 
     def _process(self, processors: list[list[LogitsProcessor]], begin: int, scores: torch.Tensor) -> torch.Tensor:
         """Run processors on scores `(B, n, V)` of the positions from `begin` on."""
@@ -313,12 +318,13 @@ class Window:
         begin: int,
         accepted: torch.Tensor,
         next_tokens: torch.Tensor,
-        unusable: torch.Tensor,
+        unusable: dict[str, torch.Tensor],
         chances: torch.Tensor | None,
     ) -> _Decided:
         """Fetch from the device, at once, all that is to be known of some positions."""
         rows, drafted = self.draft_ids.shape
-        asked = [accepted, next_tokens, unusable.flatten()]
+        positions = unusable["base"].shape[1]
+        asked = [accepted, next_tokens, *(flags.flatten() for flags in unusable.values())]
         if begin == 0:
             asked += [self.draft_lengths, self.draft_ids.flatten()]
         if chances is not None:
@@ -329,28 +335,28 @@ class Window:
             return [int(next(values)) for _ in range(count)]
 
         counts, following = take(rows), take(rows)
-        flags = [[take(unusable.shape[2]) for _ in range(rows)] for _ in range(len(unusable))]
+        flags = {source: [take(positions) for _ in range(rows)] for source in unusable}
         if begin == 0:
             self.lengths, self._drafted = take(rows), [take(drafted) for _ in range(rows)]
         if chances is not None:
             for noted in self.chances:
-                noted += [next(values) for _ in range(unusable.shape[2])]
+                noted += [next(values) for _ in range(positions)]
         faults = {}
         for row in range(rows):
             # Where a draft token is refused, what comes behind it is of no text.
-            bad = [any(at) for at in zip(*(of_source[row] for of_source in flags), strict=True)][: counts[row] + 1]
-            if True in bad:
-                first = bad.index(True)
-                source = next(number for number, of_source in enumerate(flags) if of_source[row][first])
-                faults[row] = first, self._fault(source, row, begin + first)
+            reached = range(min(counts[row] + 1, positions))
+            bad = ((at, source) for at in reached for source in flags if flags[source][row][at])
+            for at, source in bad:
+                faults[row] = at, self._fault(source, row, begin + at)
+                break
         return _Decided(counts, following, faults)
 
-    def _fault(self, source: int, row: int, at: int) -> UnusableLogitsError:
-        """The error for a position of a row without a distribution: of the base, the proxy, or behind KAD."""
+    def _fault(self, source: str, row: int, at: int) -> UnusableLogitsError:
+        """The error for a position of a row without a distribution: of a model, by its role, or behind KAD."""
         position, sequence = self._lengths[row] + at, self.rows[row]
-        if source < 2:
-            role, model = (("base", self.model), ("proxy", self.kad.proxy))[source]
-            return unusable_logits_error(role, model, position, sequence)
+        if source != _BEHIND_KAD:
+            model = {"base": self.model, "proxy": self.kad.proxy, "reference": self.kad.reference}[source]
+            return unusable_logits_error(source, model, position, sequence)
         return UnusableLogitsError(
             f"The scores for position {position} of sequence {sequence} are NaN, +inf or all -inf after the "
             "processors behind KAD in `logits_processor`, so that no token can be chosen: one of them may have banned "
