@@ -5,7 +5,7 @@ import torch
 from test_batches import padded, trimmed
 from test_callbacks import StopAtToken
 from tiny_models import tiny_model
-from transformers import EosTokenCriteria, LogitsProcessor, StoppingCriteria
+from transformers import EosTokenCriteria, Lfm2Config, Lfm2ForCausalLM, LogitsProcessor, StoppingCriteria
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
 from transformers_kad.loading import load_model, load_tokenizer
@@ -119,6 +119,30 @@ def test_a_beam_counts_up_to_its_end(base, proxy, case):
     expected = expected_texts(ids, case)
     assert [row.tokens for row in kad.statistics.sequences] == [len(text) for text in expected]
     assert [len(row.deferral_masses) for row in kad.statistics.sequences] == [len(text) for text in expected]
+
+
+def recurrent():
+    torch.manual_seed(3)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    special = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": None}
+    return Lfm2ForCausalLM(Lfm2Config(**sizes, **heads, **special, initializer_range=0.5)).eval()
+
+
+@pytest.mark.parametrize("make_proxy", [lambda: tiny_model(hidden=16, seed=2), recurrent], ids=["llama", "recurrent"])
+def test_beams_of_equal_prompts_have_the_masses_of_their_own_texts(base, make_proxy):
+    """Also where the proxy reads every text anew, and does not say which it continues."""
+    kad = make_kad(make_proxy())
+    prompts = torch.tensor([[3, 14, 15, 9, 26], [4, 4, 8, 2, 7], [3, 14, 15, 9, 26]])
+    settings = {"num_beams": 3, "num_return_sequences": 3, "eos_token_id": 47, "pad_token_id": 0}
+    ids = base.generate(prompts, logits_processor=[kad], do_sample=False, max_new_tokens=10, **settings)
+    lengths = [len(trimmed(row[5:].tolist(), [47])) for row in ids]
+    assert [own.tokens for own in kad.statistics.sequences] == lengths
+    for row, length, own in zip(ids, lengths, kad.statistics.sequences, strict=True):
+        with torch.no_grad():
+            p = base(row[None, : 5 + length]).logits[0, 4 : 4 + length].softmax(-1)
+        expected = (p * (p < 0.6)).sum(-1)
+        torch.testing.assert_close(torch.tensor(own.deferral_masses), expected, atol=1e-4, rtol=1e-4)
 
 
 # What is checked, and what stands for it

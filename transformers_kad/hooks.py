@@ -81,6 +81,25 @@ class OpenCall:
     finished: bool = False
     ended_rows: EndedRows | None = None
     _spelled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]] | None = None
+    _texts_before: torch.Tensor | None = None  # (rows, L): of the step before, where rows do not stay
+
+    def parents(self, input_ids: torch.Tensor) -> list[int] | None:
+        """The row of the step before that each of the texts `(rows, L)` continues; None where row i continues row i.
+
+        Of several equal texts it is the first among the beams of the same prompt. A text that continues none stands
+        for the row of its own number.
+        """
+        if self.rows_stay:
+            return None
+        before, self._texts_before = self._texts_before, input_ids
+        if before is None or before.shape[1] > input_ids.shape[1]:
+            return list(range(len(input_ids)))
+        same = torch.stack([(text[: before.shape[1]] == before).all(-1) for text in input_ids])
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        if self.beams > 1:
+            prompts = rows // self.beams
+            same &= prompts[:, None] == prompts
+        return torch.where(same.any(-1), same.int().argmax(-1), rows).tolist()
 
     def proxy_text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The proxy's text `(rows, L')` and its mask for the base's text `(rows, L)`.

@@ -383,8 +383,7 @@ class KADLogitsProcessor(LogitsProcessor):
             self._check(role, rows, input_ids)
         call = self._call
         if call is not None and isinstance(call.recorder, StepRecorder):
-            parents = None if call.rows_stay else self.cached_proxy.parents or list(range(len(input_ids)))
-            call.recorder.record(input_ids, composition, parents)
+            call.recorder.record(input_ids, composition, call.parents(input_ids))
             call.base_forwards += 1
         # `generate` chooses a token for rows that have ended too, and needs a distribution to do so.
         return composition.target_probs.log().masked_fill(unusable.any(0)[:, None], 0.0)

@@ -77,7 +77,6 @@ class CachedModel:
         self._padded = False
         self._tokens: torch.Tensor | None = None  # (B,), on the CPU: how many tokens of each row are no padding
         self._state: Hashable = None
-        self.parents: list[int] | None = None
 
     def refresh(self) -> None:
         """Before a call: drop the cache if the model changed since it was filled, see `fingerprint`.
@@ -222,8 +221,6 @@ class CachedModel:
                 invocation tokens; all by default.
             ended: which rows may be longer than the context, `(B,)` boolean, since nobody reads their logits.
 
-        Afterwards `parents[b]` is the row of the last call that row b continues; None means row b.
-
         Raises:
             ValueError: the text is longer than the model's context.
         """
@@ -254,7 +251,6 @@ class CachedModel:
 
     def _align(self, input_ids: torch.Tensor, mask: torch.Tensor, *, upto: int, continues: bool) -> None:
         """Make the cache hold a prefix of every text, at most `upto` tokens long, as long as can be had."""
-        self.parents = None
         if self._cache is None or upto <= 0:
             common = 0
         elif continues:
@@ -304,7 +300,6 @@ class CachedModel:
             self._cache.batch_select_indices(parents)
             self._ids, self._mask = self._ids[parents], self._mask[parents]
             self._inactive = None if self._inactive is None else self._inactive[parents]
-            self.parents = parents.tolist()
         return common
 
     def _forward(self, input_ids: torch.Tensor, mask: torch.Tensor, keep: int, chunk_size: int | None) -> torch.Tensor:
