@@ -1,13 +1,14 @@
 """Prompts as model inputs, and the ids that end a text."""
 
 import copy
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids, message_text
+from transformers_kad.prompting import PLAIN_SAMPLING, RESERVED, encode, eos_token_ids, message_text
 
 PAIR = Path(__file__).resolve().parents[1] / "recipes" / "tiny_pair"
 
@@ -118,3 +119,72 @@ def test_the_text_of_a_message_is_its_content_or_its_parts_joined(content, text)
 def test_content_that_is_no_text_is_refused_with_the_reason(content, message):
     with pytest.raises(ValueError, match=message):
         message_text(content)
+
+
+def test_parts_of_text_are_never_printed_into_the_prompt_as_python(tokenizer):
+    """Templates that print the content as it is would print the list; those that look for parts print the text."""
+    chats = [
+        [{"role": "user", "content": content}]
+        for content in ("Ada has 1 hat.", [{"type": "text", "text": "Ada has "}, {"type": "text", "text": "1 hat."}])
+    ]
+    for content in ("message['content']", "message['content'] | trim"):
+        tokenizer.chat_template = "{% for message in messages %}{{ " + content + " }}{% endfor %}"
+        assert [tokenizer.decode(encode(tokenizer, [chat])["input_ids"][0]) for chat in chats] == [
+            "Ada has 1 hat."
+        ] * 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "at least one message"),
+        (5, "got 5"),
+        (["Ada"], 'Message 1 needs a "role".*Ada'),
+        ([{"role": "user", "content": "Ada"}, {"role": 5, "content": "Ada"}], 'Message 2 needs a "role"'),
+        ([{"role": "user"}], 'and "content"'),
+        ([{"role": "user", "content": "Ada", "name": "caf\ud83d"}], "lone surrogate"),
+        ([{"role": "assistant", "content": None}], "got None"),
+        ("caf\ud83d", "lone surrogate"),
+    ],
+)
+def test_prompts_that_are_none_are_refused_with_the_reason(tokenizer, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, [prompt])
+
+
+def test_a_message_that_calls_a_tool_needs_no_content(tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "sum"}}]}
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['tool_calls'][0]['function']['name'] }}{% endfor %}"
+    )
+    assert tokenizer.decode(encode(tokenizer, [[call]])["input_ids"][0]) == "sum"
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] + 1 }}", "{{ 1 / 0 }}", "{{ messages[0].content.so() }}"]
+)
+def test_whatever_goes_wrong_in_a_template_is_a_refusal_that_echoes_the_prompt(tokenizer, template):
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"refused the prompt.*One hat"):
+        encode(tokenizer, ["One hat."])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokenize": False}, "'tokenize'"),
+        ({"return_tensors": "np"}, "'return_tensors'"),
+        ({"tools": "sum"}, '"tools"'),
+        ({"tools": ["sum"]}, '"tools"'),
+        ({"name": "caf\ud83d"}, "lone surrogate"),
+    ],
+)
+def test_arguments_that_no_template_can_be_given_are_refused(tokenizer, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encode(tokenizer, ["One hat."], **arguments)
+
+
+def test_every_argument_of_the_tokenizers_method_is_refused_or_one_for_the_template(tokenizer):
+    """What a new transformers adds to `apply_chat_template` is to be looked at: it may not be the template's."""
+    known = {*RESERVED, "tools", "documents", "chat_template", "sanitize_control_tokens", "kwargs"}
+    assert {*inspect.signature(tokenizer.apply_chat_template).parameters} <= known

@@ -146,7 +146,6 @@ def test_half_a_character_is_written_and_read_again(tmp_path):
     path, record = tmp_path / "results.jsonl", {"caf\ud83d": ["\udc80", "é😀", '"\\ud83d']}
     with JsonLinesStore(path, SETTINGS) as store:
         store.append(record)
-    assert "é😀" in path.read_text(encoding="utf-8")
     with JsonLinesStore(path, SETTINGS) as store:
         assert store.records == [record]
 

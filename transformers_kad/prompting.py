@@ -1,5 +1,6 @@
 """Around a call of `generate`: prompts as model inputs, plain sampling, the ids that end a text."""
 
+import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,14 @@ PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
     {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 )
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = str | Sequence[Mapping[str, Any]]
+
+# No arguments of a chat template: `encode` and `apply_chat_template` have arguments of their own by these names.
+RESERVED = (
+    *("tokenizer", "prompts", "device", "chat", "model", "self", "conversation", "messages", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "add_generation_prompt", "continue_final_message"),
+)
 
 
 def encode(
@@ -27,18 +35,20 @@ def encode(
 
     Args:
         tokenizer: with `padding_side="left"`.
-        prompts: questions, or chats (lists of messages with `role` and `content`).
+        prompts: questions, or chats (lists of messages with `role` and `content`), as `normalize_prompt` takes them.
         device: where the tensors go.
         chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
         **template_arguments: what the chat template understands beside messages, say `enable_thinking=False`.
 
     Raises:
         ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
-            template refuses.
+            template refuses, or that is no text; template arguments as in `check_template_arguments`.
         TypeError: one prompt instead of several.
     """
     if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
         raise TypeError(f"`prompts` must be a sequence of prompts, got a single one: pass [{prompts!r}].")
+    prompts = [normalize_prompt(prompt) for prompt in prompts]
+    check_template_arguments(template_arguments)
     chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
     if chat is None:
         chat = bool(chats) or tokenizer.chat_template is not None
@@ -64,11 +74,61 @@ def encode(
             return_tensors="pt",
             **template_arguments,
         )
-    except TemplateError as error:
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # a template is a program
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
         ) from error
     return inputs.to(device)
+
+
+def normalize_prompt(prompt: object) -> Prompt:
+    """A question, or a chat with the `content` of every message as text.
+
+    Args:
+        prompt: text, or a list of messages with `role` and `content`, which is as `message_text` takes it, or None in
+            a message with `tool_calls`.
+
+    Raises:
+        ValueError: something else, no message at all, or a lone surrogate anywhere in it.
+    """
+    if isinstance(prompt, str):
+        return message_text(prompt)
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise ValueError(f"A prompt must be text or a list of at least one message, got {shorten(prompt)}.")
+    messages = []
+    for number, message in enumerate(prompt, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f'Message {number} needs a "role" that is text, and "content", got {shorten(message)}.')
+        content = message["content"]
+        calls_tools = content is None and message.get("tool_calls")
+        messages.append({**message, "content": content if calls_tools else message_text(content)})
+    _check_characters(messages)
+    return messages
+
+
+def check_template_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless a chat template can be given these arguments beside the messages.
+
+    Refused are names that `apply_chat_template` uses for something else, such as `tokenize`; `tools` that are no list
+    of objects; lone surrogates.
+    """
+    for name in arguments:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} can't be an argument of a chat template: it is set by the library itself.")
+    tools = arguments.get("tools")
+    if tools is not None and not (isinstance(tools, list | tuple) and all(map(_is_tool, tools))):
+        raise ValueError(f'"tools" must be a list of objects, got {shorten(tools)}.')
+    _check_characters(dict(arguments))
+
+
+def _is_tool(tool: object) -> bool:
+    return isinstance(tool, Mapping) or callable(tool)
 
 
 def message_text(content: object) -> str:
@@ -94,14 +154,20 @@ def message_text(content: object) -> str:
         content = "".join(part if isinstance(part, str) else part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f'A message\'s "content" must be text or a list of parts of text, got {shorten(content)}.')
+    _check_characters(content)
+    return content
+
+
+def _check_characters(value: object) -> None:
+    """Raise unless all text in a value is whole characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
     try:
-        content.encode()
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"There is a lone surrogate, half of a character, at position {error.start} of {shorten(content)}: no "
+            f"There is a lone surrogate, half of a character, at position {error.start} of {shorten(value)}: no "
             "tokenizer can read it. Remove it, or write both halves."
         ) from error
-    return content
 
 
 def shorten(value: object, length: int = 200) -> str:

@@ -28,7 +28,7 @@ class JsonLinesStore:
 
     Args:
         path: the file, or a link to it; its folder is made if it is missing.
-        settings: what decides the results, as JSON values.
+        settings: what decides the results, as JSON values. One that is missing is None.
 
     Attributes:
         records: what the file held when it was opened.
@@ -91,10 +91,11 @@ class JsonLinesStore:
                 found = parse_json_object(claim.read_bytes())
             except ValueError as error:
                 raise ValueError(f"{str(claim)!r} is not JSON: {error}.") from error
-            if found != settings:
+            differences = describe_differences(found, settings)
+            if differences:
                 raise ValueError(
-                    f"{str(self.path)!r} holds results of a run with other settings: "
-                    f"{describe_differences(found, settings)}. Choose another file, or repeat the settings to go on."
+                    f"{str(self.path)!r} holds results of a run with other settings: {differences}. Choose another "
+                    "file, or repeat the settings to go on."
                 )
         elif holds_results:
             raise ValueError(
@@ -113,10 +114,17 @@ def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> No
         os.fsync(file.fileno())
 
 
-def json_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON. Half a character (a lone surrogate), which is no Unicode, stays an escape."""
+def json_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:
+    """A record as a line of JSON, with escapes where it holds what the encoding has no bytes for.
+
+    UTF-8 has none for half a character (a lone surrogate), which JSON can hold.
+    """
     line = json.dumps(record, ensure_ascii=False) + "\n"
-    return line.encode("utf-8", "backslashreplace").decode()
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(record) + "\n"
+    return line
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:

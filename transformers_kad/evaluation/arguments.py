@@ -1,6 +1,5 @@
 """What the command lines of the evaluation recipes share."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from ..arguments import ModelArguments, RuleParameters, SamplingArguments
+from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
 from ..configuration import KADConfig
 from ..pair import Pair
 from .decoding import Decoder
@@ -68,12 +67,7 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
-        try:
-            self.template: dict[str, Any] = json.loads(self.template_arguments)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--template_arguments must be JSON, got {self.template_arguments!r}.") from error
-        if not isinstance(self.template, dict):
-            raise ValueError(f"--template_arguments must be a JSON object, got {self.template_arguments!r}.")
+        self.template = template_arguments(self.template_arguments)
 
     def workloads(self, sampling: "EvaluationSampling", *, positions: bool = False) -> list[Workload]:
         """The instances of every task, loaded."""
