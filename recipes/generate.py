@@ -44,7 +44,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -290,7 +290,9 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
     assert generator.kad.statistics is not None
     print(summary([generator.kad.statistics], time.perf_counter() - started), file=sys.stderr)
     if arguments.trace and generator.kad.trace is not None:
-        page = generator.kad.trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
+        models = generator.pair.models
+        trace = replace(generator.kad.trace, base=models.base, proxy=models.proxy)  # as they were asked for
+        page = trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
         print(f"Trace: {page}", file=sys.stderr)
 
 

@@ -58,6 +58,8 @@ def test_one_prompt_is_streamed_with_a_line_of_statistics_and_a_trace(capsys, tm
     assert "acceptance" in captured.err
     assert "deferral mass" in captured.err
     assert "<html" in page.read_text()
+    for name in (PAIR / "base", PAIR / "proxy", "DualDeferral(threshold=0.6)"):
+        assert f"<code>{name}</code>" in page.read_text()
     assert str(page) in captured.err
 
 
