@@ -2,8 +2,6 @@
 
 import inspect
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -18,20 +16,12 @@ from transformers import (
     WatermarkingConfig,
 )
 from transformers.generation import BaseStreamer
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
-from transformers_kad import DualDeferral, KADLogitsProcessor, hooks
+from transformers_kad import DualDeferral, KADLogitsProcessor, hooks, kad_generate
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
-
-
-def test_importing_the_package_leaves_generate_alone():
-    program = (
-        "import transformers_kad\n"
-        "from transformers import GenerationMixin\n"
-        "assert not hasattr(GenerationMixin.generate, '__kad_original__')\n"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_the_wrapper_is_installed_once_and_keeps_the_signature(proxy):
@@ -77,6 +67,37 @@ def test_two_kad_processors_are_refused(base, proxy):
 
 def test_another_assistant_is_refused(base, proxy):
     refused(base, "kad.proxy", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=tiny_model(seed=5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("penalty_alpha", 0.6),
+        ("dola_layers", "low"),
+        ("use_mtp", True),
+        ("assistant_ensemble_weight", 0.5),
+        ("force_words_ids", [[3]]),
+    ],
+)
+def test_other_ways_of_decoding_are_refused_with_drafts(base, proxy, name, value):
+    kad = KADLogitsProcessor(proxy)
+    refused(base, f"`{name}={re.escape(repr(value))}`", logits_processor=[kad], assistant_model=proxy, **{name: value})
+    refused(base, f"`{name}=", logits_processor=[kad], custom_generate=kad_generate, **{name: value})
+
+
+def test_every_way_of_decoding_of_this_transformers_is_drafted_or_refused():
+    """If this fails, a new transformers decodes in a way that the loop would take for sampling."""
+    handled = {"greedy_search", "sample", "assisted_generation"}
+    of_beams = {"beam_search", "beam_sample", "group_beam_search"}  # refused by `num_beams`
+    refused_by_name = {"dola_generation", "contrastive_search", "constrained_beam_search"}
+    assert {mode.value for mode in GENERATION_MODES_MAPPING} == handled | of_beams | refused_by_name
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_ids_of_one_dimension_are_refused(base, proxy, speculative):
+    kad = KADLogitsProcessor(proxy)
+    assistant = {"assistant_model": proxy} if speculative else {}
+    refused(base, r"shape \(B, L\).*got \(5,\)", inputs=PROMPT[0], logits_processor=[kad], **assistant)
 
 
 def test_an_encoder_decoder_base_is_refused(proxy):

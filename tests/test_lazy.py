@@ -877,11 +877,14 @@ def test_a_token_that_was_not_drawn_raises(base, proxy):
     kad = make_lazy(proxy)
     with torch.no_grad():
         scores = base(LONG).logits[:, -1]
-    with kad.opened(OpenCall(StepRecorder(False), prompt_length=LONG.shape[1], pad_token_id=0)):
-        token = kad(LONG, scores).argmax(-1, keepdim=True)
-        kad(torch.cat([LONG, token], 1), scores)
-    with kad.opened(OpenCall(StepRecorder(False), prompt_length=LONG.shape[1], pad_token_id=0)):
-        token = kad(LONG, scores).argmax(-1, keepdim=True)
+    for replaced in (False, True):
+        call = OpenCall(StepRecorder(False), prompt_length=LONG.shape[1], pad_token_id=0)
+        kad.open(call)
+        token = kad.step(LONG, scores).argmax(-1, keepdim=True)
         other = (token + 1).clamp(max=49).where(token < 49, 1)
-        with pytest.raises(RuntimeError, match="drew another token at position 8 of sequence 0"):
-            kad(torch.cat([LONG, other], 1), scores)
+        if replaced:
+            with pytest.raises(RuntimeError, match="drew another token at position 8 of sequence 0"):
+                kad.step(torch.cat([LONG, other], 1), scores)
+        else:
+            kad.step(torch.cat([LONG, token], 1), scores)
+        kad.close(call)

@@ -303,6 +303,27 @@ def test_greedy_texts_are_those_of_generate(rule, speculative):
     assert len(set(expected)) == len(expected)
 
 
+@pytest.mark.parametrize(
+    ("opened", "text", "answer"),
+    [
+        ("", "<think>\nIs it 12?\n</think>\n\nIt is 15.", "\n\nIt is 15."),
+        ("", "<think>\nIs it 12?", ""),
+        ("", "It is 15.", "It is 15."),
+        ("<think>\n", "Is it 12?\n</think>\n\nIt is 15.", "\n\nIt is 15."),
+        ("<think>\n", "Is it 12?", ""),
+    ],
+)
+def test_thoughts_are_no_part_of_a_text(monkeypatch, opened, text, answer):
+    lm = shared_lm()
+
+    def write(context, max_length, stop, **settings):
+        return torch.cat([context, torch.tensor([lm.tok_encode(text)] * len(context))], dim=-1)
+
+    monkeypatch.setattr(lm, "_model_generate", write)
+    contexts = [prompt + opened for prompt in prompts(lm)[:2]]
+    assert generate(lm, contexts, until=["<|end|>"]) == [answer] * 2
+
+
 @pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("stop", [" answer", "=", "get 3"])
 def test_stop_strings_end_a_text_at_their_last_token(monkeypatch, speculative, stop):

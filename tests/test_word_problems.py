@@ -107,6 +107,9 @@ def test_scores(text, strict, lenient):
         ("The answer is 0.<|end|>", "0", "0"),
         ("The answer is 19.", None, "19"),
         ("The cat sees the door.<|end|>", None, None),
+        ("<think>\n12 + 7 = 18. The answer is 18.\n</think>\n\n12 + 7 = 19. The answer is 19.<|end|>", "19", "19"),
+        ("12 + 7 = 18. The answer is 18.\n</think>\n\n12 + 7 = 19. The answer is 19.<|end|>", "19", "19"),
+        ("<think>12 + 7 = 19. The answer is 19.<|end|>", None, None),
     ],
 )
 def test_extraction(text, strict, lenient):

@@ -5,6 +5,7 @@
 DualDeferral(threshold=0.4)
 """
 
+from . import hooks
 from ._version import __version__
 from .candidate_generator import KADCandidateGenerator
 from .composition import RULES, BlendIn, Ensemble, ImplicitReward, make_rule, mix
@@ -23,6 +24,9 @@ from .logits_process import KADLogitsProcessor
 from .statistics import KADStatistics, KADTrace, SequenceStatistics, TokenRecord
 from .verification import verify
 from .vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
+
+# `generate` must know of KAD before the first `base.generate` is looked up.
+hooks.install()
 
 __all__ = [
     "RULES",

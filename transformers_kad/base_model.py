@@ -6,7 +6,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 
 from .cache import can_crop
-from .proxy import CachedModel, context_length, describe
+from .proxy import CachedModel, describe
 
 
 class PreparedBase(CachedModel):
@@ -43,14 +43,13 @@ class PreparedBase(CachedModel):
             )
         super().__init__(model, "base")
         self.context_length = None  # `generate` warns of a text that is too long
-        self._last_position = None if (context := context_length(model)) is None else context - 1
-        self._positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
+        self._given_positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
         self._token_types: torch.Tensor | None = model_kwargs.pop("token_type_ids", None)
         self._shift: torch.Tensor | None = None
         self._kwargs = model_kwargs
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if self._positions is not None:  # a row's next position, less the number of its tokens
-            self._shift = self._positions[..., -1:] - mask.sum(dim=-1, keepdim=True) + 1
+        if self._given_positions is not None:  # a row's next position, less the number of its tokens
+            self._shift = self._given_positions[..., -1:] - mask.sum(dim=-1, keepdim=True) + 1
         cache.activate_past_recording()
         self._cache, self._ids, self._mask = cache, input_ids[:, :held], mask[:, :held]
         if len(input_ids) > 1:
@@ -74,7 +73,7 @@ class PreparedBase(CachedModel):
     def select(self, rows: list[int]) -> None:
         """See `CachedModel.select`."""
         super().select(rows)
-        for name in ("_positions", "_shift", "_token_types"):
+        for name in ("_given_positions", "_shift", "_token_types"):
             value = getattr(self, name)
             if value is not None and value.shape[-2] > 1:
                 setattr(self, name, value[..., rows, :])
@@ -85,21 +84,34 @@ class PreparedBase(CachedModel):
             self.settle(upto)
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
-        """See `CachedModel._call`; the inputs are made by the model's own method, as in `generate`."""
-        per_token = {"attention_mask": mask if self._padded else None}
-        prompt = slice(mask.shape[1] - new, mask.shape[1] if self.forwards == 0 else mask.shape[1] - new)
-        if self._positions is not None and self._shift is not None:
-            given = self._positions[..., prompt]
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - new + given.shape[-1] :]
-            positions = (positions + self._shift).clamp(max=self._last_position)
-            per_token["position_ids"] = torch.cat([given.expand(*positions.shape[:-1], -1), positions], dim=-1)
+        """See `CachedModel._call`; the inputs are those that came with the call, carried on."""
+        further = dict(self._kwargs)
         if self._token_types is not None:
-            given = self._token_types[..., prompt]
+            given = self._of_prompt(self._token_types, mask, new)
             last = self._token_types[..., -1:].expand(*given.shape[:-1], new - given.shape[-1])
-            per_token["token_type_ids"] = torch.cat([given, last], dim=-1)
-        inputs = self.model.prepare_inputs_for_generation(
-            ids, next_sequence_length=new, is_first_iteration=self.forwards == 0, **per_token, **self._kwargs
-        )
-        if "logits_to_keep" in inputs:
-            inputs["logits_to_keep"] = keep
-        return self.model(**inputs, return_dict=True).logits
+            further["token_type_ids"] = torch.cat([given, last], dim=-1)
+        return self.model(**self._inputs(ids, mask, new, keep, **further), return_dict=True).logits
+
+    def _is_first_forward(self) -> bool:
+        return self.forwards == 0
+
+    def _in_inference_mode(self) -> bool:
+        return torch.is_inference_mode_enabled()  # the cache is the call's own
+
+    def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
+        """See `CachedModel._positions`: what `generate` gave the prompt, and one more for each token after it."""
+        if self._given_positions is None or self._shift is None:
+            return None
+        given = self._of_prompt(self._given_positions, mask, new)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - new + given.shape[-1] :] + self._shift
+        if self._last_position is not None and positions.shape[-1]:
+            # Drafts of a row may lie beyond the context, and nobody reads what comes of them. What stands before the
+            # draft, the prompt or the last token, is read where it is, beyond the context too: as token by token.
+            read = given[..., -1:] if given.shape[-1] else positions[..., :1]
+            positions = torch.minimum(positions, read.clamp(min=self._last_position))
+        return torch.cat([given.expand(*positions.shape[:-1], -1), positions], dim=-1)
+
+    def _of_prompt(self, values: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
+        """Of values of the prompt's columns those among the last `new` columns; none after the first round."""
+        end = mask.shape[1]
+        return values[..., end - new : end] if self.forwards == 0 else values[..., :0]

@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 def can_crop(cache: Cache | None, tokens: int) -> bool:
     """Whether the last `tokens` tokens can be taken back from every layer of a cache."""
-    if cache is None:
+    if cache is None or not cache.is_croppable:
         return False
     for layer in cache.layers:
         if not getattr(layer, "is_croppable", False):
@@ -19,9 +19,16 @@ def can_crop(cache: Cache | None, tokens: int) -> bool:
     return True
 
 
+def trim(cache: Cache) -> None:
+    """Let go of what only taking back would need. Unlike `cache.crop(0)`, for caches that can't take back as well."""
+    for layer in cache.layers:
+        if hasattr(layer, "crop"):
+            layer.crop(0)
+
+
 def can_have_holes(cache: Cache) -> bool:
     """Whether rows may take back different numbers of tokens: full attention alone doesn't count columns."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    return cache.is_croppable and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def gather_columns(cache: Cache, columns: torch.Tensor) -> None:

@@ -101,7 +101,11 @@ class KADCandidateGenerator(CandidateGenerator):
             The texts with their drafts, `(B, L + n)` with n <= γ, and the logits of the drafted positions,
             `(B, n, V)` float32. n is 0 where the length limit leaves no room for a draft. In a batch, what stands
             behind an end of sequence is to be ignored.
+
+        Raises:
+            ValueError: the proxy is in training mode, or a text is longer than its context.
         """
+        self.reader.model.refresh()
         self.begin(input_ids)
         draft = self.draft(None, [input_ids.shape[1]] * len(input_ids))
         longest = int(draft.lengths.max())
@@ -167,7 +171,7 @@ class KADCandidateGenerator(CandidateGenerator):
     def _rooms(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
         """How many tokens each row may draft."""
         rooms = []
-        for length, left in zip(lengths, self.reader.room(tokens), strict=True):
+        for length, left in zip(lengths, self.reader.own_tokens_left(tokens), strict=True):
             limits = [self.num_assistant_tokens]
             if self.max_length is not None:
                 limits.append(self.max_length - length - 1)

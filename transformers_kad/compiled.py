@@ -29,6 +29,8 @@ class CompiledModel(CachedModel):
 
     def __init__(self, model: PreTrainedModel, role: str, *, width: int) -> None:
         super().__init__(model, role)
+        if role == "base":
+            self.context_length = None  # `generate` warns of a text that is too long
         self.width = width
         self.capacity = 0
         self._static: StaticCache | None = None
@@ -38,8 +40,11 @@ class CompiledModel(CachedModel):
     def reserve(self, tokens: int) -> None:
         """Make room for a text of so many tokens. A larger cache than before is compiled for anew."""
         needed = -(-(tokens + self.width) // CAPACITY_STEP) * CAPACITY_STEP
-        if self._static is not None and self.capacity >= needed:
-            return
+        if self._static is None or self.capacity < needed:
+            self.reset()
+            self._allocate(needed)
+
+    def _allocate(self, needed: int) -> None:
         config = self.model.config.get_text_config(decoder=True)
         static = StaticCache(config=config, max_cache_len=needed)
         if any(type(layer) is not StaticLayer for layer in static.layers):
@@ -47,7 +52,6 @@ class CompiledModel(CachedModel):
                 f"`compile=True` needs full attention in all layers, and the {self.role} {describe(self.model)} has "
                 "others. Leave out `compile`."
             )
-        self.reset()
         self._static, self.capacity = static, needed
 
     def settle(self, length: int) -> None:
@@ -71,16 +75,28 @@ class CompiledModel(CachedModel):
                 f"{'with' if self._padded else 'without'} padding. Leave out `compile`."
             )
         length = ids.shape[1]
+        if length + self.width > self.capacity:  # a proxy spells some tokens of the base in several of its own
+            self._allocate(self.capacity + CAPACITY_STEP * (1 + length // CAPACITY_STEP))
+            new = length
         self._cache = self._static
         self._write_length(length - new)
-        ids = self._legible(ids[:, -new:])
         filled = length - new + self.width
-        if new > self.width or length == new or (self.context_length is not None and filled > self.context_length):
-            kwargs: dict[str, Any] = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
-            return self.model(input_ids=ids, past_key_values=self._static, use_cache=True, **kwargs).logits
-        ids = torch.nn.functional.pad(ids, (0, self.width - new))
+        if new > self.width or length == new or (self._last_position is not None and filled > self._last_position + 1):
+            kept = {"logits_to_keep": keep} if self._takes_logits_to_keep else {}
+            return self.model(**self._arguments(ids, new), **kept).logits
         if self._on_cuda:
             torch.compiler.cudagraph_mark_step_begin()
-        logits = self._compiled(input_ids=ids, past_key_values=self._static, use_cache=True).logits[:, :new]
+        filled_up = torch.nn.functional.pad(ids, (0, self.width - new))
+        logits = self._compiled(**self._arguments(filled_up, self.width)).logits[:, :new]
         self._write_length(length)
         return logits.clone()  # the next run of a CUDA graph writes to the same place
+
+    def _arguments(self, ids: torch.Tensor, new: int) -> dict[str, Any]:
+        """Of a forward of the last `new` columns of a text `(1, S)`."""
+        tensors = {"input_ids": ids[:, -new:]}
+        positions = self._positions(ids, torch.ones_like(ids), new) if self._takes_position_ids else None
+        if positions is not None:
+            tensors["position_ids"] = positions
+        # Copies: compiled code is made for strides, and a view has those of the text that it is a part of.
+        copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        return {**copies, "past_key_values": self._static, "use_cache": True}

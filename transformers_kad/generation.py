@@ -63,7 +63,8 @@ def kad_generate(
             not row by row, outputs that this loop does not collect, or logits that are NaN, +inf or all -inf.
     """
     at = _place_of_kad(logits_processor)
-    kad, call = logits_processor[at], logits_processor[at].open_call
+    kad = logits_processor[at].kad
+    call = kad.open_call
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
@@ -91,8 +92,8 @@ def kad_generate(
         new = draft.ids.to(input_ids.device)
         new = new if last is None else torch.cat([last, new], dim=-1)
         drafted = draft.ids.shape[1]
-        base_logits = base.read(new, keep=drafted + 1).to(input_ids.device)
-        reference_logits = None if reference is None else reference.read(new, keep=drafted + 1)
+        base_logits = base.read(new, keep_tokens=drafted + 1).to(input_ids.device)
+        reference_logits = None if reference is None else reference.read(new, keep_tokens=drafted + 1)
         window = Window(
             model,
             kad,
@@ -134,6 +135,9 @@ def kad_generate(
     return output.of(rows, base.model.cache if len(rows) == 1 and isinstance(base.model, PreparedBase) else None)
 
 
+kad_generate.is_kad_generate = True  # type: ignore[attr-defined]  # the wrapper of generate knows the loop by it
+
+
 def _readers(
     model: PreTrainedModel,
     kad: Any,
@@ -144,6 +148,7 @@ def _readers(
 ) -> tuple[Reader, KADCandidateGenerator, Reader | None]:
     """Base, drafter and reference, at the beginning of the prompts."""
     call, mask = kad.open_call, model_kwargs.pop("attention_mask", None)
+    mask = None if mask is None else (mask != 0).long()  # it may be of any type
     settings = {
         "vocabulary": model.config.get_text_config(decoder=True).vocab_size,
         "chunk_size": generation_config.prefill_chunk_size,
@@ -190,6 +195,7 @@ def _compiled_models(
     base.reserve(max_length)
     proxy = kad.compiled(kad.proxy, "proxy", width if kad.drafter == "prompt_lookup" else 1)
     proxy_ids, _ = kad.open_call.proxy_text(input_ids)
+    # With a tokenizer of its own the proxy may need more room than this, and then makes it.
     proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1])
     return base, proxy
 
@@ -272,9 +278,12 @@ class _Output:
 
 def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
     for place, processor in enumerate(logits_processor):
-        if getattr(processor, "is_kad_processor", False):
+        if hasattr(processor, "kad"):
             return place
-    raise ValueError("`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none.")
+    raise ValueError(
+        "`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none. It is called by "
+        "`model.generate(..., custom_generate=kad_generate)`, looked up after transformers_kad was imported."
+    )
 
 
 def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:

@@ -2,20 +2,30 @@
 
 A logits processor is called before a token is chosen, on finished rows too, and can't tell a new call from the
 next step. The wrapper tells it: for calls with a KAD processor in `logits_processor` it opens a call, runs the
-original `generate`, reads the returned sequences, and closes the call. Every other call passes through.
+original `generate`, reads the returned sequences, and closes the call. Every other call passes through. It is
+installed when the package is imported.
 """
 
 import copy
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import FrameType
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import BaseStreamer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
@@ -46,6 +56,8 @@ class OpenCall:
         chunk_size: prompts are forwarded at most so many tokens at a time.
         rows_stay: every step continues the texts of the step before, row by row.
         thread: the thread that runs the call.
+        base_forwards: forwards of the base so far.
+        finished: the call returned, so that the caches are as it left them.
     """
 
     recorder: StepRecorder | BatchRecorder
@@ -61,6 +73,7 @@ class OpenCall:
     rows_stay: bool = True
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
+    finished: bool = False
     _spelled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]] | None = None
 
     def proxy_text(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -126,10 +139,47 @@ def _repeat_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.repeat_interleave(len(like) // len(values), dim=0).to(like)
 
 
+_installing = threading.Lock()
+
+
 def install() -> None:
-    """Wrap `GenerationMixin.generate`, once."""
-    if not hasattr(GenerationMixin.generate, "__kad_original__"):
-        GenerationMixin.generate = _wrap(GenerationMixin.generate)
+    """Wrap `GenerationMixin.generate`, once. Done when the package is imported.
+
+    Not later: in `base.generate(logits_processor=[KADLogitsProcessor(...)])` Python looks up `base.generate` before
+    it builds the processor.
+    """
+    with _installing:
+        if not hasattr(GenerationMixin.generate, "__kad_original__"):
+            GenerationMixin.generate = _wrap(GenerationMixin.generate)
+
+
+class StepProcessor(LogitsProcessor):
+    """Stands in for a KAD processor in the list of one call, so that only the call itself continues its texts.
+
+    The processor is asked by hand as well, by a stopping criterion say. Were it in the list itself, it could not tell
+    such a question from the call's next step.
+    """
+
+    is_kad_processor = True
+
+    def __init__(self, kad: Any) -> None:
+        self.kad = kad
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """See `KADLogitsProcessor.__call__`."""
+        return self.kad.step(input_ids, scores)
+
+
+def in_list_of_unwrapped_generate(kad: Any) -> bool:
+    """Whether a `generate` that the wrapper knows nothing of has a processor in its list and is running it."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin):
+            processors = frame.f_locals.get("logits_processor")
+            if isinstance(processors, list | tuple) and any(processor is kad for processor in processors):
+                return True
+        frame = frame.f_back
+    return False
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -143,6 +193,8 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             raise TypeError("`logits_processor` must be a list: pass `logits_processor=[kad]`.")
         found = [p for p in processors if getattr(p, "is_kad_processor", False)]
         if not found:
+            return original(self, *args, **kwargs)
+        if isinstance(found[0], StepProcessor):  # a decoding method of the call that is open calls generate in turn
             return original(self, *args, **kwargs)
         if len(found) > 1:
             raise ValueError(f"Pass one KAD processor to a call of generate, got {len(found)}.")
@@ -163,14 +215,20 @@ def _generate_with_kad(
     _refuse(model, kad, settings, speculative)
     call = _describe_call(kad, settings, speculative)
     _warn_about_eos(kad, call)
-    if speculative:
-        arguments = _bind_loop(settings)
-    with kad.opened(call):
+    arguments = _bind_loop(settings) if speculative else dict(arguments)
+    arguments["logits_processor"] = LogitsProcessorList(
+        StepProcessor(kad) if processor is kad else processor for processor in arguments["logits_processor"]
+    )
+    try:  # the call is opened inside, so that no interrupt leaves it open
+        kad.open(call)
         forwards = kad.proxy_forwards
         result = original(model, **arguments)
         sequences = result if torch.is_tensor(result) else result.sequences
         kad.statistics, trace = call.finish(sequences, kad.proxy_forwards - forwards)
         kad.trace = None if trace is None else replace(trace, statistics=kad.statistics, **_described(kad, model))
+        call.finished = True
+    finally:
+        kad.close(call)
     return result
 
 
@@ -222,7 +280,7 @@ class _Settings:
             pad = self.get("pad_token_id")
             if pad is not None and int(pad) not in self.eos_token_ids:
                 mask = ids.ne(int(pad)).long()
-        return None if mask is None or bool((mask != 0).all()) else mask
+        return None if mask is None or bool((mask != 0).all()) else (mask != 0).long()
 
 
 def _as_list(value: Any) -> list[int]:
@@ -236,14 +294,15 @@ def _as_list(value: Any) -> list[int]:
 
 def _is_speculative(kad: Any, arguments: dict[str, Any]) -> bool:
     assistant, custom = arguments.get("assistant_model"), arguments.get("custom_generate")
+    is_loop = getattr(custom, "is_kad_generate", False)
     if assistant is not None and assistant is not kad.proxy:
         raise ValueError(
             "`assistant_model` must be the model that the KAD processor was built with (`kad.proxy`), got another "
             f"{type(assistant).__name__}: drafts of a third model are not supported."
         )
-    if assistant is not None and custom is not None and custom is not kad_generate:
+    if assistant is not None and custom is not None and not is_loop:
         raise ValueError(f"Pass either `assistant_model` or `custom_generate`, got both ({custom!r}).")
-    return assistant is not None or custom is kad_generate
+    return assistant is not None or is_loop
 
 
 def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: bool) -> None:
@@ -274,6 +333,8 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
     if beams > 1 and kad.record_trace:
         raise ValueError(f"`trace=True` is not available with beams, got num_beams={beams}.")
     ids = settings.input_ids
+    if ids is not None and ids.dim() != 2:
+        raise ValueError(f"`input_ids` must have the shape (B, L), one row a prompt, got {tuple(ids.shape)}.")
     if ids is None and settings.arguments.get("inputs_embeds") is not None and kad.proxy_inputs is None:
         raise ValueError(
             "`inputs_embeds` without `input_ids`: the proxy needs a prompt of tokens. Pass its own with "
@@ -289,12 +350,28 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
         return
     if beams > 1:
         raise ValueError(f"Beams and `assistant_model` can't be combined, got num_beams={beams}.")
+    for name in NOT_SPECULATIVE:
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"`{name}={settings.get(name)!r}` asks for another way of decoding, which drafts of a proxy can't be "
+                f"combined with: leave out `{name}`, or `assistant_model` (or `custom_generate`)."
+            )
     sequences = (1 if ids is None else ids.shape[0]) * settings.get("num_return_sequences", 1)
     if sequences > 1 and settings.arguments.get("streamer") is not None:
         raise ValueError(f"A streamer shows one sequence, got {sequences}. Leave out `streamer`.")
     if settings.get("synced_gpus"):
         raise ValueError("`synced_gpus=True` is not available in speculative decoding; leave out `assistant_model`.")
 
+
+# Settings that ask for another way of decoding than sampling or taking the likeliest token, or for another target.
+NOT_SPECULATIVE = (
+    "assistant_ensemble_weight",
+    "constraints",
+    "dola_layers",
+    "force_words_ids",
+    "penalty_alpha",
+    "use_mtp",
+)
 
 # What `generate` itself puts behind the processors, and the value that switches it off. `renormalize_logits` is not
 # among them: it leaves the scores of a single possible token as they are.

@@ -24,6 +24,7 @@ if find_spec("lm_eval") is None:
     raise ImportError('The harness is missing: pip install "transformers-kad[lm-eval]"')
 
 from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import chunks
@@ -36,6 +37,7 @@ from ._version import __version__
 from .arguments import ModelArguments, RuleArguments, RuleParameters
 from .composition import RULES, compose, unknown_name_message
 from .configuration import KADConfig
+from .evaluation.answers import thought_opened_by, without_thoughts
 from .loading import below_adapter, load_model, load_tokenizer
 from .logits_process import KADLogitsProcessor
 from .pair import forget_generation_settings, pick_device, quantization_config
@@ -211,6 +213,13 @@ class KADLM(HFLM):
         return {**super().get_model_info(), "kad": kad}
 
     # --- Generation -----------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The texts without their thoughts, whether `think_end_token` is given or not; "" in an open thought."""
+        texts = super().generate_until(requests, disable_tqdm)
+        if self.think_end_token is None:  # else the mark that closes a thought is gone already
+            texts = [thought_opened_by(one.args[0]) + text for one, text in zip(requests, texts, strict=True)]
+        return [without_thoughts(text) or "" for text in texts]
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any

@@ -1,6 +1,7 @@
 """KADLogitsProcessor: what a user puts into `generate(logits_processor=[...])`."""
 
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -147,11 +148,12 @@ class KADLogitsProcessor(LogitsProcessor):
         self.trace: KADTrace | None = None
         self.proxy_inputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self.eos_warned: set[frozenset[int]] = set()
-        self._call: OpenCall | None = None
+        self._open_call: weakref.ref[OpenCall] | None = None
         self._lock = threading.Lock()
+        self._intact = True  # whether the caches hold what they say
+        self._reset_wanted = False
         self._last_shape: tuple[int, int] | None = None  # of the call's texts when the proxy last read them
         self._rows = ForcedRows((), None)
-        hooks.install()
 
     @classmethod
     def from_config(cls, proxy: PreTrainedModel, config: KADConfig, **kwargs: Any) -> "KADLogitsProcessor":
@@ -176,7 +178,7 @@ class KADLogitsProcessor(LogitsProcessor):
         )
 
     def reset(self) -> None:
-        """Drop the caches of the proxy and the reference. Not while another thread generates with this processor.
+        """Drop the caches of the proxy and the reference, compiled ones too. Within a call of its own: at its end.
 
         A call that continues a cache and one that fills it anew compute the same up to rounding; with a `reset()`
         before, two runs with equal seeds agree to the bit.
@@ -184,8 +186,16 @@ class KADLogitsProcessor(LogitsProcessor):
         Raises:
             RuntimeError: another thread's call is open.
         """
-        if self._call is not None and self._call.thread != threading.get_ident():
+        call = self._call
+        if call is None:
+            self._drop_caches()
+        elif call.thread == threading.get_ident():
+            self._reset_wanted = True
+        else:
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
+
+    def _drop_caches(self) -> None:
+        self._compiled.clear()
         for cached in self._cached:
             cached.reset()
 
@@ -223,30 +233,55 @@ class KADLogitsProcessor(LogitsProcessor):
             self.proxy_inputs = before
 
     @property
+    def _call(self) -> OpenCall | None:
+        # Weakly: a call whose frames are gone is over, even if an interrupt came before it could be closed.
+        return None if self._open_call is None else self._open_call()
+
+    @property
     def open_call(self) -> OpenCall:
         """The running call of `generate`."""
-        if self._call is None:
+        call = self._call
+        if call is None:
             raise RuntimeError("No call of `generate` is open for this processor.")
-        return self._call
+        return call
 
-    @contextmanager
-    def opened(self, call: OpenCall) -> Iterator[None]:
-        """Open a call of `generate` for the time of the block. One at a time."""
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "This KAD processor is in use by another call of `generate`. One processor serves one call at a "
-                "time: build a processor for each thread. They may share the proxy, unless one of them switches its "
-                "adapter off (`ImplicitReward` without `reference`)."
-            )
-        try:
-            self._call, self._last_shape = call, None
-            self._rows = ForcedRows(call.eos_token_ids, call.pad_token_id)
-            for cached in self._cached:
-                cached.refresh()
-            yield
-        finally:
-            self._call, self._rows = None, ForcedRows((), None)
-            self._lock.release()
+    def open(self, call: OpenCall) -> None:
+        """Open a call of `generate`, one at a time. `close` must follow, whatever happens in between.
+
+        Raises:
+            RuntimeError: another call is open.
+        """
+        with self._lock:
+            if self._call is not None:
+                raise RuntimeError(
+                    "This KAD processor is in use by another call of `generate`. One processor serves one call at a "
+                    "time: build a processor for each thread. They may share the proxy, unless one of them switches "
+                    "its adapter off (`ImplicitReward` without `reference`)."
+                )
+            self._open_call = weakref.ref(call)
+        self._last_shape = None
+        self._rows = ForcedRows(call.eos_token_ids, call.pad_token_id)
+        self._refresh()
+
+    def close(self, call: OpenCall) -> None:
+        """Close a call of `generate` if it is the open one. Caches that it did not leave in order are not used."""
+        if self._call is not call:
+            return
+        self._intact = call.finished
+        self._rows = ForcedRows((), None)
+        if self._reset_wanted:
+            self._reset_wanted = False
+            self._drop_caches()
+        self._open_call = None
+
+    def _refresh(self) -> None:
+        """Before a call: forget caches that an exception or an interrupt left in the middle, or of other weights."""
+        if not self._intact:
+            for cached in (*self._cached, *self._compiled.values()):
+                cached.reset()
+        self._intact = False  # until the call is finished
+        for cached in self._cached:
+            cached.refresh()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Turn the base's scores for the next token into log r, or with `lazy` into scores that force a draw from r.
@@ -260,16 +295,39 @@ class KADLogitsProcessor(LogitsProcessor):
 
         Raises:
             ValueError: logits of either model that are NaN, +inf or all -inf.
-            RuntimeError: another thread's call is open; with `lazy`, a token was emitted that was not drawn.
+            RuntimeError: a call of `generate` is open; a `generate` that was looked up before this library was
+                imported; with `lazy`, a token was emitted that was not drawn.
 
-        Used by hand, outside `generate`, it works on the ids it gets, assumes no padding, and takes no row for
-        finished.
+        This is for use by hand, in a decoding loop of your own: it works on the ids it gets, assumes no padding, and
+        takes no row for finished. `generate` itself runs `step`.
         """
         call = self._call
-        if call is None:
-            for cached in self._cached:
-                cached.refresh()
-        elif call.thread != threading.get_ident():
+        if call is not None:
+            whose = "this" if call.thread == threading.get_ident() else "another"
+            raise RuntimeError(
+                f"This KAD processor is in use by a call of `generate` in {whose} thread, whose text would change if "
+                "the processor were asked by hand. Build another processor; they may share the proxy."
+            )
+        if hooks.in_list_of_unwrapped_generate(self):
+            raise RuntimeError(
+                "This KAD processor is in the list of a `generate` that was looked up before transformers_kad was "
+                "imported, or that a model defines without calling `super().generate`. Such a call would take padding "
+                "for text and know nothing of drafts: import transformers_kad first, and call `model.generate` of "
+                "`GenerationMixin`."
+            )
+        self._refresh()
+        result = self.step(input_ids, scores)
+        self._intact = True
+        return result
+
+    def step(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`__call__` for the open call of `generate`, in its thread.
+
+        Raises:
+            RuntimeError: the open call runs in another thread.
+        """
+        call = self._call
+        if call is not None and call.thread != threading.get_ident():
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
         return self._draw(input_ids, scores) if self.lazy else self._compose(input_ids, scores)
 

@@ -32,12 +32,13 @@ class PromptLookup(KADCandidateGenerator):
             ]
         rooms = self._rooms(tokens, lengths)
         found = [self._look_up(text, room) for text, room in zip(self._texts, rooms, strict=True)]
+        found = self.reader.cut_to_context(tokens, found)
         longest = max(map(len, found))
         self._found = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long)
         self._found = self._found.view(len(found), longest)
         ids = self._found.to(self._device)
         read = ids if tokens is None else torch.cat([tokens.to(ids), ids], dim=-1)
-        logits = self.reader.read(read, keep=longest + 1)
+        logits = self.reader.read(read, keep_tokens=longest + 1)
         probs = torch.zeros_like(logits[:, :longest]).scatter(-1, ids[..., None], 1.0)
         return Draft(ids, probs, torch.tensor([len(own) for own in found], device=self._device), logits)
 

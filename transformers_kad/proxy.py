@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel
 
-from .cache import can_crop, can_have_holes, gather_columns
+from .cache import can_crop, can_have_holes, gather_columns, trim
+from .fingerprint import fingerprint
 
 # A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
 # more than this share.
@@ -45,16 +46,21 @@ class CachedModel:
         self.without_adapter = without_adapter
         self.forwards = 0
         self.context_length = context_length(model)
-        forward = getattr(model, "get_base_model", lambda: model)().forward
-        accepted = inspect.signature(forward).parameters
+        self._last_position = None if self.context_length is None else self.context_length - 1
+        # The model below an adapter prepares the inputs, as in `generate`.
+        self._below: Any = getattr(model, "get_base_model", lambda: model)()
+        accepted = inspect.signature(self._below.forward).parameters
         self._takes_position_ids = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self._positions_of_its_own = (
+            type(self._below)._prepare_position_ids_for_generation
+            is not GenerationMixin._prepare_position_ids_for_generation
+        )
         self._readable = model.get_input_embeddings().weight.shape[0]
         config = model.config.get_text_config(decoder=True)
-        self._stand_in = next(
-            (i for i in (config.pad_token_id, config.eos_token_id) if isinstance(i, int) and 0 <= i < self._readable),
-            0,
-        )
+        candidates = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
+        self._stand_in = next((i for i in candidates if isinstance(i, int) and 0 <= i < self._readable), 0)
+        self._now: Hashable = None
         self.reset()
 
     def reset(self) -> None:
@@ -68,7 +74,7 @@ class CachedModel:
         self.parents: list[int] | None = None
 
     def refresh(self) -> None:
-        """Drop the cache if the model changed since it was filled: weights, adapters, dtype, device.
+        """Before a call: drop the cache if the model changed since it was filled, see `fingerprint`.
 
         Raises:
             ValueError: the model is in training mode.
@@ -77,7 +83,8 @@ class CachedModel:
             raise ValueError(
                 f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
             )
-        if self._cache is not None and model_state(self.model) != self._state:
+        self._now = fingerprint(self.model)
+        if self._cache is not None and self._now != self._state:
             self.reset()
 
     def settle(self, length: int) -> None:
@@ -85,13 +92,16 @@ class CachedModel:
 
         Layers with a sliding window can only take back what came since they were last settled.
         """
-        if self._cache is None or self._ids is None or self._mask is None:
+        if self._ids is None or self._mask is None:
             return
-        surplus = max(self.cached_length - length, 0)
-        if surplus and not can_crop(self._cache, surplus):
-            self.reset()
-            return
-        self._cache.crop(-surplus)
+        surplus = max(self._ids.shape[1] - length, 0)
+        if self._cache is not None:
+            if surplus == 0:
+                trim(self._cache)
+            elif can_crop(self._cache, surplus):
+                self._cache.crop(-surplus)
+            else:
+                self._cache = None  # what follows fills it anew, with the texts that are noted here
         if surplus:
             self._ids, self._mask, self._tokens = self._ids[:, :length], self._mask[:, :length], None
 
@@ -105,29 +115,22 @@ class CachedModel:
             ValueError: several rows, and a cache with layers where holes make a difference.
         """
         assert self._ids is not None and self._mask is not None
+        if len(kept) > 1:
+            self._check_holes_are_hidden()
         begin = self._ids.shape[1] - kept.shape[1]
-        if kept.shape[1]:
-            kept = kept[:, : int((kept.any(dim=0) * torch.arange(1, kept.shape[1] + 1)).max())]
-        ids, mask, padded, tokens = self._ids, self._mask, self._padded, self._tokens
+        kept = kept[:, : int(kept.any(dim=0).nonzero().max()) + 1] if bool(kept.any()) else kept[:, :0]
+        mask, tokens = self._mask, self._tokens
         self.settle(begin + kept.shape[1])
-        if self._cache is None:  # `advance` fills it anew
-            self._ids, self._mask, self._padded = (
-                ids[:, : begin + kept.shape[1]],
-                mask[:, : begin + kept.shape[1]],
-                padded,
-            )
+        if len(kept) == 1 and not (self._padded and self._cache is not None and can_have_holes(self._cache)):
             return
-        if len(kept) == 1 and not (self._padded and can_have_holes(self._cache)):
-            return
-        self._check_holes_are_hidden()
         if tokens is None:
             tokens = mask[:, :begin].sum(dim=-1).cpu()
         self._tokens = tokens + kept.sum(dim=-1)
         if not kept.all():
             self._padded = True
             self._mask = torch.cat([mask[:, :begin], kept.to(mask)], dim=-1)
-        longest = int(self._tokens.max())
-        if self.cached_length - longest > LARGEST_SHARE_OF_HOLES * self.cached_length:
+        longest, columns = int(self._tokens.max()), self._ids.shape[1]
+        if self._cache is None or columns - longest > LARGEST_SHARE_OF_HOLES * columns:
             self._close_holes(longest)
 
     def _check_holes_are_hidden(self) -> None:
@@ -140,24 +143,26 @@ class CachedModel:
 
     def _close_holes(self, length: int) -> None:
         """Move every row's tokens to the end of `length` columns, with what is left of the padding before them."""
-        assert self._cache is not None and self._ids is not None and self._mask is not None
-        columns = self._mask.argsort(dim=-1, stable=True)[:, -length:]
-        gather_columns(self._cache, columns)
+        assert self._ids is not None and self._mask is not None
+        columns = self._mask.argsort(dim=-1, stable=True)[:, self._mask.shape[1] - length :]
+        if self._cache is not None:
+            gather_columns(self._cache, columns)
         self._ids, self._mask = self._ids.gather(1, columns), self._mask.gather(1, columns)
 
     def select(self, rows: list[int]) -> None:
         """Keep only some rows, in this order."""
-        if self._cache is None or self._ids is None or self._mask is None:
+        if self._ids is None or self._mask is None:
             return
         index = torch.tensor(rows, device=self._ids.device)
-        self._cache.batch_select_indices(index)
+        if self._cache is not None:
+            self._cache.batch_select_indices(index)
         self._ids, self._mask = self._ids[index], self._mask[index]
         self._tokens = None if self._tokens is None else self._tokens[rows]
 
     def advance(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
         """`logits` of the texts held, continued by `ids` `(B, n)`; `mask` `(B, n)` has zeros at what is no token."""
         assert self._ids is not None and self._mask is not None
-        ids = ids.to(self._ids)
+        ids = self._legible(ids.to(self._ids))
         self._note_padding(mask)
         texts = torch.cat([self._ids, ids], dim=-1)
         if not self._padded:
@@ -214,13 +219,15 @@ class CachedModel:
         if self.context_length is not None and length > self.context_length:
             self.check_length(length if attention_mask is None else int(attention_mask.sum(dim=-1).max()))
         device = self.model.device
-        input_ids = input_ids.to(device)
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(device)
+        # Copies: the tensors may be the caller's own, to be written to later.
+        input_ids = self._legible(input_ids.to(device).clone())
+        mask = torch.ones_like(input_ids)
+        if attention_mask is not None:
+            mask = (attention_mask != 0).to(mask)  # a mask may be of any type
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
             self._note_padding(attention_mask)
-            # Copies: the tensors may be the caller's own, to be written to later.
-            return self._forward(input_ids.clone(), mask.clone(), keep, chunk_size)
+            return self._forward(input_ids, mask, keep, chunk_size)
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
             raise
@@ -238,7 +245,7 @@ class CachedModel:
             self.settle(common)
         if common <= 0 or self._cache is None:
             self.reset()
-            self._state = model_state(self.model)
+            self._state = fingerprint(self.model) if self._now is None else self._now
 
     def _match_rows(self, input_ids: torch.Tensor, mask: torch.Tensor) -> int:
         """Give every text the cached row that shares its longest prefix; return the shortest of these."""
@@ -267,12 +274,13 @@ class CachedModel:
         """Forward what the cache does not hold yet of texts `(B, L)`, which it then holds."""
         length, start = input_ids.shape[1], self.cached_length
         stops = list(range(start + chunk_size, length - keep, chunk_size)) if chunk_size else []
-        with torch.no_grad():
+        # What a call within `torch.inference_mode` leaves in the cache is to be written to by any later call.
+        with torch.inference_mode(self._in_inference_mode()), torch.no_grad():
             for stop in stops:
                 self._call(input_ids[:, :stop], mask[:, :stop], stop - start, 1)
                 start = stop
                 if self._cache is not None:
-                    self._cache.crop(0)
+                    trim(self._cache)
             logits = self._call(input_ids, mask, length - start, keep)
         self.forwards += 1
         self._ids, self._mask = input_ids, mask
@@ -288,17 +296,9 @@ class CachedModel:
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
         """One forward over the last `new` columns, `(B, S)` all in all; the logits of the last `keep` are needed."""
-        kwargs: dict[str, Any] = {}
-        if self._padded:
-            kwargs["attention_mask"] = mask
-            if self._takes_position_ids:
-                # Drafts of a row that ends with the context may lie beyond it; nobody reads what comes of them.
-                last = None if self.context_length is None else self.context_length - 1
-                kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0, max=last)[:, -new:]
-        if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = keep
+        inputs = self._inputs(ids, mask, new, keep, past_key_values=self._cache, use_cache=True)
         with self._adapter_state():
-            output = self.model(input_ids=self._legible(ids[:, -new:]), past_key_values=self._cache, use_cache=True, **kwargs)
+            output = self.model(**inputs)
         cache = getattr(output, "past_key_values", None)
         if not isinstance(cache, Cache):
             raise ValueError(
@@ -312,6 +312,39 @@ class CachedModel:
         if self._padded:
             self._check_holes(mask, cache)
         return output.logits
+
+    def _inputs(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int, **further: Any) -> dict[str, Any]:
+        """What `generate` would pass to the model for the last `new` columns of texts `(B, S)`."""
+        if self._padded:
+            further["attention_mask"] = mask
+        positions = self._positions(ids, mask, new) if self._takes_position_ids else None
+        if positions is not None:
+            further["position_ids"] = positions
+        if self._takes_logits_to_keep:
+            further["logits_to_keep"] = keep
+        inputs = self._below.prepare_inputs_for_generation(
+            ids, next_sequence_length=new, is_first_iteration=self._is_first_forward(), **further
+        )
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = keep  # some models set their own
+        return inputs
+
+    def _is_first_forward(self) -> bool:
+        return self._cache is None
+
+    def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
+        """The positions of the last `new` columns, as `generate` counts them for these texts, `(..., B, new)`."""
+        if self._positions_of_its_own:
+            positions = self._below._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
+            return None if positions is None else positions[..., -new:]
+        length = ids.shape[1]
+        if not self._padded:
+            return torch.arange(length - new, length, device=ids.device).expand(len(ids), -1)
+        # Drafts of a row that ends with the context may lie beyond it; nobody reads what comes of them.
+        return (mask.cumsum(-1) - 1).clamp(min=0, max=self._last_position)[:, -new:]
+
+    def _in_inference_mode(self) -> bool:
+        return False
 
     def _check_holes(self, mask: torch.Tensor, cache: Cache) -> None:
         """A sliding window counts columns, so what is masked between tokens would push tokens out of it."""
@@ -361,25 +394,6 @@ def describe(model: PreTrainedModel) -> str:
     """A model's class and where it was loaded from, for error messages."""
     path = getattr(model.config, "_name_or_path", "") or "unnamed"
     return f"{type(model).__name__} ({path})"
-
-
-def model_state(model: PreTrainedModel) -> Hashable:
-    """What a model's cache depends on besides the text: weights, dtype, device, mode and adapters.
-
-    Weights are told apart by the version counters that torch raises on every change in place.
-    """
-    adapters = tuple(
-        (
-            tuple(module.active_adapters),
-            module.disable_adapters,
-            tuple(getattr(module, "merged_adapters", ())),
-            str(getattr(module, "scaling", None)),
-        )
-        for module in model.modules()
-        if isinstance(getattr(module, "disable_adapters", None), bool)
-    )
-    weights = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype, str(p.device)) for p in model.parameters())
-    return hash((adapters, weights, model.training))
 
 
 def is_unusable(logits: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """A model beside the base that reads what the base emits: in its own tokens, after its own prompt."""
 
+from itertools import accumulate
+
 import torch
 
 from .proxy import CachedModel
@@ -42,12 +44,15 @@ class Reader:
         self._columns: list[torch.Tensor] = []  # (B, w) each, on the CPU: which columns are a row's, where they differ
         self._lead = 0  # tokens of a round before its draft
 
-    def read(self, tokens: torch.Tensor | None = None, *, keep: int = 1) -> torch.Tensor:
-        """Read more of the base's tokens, `(B, n)`: the tempered logits at the last `keep` positions, `(B, keep, V)`.
+    def read(self, tokens: torch.Tensor | None = None, *, keep_tokens: int = 1) -> torch.Tensor:
+        """Read more of the base's tokens, `(B, n)`: the tempered logits behind the last of them.
 
-        Float32. Behind a prompt that was not read yet, `tokens` may be None.
+        `(B, keep_tokens, V)` float32. The last entry is behind all that is read, the one before it behind all but the
+        last of the base's tokens, and so on, however many tokens of its own the model reads each of them in. Behind a
+        prompt that was not read yet, `tokens` may be None.
         """
         ids = mask = None
+        widths: list[int] = []
         if tokens is not None and tokens.shape[1]:
             ids, widths = tokens, [1] * tokens.shape[1]
             if self.vocabulary_alignment is not None:
@@ -55,9 +60,12 @@ class Reader:
                 self._columns.append(mask.bool().cpu())
             first = self._places[-1] + 1 if self._places else 0
             self._places += [place for place, width in enumerate(widths, first) for _ in range(width)]
+        # Where, in columns, the base's tokens end: first what was read before, then each of the new ones.
+        ends = [0, *accumulate(widths)][-keep_tokens:]
+        keep_columns = ends[-1] - ends[0] + 1
         if self._prompt is None:
             assert ids is not None
-            logits = self.model.advance(ids, mask, keep=keep)
+            logits = self.model.advance(ids, mask, keep=keep_columns)
         else:
             text, text_mask = self._prompt
             if ids is not None:
@@ -66,8 +74,10 @@ class Reader:
                     text_mask = torch.ones_like(text) if text_mask is None else text_mask
                     text_mask = torch.cat([text_mask, mask.to(text_mask)], dim=-1)
                 text = torch.cat([text, ids.to(text)], dim=-1)
-            logits = self.model.logits(text, text_mask, keep=keep, chunk_size=self.chunk_size)
+            logits = self.model.logits(text, text_mask, keep=keep_columns, chunk_size=self.chunk_size)
             self._prompt = None
+        if keep_columns > len(ends):
+            logits = logits[:, [end - ends[0] for end in ends]]
         return tempered(
             align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment), self.component_temperature
         )
@@ -90,8 +100,10 @@ class Reader:
         self.model.select(rows)
         self._lengths = [self._lengths[row] for row in rows]
 
-    def room(self, tokens: torch.Tensor | None) -> list[int | None]:
-        """How many tokens more each row could read behind the next `tokens` `(B, 1)`; None without a limit.
+    def own_tokens_left(self, tokens: torch.Tensor | None) -> list[int | None]:
+        """How many of its own tokens the model could read in each row behind the next `tokens` `(B, 1)` of the base.
+
+        None without a limit.
 
         Raises:
             ContextLengthError: a row is longer than the model's context already.
@@ -102,11 +114,21 @@ class Reader:
         lengths = list(self._lengths)
         if tokens is not None:
             for row, token in enumerate(tokens[:, 0].tolist()):
-                lengths[row] += (
-                    1 if self.vocabulary_alignment is None else len(self.vocabulary_alignment.spell_token(token))
-                )
+                lengths[row] += self._width(token)
         self.model.check_length(max(lengths))
         return [limit - length for length in lengths]
+
+    def cut_to_context(self, tokens: torch.Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
+        """Of drafts in the base's tokens, behind the next `tokens` `(B, 1)`, what the model's context has room for."""
+        cut = []
+        for draft, left in zip(drafts, self.own_tokens_left(tokens), strict=True):
+            ends = accumulate(map(self._width, draft))
+            cut.append(draft if left is None else draft[: sum(end <= left for end in ends)])
+        return cut
+
+    def _width(self, token: int) -> int:
+        """How many of its own tokens the model reads a token of the base in."""
+        return 1 if self.vocabulary_alignment is None else len(self.vocabulary_alignment.spell_token(token))
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:

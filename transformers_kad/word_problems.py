@@ -14,6 +14,8 @@ import re
 from dataclasses import dataclass
 from functools import cache
 
+from .evaluation.answers import without_thoughts
+
 Triple = tuple[int, str, int]
 
 # --- Arithmetic and its splits ------------------------------------------------------------------------------
@@ -158,9 +160,10 @@ def extract_answer(text: str) -> str | None:
     """The number of a completion that says "The answer is N" once, and ends there; None for any other text.
 
     `text` is the completion decoded *with* special tokens (`skip_special_tokens=False`): the end of sequence
-    must follow the number or its period. Padding after it is ignored.
+    must follow the number or its period. Padding after it is ignored, and so is a thought before the answer
+    (:func:`~transformers_kad.evaluation.answers.without_thoughts`).
     """
-    head, phrase, tail = text.partition("The answer is ")
+    head, phrase, tail = (without_thoughts(text) or "").partition("The answer is ")
     match = STRICT.fullmatch(phrase + tail)
     return match[1] if match is not None and EOS not in head else None
 
@@ -169,9 +172,10 @@ def extract_answer_lenient(text: str) -> str | None:
     """The number of a completion, fair to a model that was never told how to answer or where to stop.
 
     Counts the number after the last "=" of the first line that is not empty, or the last number of that line
-    if it has no "=". What follows the line, and the end of sequence, do not matter. Leading zeros are dropped.
+    if it has no "=". What follows the line, the end of sequence, and a thought before the answer do not matter.
+    Leading zeros are dropped.
     """
-    line = text.partition(EOS)[0].strip().partition("\n")[0]
+    line = (without_thoughts(text) or "").partition(EOS)[0].strip().partition("\n")[0]
     numbers = re.findall(r"=\s*(\d+)", line) if "=" in line else re.findall(r"\d+", line)
     return (numbers[-1].lstrip("0") or "0") if numbers else None
 

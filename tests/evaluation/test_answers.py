@@ -17,6 +17,8 @@ from transformers_kad.evaluation.answers import (
     extract_number,
     extract_option,
     number_value,
+    thought_opened_by,
+    without_thoughts,
 )
 
 NUMBERS = [
@@ -55,6 +57,44 @@ NUMBERS = [
     (r"The answer is 2 \times 3 = **6**, for 2 days.", "6"),
     ("The answer is 72 = 48 + 24.", "72"),
     ("The answer is 72 - see above, 48 + 24 = 72, 2 months", "72"),
+    ("The answer is (16 - 3 - 4) * 2 = 18.", "18"),
+    ("The answer is 12 miles / 3 hours = 4 miles per hour.", "4"),
+    ("The answer is 20% of 50 = 10.", "10"),
+    ("The answer is $2 * (9 - 3) = $12 for 3 days.", "12"),
+    ("The answer is 3 boxes with 12 eggs each = 36 eggs in 2 rows.", "36"),
+    ("The answer is 1/2 * 36 = 18, for 2 days.", "18"),
+    ("The answer is 9 * 2 = 18 = 6 * 3.", "18"),
+    ("The answer is 12 times 3 equals 36 in 2 days.", "36"),
+    ("The answer is 12 * 3.5 ≈ 42 in 2 days.", "42"),
+    ("The answer is 3 - 8 = - 5.", "-5"),
+    ("The answer is 48 + 24\n= 72 clips in 2 months.", "72"),
+    ("The answer is x = 5 apples, and that leaves 12 - 5 = 7.", "5"),
+    ("The answer is x = 5 apples and that leaves 12 - 5 = 7.", "5"),
+    ("The answer is f(2) = 5 for 3 days.", "5"),
+    (r"The answer is $48 \text{ clips} + 24 \text{ clips} = 72 \text{ clips}$ in 2 months.", "72"),
+    (r"The answer is \sqrt{144} = 12 in 2 days.", "12"),
+    (r"\boxed{(16 - 3 - 4) \times 2 = 18}", "18"),
+    (r"\boxed{72 = 48 + 24}", "72"),
+    # What is said beside a number is no calculation of it.
+    ("The answer is 72 = 48 in April + 24 in May.", "72"),
+    ("The answer is 15 = 3x.", "15"),
+    ("The answer is 1/3 ≈ 0.33.", "1/3"),
+    ("The answer is 5 (x = 3).", "5"),
+    ("The answer is 12 for x = 3.", "12"),
+    ("The answer is 9 * 8 = 72 (48 + 24).", "72"),
+    ("The answer is 18 because 9 * 2 = 18 and 16 - 7 = 9.", "18"),
+    ("The answer is 18 dollars which leaves 20 - 18 = 2.", "18"),
+    ("The answer is 18 and 20 - 18 = 2 remain.", "18"),
+    ("The answer is 25% = 0.25.", "25"),
+    ("The answer is 5; 2 + 2 = 4.", "5"),
+    ("The answer is 12: 6 * 3 = 18.", "12"),
+    ("The answer is 12 — 6 * 3 = 18.", "12"),
+    ("The answer is 12 - not 12 + 1 = 13.", "12"),
+    ("The answer is 5.\n2 + 2 = 4", "5"),
+    ("**The answer is 18.** Check: 9 + 9 = 18, 3 + 3 = 6.", "18"),
+    ("The answer is found by x + 3 = 8, so x = 5.", "5"),
+    ("The answer is x <= 5", "5"),
+    ("Answer: I = 6\nSister = 6/2 + 4 = 7\n6 + 7 = 13 letters", "13"),
     # Forms of numbers.
     ("The answer is $1,234.50 in 3 days.", "1234.50"),
     ("The answer is 1,234,567 grains.", "1234567"),
@@ -76,6 +116,40 @@ NUMBERS = [
     ("The answer is 5kg for 2 dogs.", "5"),
     ("The answer is 1.5e3 metres.", "1.5e3"),
     ("The answer is 007.", "007"),
+    (r"The answer is \$36.", "36"),
+    (r"The answer is \$18.90.", "18.90"),
+    (r"\boxed{\$32,\!348}", "32348"),
+    ("The answer is 90° today.", "90"),
+    ("The answer is 2½ hours.", "2 1/2"),
+    ("The answer is ½.", "1/2"),
+    ("The area is 10²", "10"),
+    ("Answer：７２", "72"),
+    ("<answer>36</answer>", "36"),
+    ("<answer>36 eggs</answer> in 2 days", "36"),
+    ("<answer>48 + 24 = 72</answer> in 2 days", "72"),
+    # A minus apart from its number: a sign where nothing can be subtracted from.
+    ("The answer is - 5.", "-5"),
+    ("The answer is − 5.", "-5"),
+    ("The answer is - $5.", "-5"),
+    (r"\boxed{- 5}", "-5"),
+    ("So x = - 5", "-5"),
+    ("So it is 10 - 5", "5"),
+    ("The answer is 10 - 5 = 5.", "5"),
+    ("The answer is – 72.", "72"),  # a dash
+    ("Answer:\n- 5 apples\n- 3 pears\n\nTogether 8", "8"),  # a list
+    # Spaces between thousands: groups of three digits behind one to three, and no other number beside them.
+    ("The answer is 12 000 dollars.", "12000"),
+    ("The answer is 1 234 567.", "1234567"),
+    ("The answer is $12 000.50.", "12000.50"),
+    ("The answer is 350 000 x 5/100 = 17 500.", "17500"),
+    ("That makes $400 000 - $282 000 = $118 000", "118000"),
+    (r"The answer is 12\ 000 dollars.", "12000"),
+    ("It was in 2020 300 people", "300"),
+    ("She calls 555 123 4567", "4567"),
+    ("She has 4 250ml cups", "250"),
+    ("She has 2 100-gram bars", "100"),
+    ("The answer is 5 125/1000 hours.", "5 125/1000"),
+    ("The answer is 5 12 times.", "5"),
     # What looks like a statement and is none.
     ("The answer is not 5 but 7", "7"),
     ("The answer cannot be 5. It is 7", "7"),
@@ -119,6 +193,12 @@ def test_numbers(text, number):
         ("The answer is 72. There are 5", "72"),
         ("The answer is 72", None),  # 72 of 720?
         ("The answer is 1,", None),
+        ("The answer is 48 + 24", None),
+        ("The answer is 48 + 24 = ", None),
+        ("The answer is 48 + 24 = 7", None),
+        ("The answer is 48 + 24 = 72 clips", "72"),
+        ("The answer is 72 = 48 + 24", "72"),
+        ("The answer is 12 miles in 3-4 hours", "12"),
         ("The answer is 1/", None),
         ("The answer is 15. Let me check: the answer is 1", "15"),
         (r"so \boxed{72}", "72"),
@@ -158,6 +238,11 @@ OPTIONS = [
     (r"\[ \boxed{\mathrm{B}} \]", "B"),
     ("Answer:\n\nB", "B"),
     ("#### B", "B"),
+    ("Answer：B", "B"),
+    ("Answer： （Ｂ）", "B"),
+    ("<answer>B</answer>", "B"),
+    ("<answer>b</answer>", "B"),
+    ("<answer>(A)</answer> and not (B)", "A"),
     # Repeated, changed, argued with.
     ("the answer is (B) because it is, so the answer is (B)", "B"),
     ("The answer is (B). Wait, no. The answer is (D).", "D"),
@@ -171,6 +256,18 @@ OPTIONS = [
     ("The answer is (A) or (C).", None),
     ("The answer is A/C.", None),
     ("The answer is B and D.", None),
+    ("The answer is (A), (B), or (C).", None),
+    ("The answer is (A), (B) or (C)", None),
+    ("The answer is A, B.", None),
+    (r"\boxed{A, C}", None),
+    ("The answer is (B), (C) is wrong.", "B"),
+    ("The answer is (B), (A) being too small.", "B"),
+    ("The answer is B, and D cannot be right.", "B"),
+    ("The answer is B, D because both fly.", None),
+    ("The answer is (B), not (C).", "B"),
+    ("The answer is (A), (B) and (C) are wrong.", "A"),
+    ("The answer is A, because (B) is wrong.", "A"),
+    ("Answer: B, Paris", "B"),
     (r"\boxed{A \text{ or } C} since (B) fails", None),
     ("The answer is not (A). It is (C)", "C"),
     ("The answer cannot be (A).", None),
@@ -287,6 +384,7 @@ def test_boxes(text, content):
         ("The answer is 0.5. Then 7.", True, "0.5"),
         ("**Answer: 1/2**", True, "1/2"),
         (r"\boxed{} The answer is 5.", True, "5"),
+        ("<answer>1/2</answer>", True, "1/2"),
         ("With $a = 1$ we get $b = 2$.", True, "b = 2"),
         ("So it is 12", True, "12"),
         ("No idea.", True, None),
@@ -314,6 +412,114 @@ def test_texts_that_repeat_themselves_are_read_in_no_time(text, number):
     assert extract_number(text) == number
     assert extract_option(text, "ABCDE") is None
     assert extract_math(text, False) is None or number is not None
+
+
+# --- Thoughts, and questions that follow --------------------------------------------------------------------
+
+# What opens and closes a thought, as models of these families write it.
+THOUGHTS = {
+    "DeepSeek-R1, Qwen3": ("<think>\n", "\n</think>\n\n"),
+    "asked for in prompts": ("<thinking>", "</thinking>"),
+    "GRPO": ("<reasoning>\n", "\n</reasoning>\n"),
+    "EXAONE": ("<thought>\n", "\n</thought>\n"),
+    "Seed-OSS": ("<seed:think>", "</seed:think>"),
+    "Magistral": ("[THINK]", "[/THINK]"),
+    "Kimi": ("◁think▷", "◁/think▷"),
+    "Kimi K3": ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
+    "Command A": ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    "OpenThinker": ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    "Apertus": ("<|inner_prefix|>", "<|inner_suffix|>"),
+    "Gemma": ("<|channel>thought\n", "<channel|>"),
+    "gpt-oss": ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    "gpt-oss, special tokens left out": ("analysis", "assistantfinal"),
+}
+EXTRACTORS = {
+    "number": (extract_number, "The answer is {}.", "12", "15"),
+    "option": (lambda text, ended: extract_option(text, "ABCD", ended), "The answer is ({}).", "A", "C"),
+    "math": (extract_math, "The answer is ${}$.", "1/2", "1/3"),
+    "boxed": (lambda text, ended: extract_boxed(text), r"So \boxed{{{}}}.", "12", "15"),
+}
+each_extractor = pytest.mark.parametrize(
+    ("extract", "sentence", "other", "right"), EXTRACTORS.values(), ids=EXTRACTORS.keys()
+)
+
+
+@each_extractor
+@pytest.mark.parametrize(("opens", "closes"), THOUGHTS.values(), ids=THOUGHTS.keys())
+def test_a_thought_is_no_answer(opens, closes, extract, sentence, other, right):
+    thought, answer = sentence.format(other), sentence.format(right)
+    for ended in (True, False):
+        assert extract(opens + thought + closes + answer + " Yes.", ended) == right
+        assert extract(thought + closes + answer + " Yes.", ended) == right  # the prompt opened it
+        assert extract(opens + thought + closes + opens + thought + closes + answer + " Yes.", ended) == right
+        assert extract(opens + thought + " Yes.", ended) is None
+        assert extract(opens + thought + closes + "Yes.", ended) is None
+
+
+@each_extractor
+@pytest.mark.parametrize(
+    "turn",
+    [
+        "Question: Tom has 5 pens. Who has more?\nAnswer: ",
+        "Q: Tom has 5 pens. Who has more?\nA: ",
+        "**Problem 2:** Tom has 5 pens.\n\n",
+        "### Problem 2\nTom has 5 pens.\n\n",
+        "### Instruction:\nTom has 5 pens.\n\n### Response:\n",
+        "User: Tom has 5 pens.\nAssistant: ",
+        "<|im_start|>user\nTom has 5 pens.<|im_end|>\n<|im_start|>assistant\n",
+        "Tom has 5 pens.\n\nReason step by step. End with one sentence: The answer is N.\n\n",
+    ],
+)
+@pytest.mark.parametrize("ended", [True, False])
+def test_the_answer_to_a_question_of_the_model_s_own_is_no_answer(extract, sentence, other, right, turn, ended):
+    assert extract(f"{sentence.format(right)}\n\n{turn}{sentence.format(other)} Yes.", ended) == right
+
+
+@pytest.mark.parametrize(
+    ("extract", "text", "answer"),
+    [
+        # Without the form that was asked for.
+        (extract_number, "48 + 24 = 72\n\nQ: Tom has 5 pens. How many?\nA: 5", "72"),
+        (lambda text: extract_option(text, "ABCD"), "B\n\nQ: Which one?\nA: (C)", "B"),
+        (lambda text: extract_option(text, "ABCD"), "It is (A) or (B).\n\nQ: Which?\n\nThe answer is (C).", "C"),
+        (lambda text: extract_option(text, "ABCD"), "The answer is (A) or (B).\n\nQ: Which?\n\nAnswer: (C)", None),
+        # The question is repeated, or taken apart, before it is answered.
+        (extract_number, "Question: How many in all?\nAnswer: 72", "72"),
+        (extract_number, "Let us see.\n\n**Problem:** She sold 48.\n**Solution:** The answer is 72.", "72"),
+        (extract_number, "I ask:\nQuestion 1: In May? 24.\nQuestion 2: In all? 72.", "72"),
+        (extract_number, "The question: how many? The answer is 72.", "72"),
+    ],
+)
+def test_where_the_answer_ends(extract, text, answer):
+    assert extract(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I think that 48 + 24 = 72. The answer is 72.",
+        "Thinking: 48 + 24 = 72.\n\nReasoning: ...\n\nThe answer is 72.",
+        "[Reasoning] 48 + 24\n[Answer] 72",
+        "The analysis is done. <b>72</b>",
+        "",
+    ],
+)
+def test_a_text_without_the_marks_of_a_thought_is_all_answer(text):
+    assert without_thoughts(text) == text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "mark"),
+    [
+        ("<|im_start|>assistant\n<think>\n", "<think>\n"),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "<|channel|>analysis<|message|>"),
+        ("<|im_start|>assistant\n<think>\n\n</think>\n\n", ""),
+        ("<|im_start|>user\nPut your thoughts into <think>.<|im_end|>\n<|im_start|>assistant\n", ""),
+        ("", ""),
+    ],
+)
+def test_a_thought_may_be_opened_by_the_prompt(prompt, mark):
+    assert thought_opened_by(prompt) == mark
 
 
 # --- Comparison ---------------------------------------------------------------------------------------------
@@ -346,6 +552,15 @@ def test_texts_that_repeat_themselves_are_read_in_no_time(text, number):
         ("1/0", "1", False),
         ("9" * 5000, "9", False),
         ("12 clips", "12", False),
+        (r"\$32,\!348", "32348", True),
+        ("12 000", "12000", True),
+        ("2020 300", "2020300", False),
+        ("- 5", "-5", True),
+        ("- 5", "5", False),
+        ("90°", "90", True),
+        (r"90^\circ", "90", True),
+        ("１２", "12", True),
+        ("1½", "1.5", True),
         ("", "12", False),
         (None, "12", False),
     ],
@@ -384,6 +599,46 @@ def test_options_are_compared_as_they_are():
         ("90", r"90^\circ", True),
         ("10080", "10{,}080", True),
         (r"\$32,348", r"\$32,\!348", True),
+        (r"\$36", "36", True),
+        ("36", r"\$36", True),
+        (r"36 \text{ dollars}", r"\$36", True),
+        (r"\$36", "37", False),
+        ("18.90", r"\$18.90", True),
+        (r"\$18.90", "18.9", True),
+        ("32348", r"\$32,\!348", True),
+        ("€36", "36", True),
+        ("12 000", "12000", True),
+        (r"12\,000", "12{,}000", True),
+        ("1 2", "12", False),
+        ("90°", r"90^\circ", True),
+        ("90", "90°", True),
+        (r"90\degree", r"90^{\circ}", True),
+        (r"\frac{90°}{2}", "45", True),
+        ("12 000/5", "2400", True),
+        ("ℝ", "R", False),
+        ("90 degrees", r"90^\circ", True),
+        ("9°", r"90^\circ", False),
+        ("1 1/2", r"\frac{3}{2}", True),
+        ("-1 1/2", r"-\frac{3}{2}", True),
+        (r"\frac{3}{2}", r"1\frac{1}{2}", True),
+        (r"1\frac{1}{2}", r"\frac{1}{2}", False),
+        ("1 1/2", r"\frac{11}{2}", False),
+        ("1½", r"\frac{3}{2}", True),
+        ("1⁄2", r"\frac{1}{2}", True),
+        ("8", "８", True),
+        ("x²", "x^2", True),
+        ("10²", "102", False),
+        ("2√3", r"2\sqrt{3}", True),
+        ("3·4", "12", True),
+        ("∞", r"\infty", True),
+        ("5.", "5", True),
+        ("–5", "-5", True),
+        ("(16 - 3 - 4) * 2 = 18", "18", True),
+        ("12 miles / 3 hours = 4 miles per hour", "4", True),
+        (r"12 \text{ miles} / 3 \text{ hours} = 4 \text{ mph}", "4", True),
+        ("20% of 50 = 10", "10", True),
+        ("20% of 50 = 10", "20", False),
+        ("2 * 3 = 6a", "6", False),
         ("5.4", r"5.4 \text{ cents}", True),
         (r"\begin{pmatrix} 1/5 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ 2 \end{pmatrix}", True),
         (r"\begin{pmatrix} 1/5 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 2 \\ 0.2 \end{pmatrix}", False),

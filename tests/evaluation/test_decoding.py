@@ -10,6 +10,7 @@ from transformers_kad import KADLogitsProcessor
 from transformers_kad.arguments import ModelArguments
 from transformers_kad.evaluation.decoding import Decoder, as_text, is_failure
 from transformers_kad.evaluation.methods import PLAIN_METHODS, RULE_METHODS, parse_methods
+from transformers_kad.evaluation.tasks import get_task
 from transformers_kad.pair import Pair
 from transformers_kad.prompting import PLAIN_SAMPLING, encode
 from transformers_kad.proxy import ContextLengthError, UnusableLogitsError
@@ -169,6 +170,19 @@ def test_chats_become_plain_text_where_there_is_no_template(pair):
     answers = plain.answer(method("kad-dual"), questions, 0, 20)
     assert [answer.error for answer in answers] == [None, None]
     assert texts(answers) == texts(plain.answer(method("kad-dual"), [q + "\n" for q in QUESTIONS[:2]], 0, 20))
+
+
+@pytest.mark.parametrize("speculative", [False, True], ids=["token-by-token", "speculative"])
+def test_a_thought_that_the_chat_template_opens_is_shown(speculative):
+    """Else a thought that is cut at the token limit looks like an answer."""
+    pair = load()
+    pair.tokenizer.chat_template += "{{ '<think>\n' }}"
+    decoder = Decoder(pair, {"do_sample": False}, speculative=speculative)
+    questions = [[{"role": "user", "content": question}] for question in QUESTIONS[:2]]
+    opened = decoder.answer(method("kad-dual"), questions, 0, 20)
+    assert [one.text.rpartition("<think>\n")[0] for one in opened] == [""] * 2
+    assert [one.text[: len("<think>\nWe get")] for one in opened] == ["<think>\nWe get"] * 2
+    assert get_task("tiny").extract(opened[0].text, False) is None
 
 
 def test_stock_speculative_decoding_needs_vocabularies_of_one_size():

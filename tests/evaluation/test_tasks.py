@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from transformers_kad import word_problems
-from transformers_kad.evaluation.answers import extract_option
+from transformers_kad.evaluation.answers import REASON, extract_option
 from transformers_kad.evaluation.tasks import TASKS, Instance, get_task, multiple_choice
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -173,6 +173,30 @@ def test_examples(case):
         task.few_shot_examples(1, data_dir=FIXTURES, split=task.few_shot_split)
 
 
+@each_case
+def test_only_the_answer_to_the_question_is_scored(case):
+    """Thoughts are not, and neither is what the model says to a question of its own."""
+    task = get_task(case.name)
+    instances = task.load(data_dir=FIXTURES, limit=20)
+    right = instances[-1]
+    other = next(one for one in instances if one.answer != right.answer)
+    readers = [task.extract, *([lambda text, _: task.lenient(text)] if task.lenient else [])]
+    for read in readers:
+        thought = f"<think>\n{other.solution}\n</think>\n\n"
+        assert task.is_correct(read(thought + right.solution, True), right)
+        assert task.is_correct(read(thought.removeprefix("<think>\n") + right.solution, True), right)
+        for ended in (True, False):
+            assert read(f"<think>\n{right.solution}", ended) is None
+    for turn in (f"Question: {other.question}\nAnswer:", other.question):
+        if not (turn is other.question and task.instruction == ""):
+            prediction = readers[-1](f"{right.solution}\n\n{turn} {other.solution}\n\n", False)
+            assert task.is_correct(prediction, right)
+
+
+def test_instructions_begin_with_what_marks_a_new_question():
+    assert {task.name for task in TASKS.values() if not task.instruction.startswith(REASON)} == {"tiny"}
+
+
 # --- Examples and chats -------------------------------------------------------------------------------------
 
 
@@ -266,6 +290,9 @@ TEXTS = [
     "The answer is 19. Ada",
     "We get 12 + 7 = 019.\nThe answer is 18.",
     "19 cups",
+    "<think>\nThe answer is 18.\n</think>\n\nWe get 12 + 7 = 19. The answer is 19.",
+    "The answer is 18.\n</think>\n\nWe get 12 + 7 = 19. The answer is 19.",
+    "<think>\nThe answer is 19.",
     "cups",
     "",
 ]

@@ -152,6 +152,16 @@ def test_the_comparison_decides_what_matches(metrics):
     assert metrics["answer_accuracy"].compute(**inputs)["correct"] == 0
 
 
+def test_notations_of_one_answer_match(metrics):
+    written = {
+        "number": ["12 000", "- 5", "90°", "1 1/2"],
+        "math": [r"\$12,\!000", "-5", r"90^\circ", r"1\frac{1}{2}"],
+    }
+    for comparison, predictions in written.items():
+        inputs = {"predictions": predictions, "references": ["12000", "-5", "90", "1.5"], "comparison": comparison}
+        assert metrics["answer_accuracy"].compute(**inputs)["correct"] == 4
+
+
 def test_copies_of_a_sample_make_the_interval_no_narrower(metrics):
     """10 instances, 6 right: three equal samples of each know no more than one."""
     right = [True] * 6 + [False] * 4

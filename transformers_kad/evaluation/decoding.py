@@ -25,6 +25,7 @@ from ..proxy import (
     unusable_logits_error,
 )
 from ..statistics import SequenceStatistics
+from .answers import thought_opened_by
 from .methods import Method
 
 
@@ -33,7 +34,8 @@ class Answer:
     """One answer.
 
     Attributes:
-        text: the generated text, without the token that ended it; other special tokens are shown.
+        text: the generated text, without the token that ended it; other special tokens are shown. Where the chat
+            template opens a thought in the prompt (`<think>`), the text begins with that mark.
         ended: whether it ended by itself.
         tokens: generated tokens, the end of the turn included.
         seconds: what it took. An answer of a batch is charged an equal share of the batch's time.
@@ -209,16 +211,20 @@ class Decoder:
         rows = ids[:, length:].tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
         statistics = kad.statistics if kad is not None else None
+        # A thought that a chat template opens belongs to the answer: without its mark, nobody could tell it from one.
+        opened = [thought_opened_by(end) for end in speaker.tokenizer.batch_decode(inputs["input_ids"][:, -16:])]
         return [
-            _answer(row, speaker, seconds, statistics.sequences[at] if statistics else None)
+            _answer(row, opened[at], speaker, seconds, statistics.sequences[at] if statistics else None)
             for at, row in enumerate(rows)
         ]
 
 
-def _answer(row: list[int], speaker: _Speaker, seconds: float, statistics: SequenceStatistics | None) -> Answer:
+def _answer(
+    row: list[int], opened: str, speaker: _Speaker, seconds: float, statistics: SequenceStatistics | None
+) -> Answer:
     ends = set(speaker.eos_token_ids or ())
     end = next((at for at, token in enumerate(row) if token in ends), None)
-    text = speaker.tokenizer.decode(row[:end])
+    text = opened + speaker.tokenizer.decode(row[:end])
     return Answer(text, end is not None, len(row) if end is None else end + 1, seconds, statistics)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..composition import unknown_name_message
 from ..word_problems import EOS, extract_answer, extract_answer_lenient, make_problems
-from .answers import Comparison, answers_match, extract_math, extract_number, extract_option, number_value
+from .answers import REASON, Comparison, answers_match, extract_math, extract_number, extract_option, number_value
 
 Row = Mapping[str, Any]
 
@@ -261,14 +261,14 @@ def _is_copy(folder: Path, subset: str | None, split: str) -> bool:
 # --- The declarations ---------------------------------------------------------------------------------------
 
 STATE_NUMBER = (
-    "Reason step by step. End with one sentence of exactly this form: The answer is N. Here N stands for the number "
+    f"{REASON} End with one sentence of exactly this form: The answer is N. Here N stands for the number "
     "alone, without a unit."
 )
 STATE_OPTION = (
-    "Reason step by step. End with one sentence of exactly this form: The answer is (X). Here X stands for the "
+    f"{REASON} End with one sentence of exactly this form: The answer is (X). Here X stands for the "
     "letter of the right option."
 )
-STATE_BOXED = r"Reason step by step. Put the final answer, and nothing else, into \boxed{}."
+STATE_BOXED = REASON + r" Put the final answer, and nothing else, into \boxed{}."
 
 
 def multiple_choice(*, letters: str, options: Callable[[Row], tuple[Sequence[str], int]], **declaration: Any) -> Task:

@@ -1,0 +1,177 @@
+"""A proxy is forwarded with what `generate` would forward it with, also where a model counts in a way of its own."""
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+
+from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad.proxy import CachedModel
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.5,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+PROMPT = torch.tensor([[5, 9, 3, 7, 7, 1, 2, 8, 11, 30, 4]])
+
+
+def bamba():
+    kinds = {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("bamba", **SIZES, mamba_expand=2, **kinds))
+
+
+def qwen2_5_vl():
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config={**SIZES, "rope_parameters": rope},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        vocab_size=50,
+        image_token_id=48,
+        video_token_id=49,
+        vision_start_token_id=46,
+        vision_end_token_id=47,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    # What an earlier call of its own, with images, left behind.
+    model.model.rope_deltas = torch.tensor([[-7], [-3], [-5]])
+    return model
+
+
+def of_type(model_type, **settings):
+    return lambda: AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **settings}))
+
+
+def gpt2():
+    return tiny_model("gpt2", seed=3)
+
+
+MODELS = {
+    "bamba": bamba,
+    "qwen2_5_vl": qwen2_5_vl,
+    "gpt2": gpt2,
+    "llama": of_type("llama"),
+    "phi3": of_type("phi3"),
+    "bloom": of_type("bloom", n_layer=2, n_head=4),
+    "codegen": of_type("codegen", n_embd=32, n_layer=2, n_head=4, n_positions=128, rotary_dim=4),
+    "falcon_h1": of_type("falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
+    "minimax": of_type("minimax", num_local_experts=2, num_experts_per_tok=1, head_dim=8, block_size=4,
+                       layer_types=["full_attention", "linear_attention"]),
+    "moshi": of_type("moshi"),
+    "ctrl": of_type("ctrl", n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=128),
+    "gemma3_text": of_type("gemma3_text", head_dim=8, sliding_window=8),
+}  # fmt: skip
+
+
+def make(name):
+    torch.manual_seed(5)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+class Inputs:
+    """What a model is forwarded with, in the block."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+
+    def __enter__(self):
+        self.handle = self.model.register_forward_pre_hook(self.note, with_kwargs=True)
+        return self.seen
+
+    def __exit__(self, *exception):
+        self.handle.remove()
+
+    def note(self, module, arguments, kwargs):
+        names = ("input_ids", "position_ids", "attention_mask", "token_type_ids", "cache_position")
+        self.seen.append({name: kwargs[name].clone() for name in names if kwargs.get(name) is not None})
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_inputs_and_the_logits_are_those_of_generate(name, padded):
+    model = make(name)
+    prompt, mask = PROMPT, torch.ones_like(PROMPT)
+    if padded:
+        prompt = torch.cat([PROMPT, torch.cat([torch.zeros(1, 4, dtype=torch.long), PROMPT[:, :7]], dim=1)])
+        mask = (prompt != 0).long()
+    settings = {"do_sample": False, "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
+    with Inputs(model) as expected:
+        out = model.generate(prompt, attention_mask=mask, **settings)
+    if name == "qwen2_5_vl":
+        model.model.rope_deltas = torch.tensor([[-7], [-3], [-5]])
+    cached = CachedModel(model)
+    cached.refresh()
+    with Inputs(model) as seen:
+        for step, logits in enumerate(out.logits):
+            length = prompt.shape[1] + step
+            all_mask = torch.cat([mask, mask.new_ones(len(mask), step)], dim=1)
+            text = out.sequences[:, :length]
+            got = cached.logits(text, all_mask if padded else None, continues=step > 0)[:, -1]
+            cached.settle(length)
+            torch.testing.assert_close(got, logits, atol=1e-4, rtol=1e-4)
+    assert len(seen) == len(expected) == 5
+    for ours, theirs in zip(seen, expected, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.equal(ours[key], value), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_call_after_the_proxys_own_call_is_as_before_it(base, name):
+    """The kind of fault: something that the proxy keeps from a call of its own gets into the next one."""
+    proxy = make(name)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9))
+    settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
+    expected = base.generate(PROMPT, logits_processor=[kad], **settings)
+    kad.reset()
+    proxy.generate(torch.cat([PROMPT, PROMPT, PROMPT]), max_new_tokens=3, do_sample=False)
+    if name == "qwen2_5_vl":
+        proxy.model.rope_deltas = torch.tensor([[-7], [-3], [-5]])
+    got = base.generate(PROMPT, logits_processor=[kad], **settings)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(torch.cat(got.scores), torch.cat(expected.scores), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_proxies_guide_by_their_logits_of_the_whole_text(base, name):
+    """Against forwards of the whole text, with the positions that `generate` begins with."""
+    proxy = make(name)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9))
+    settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
+    out = base.generate(PROMPT, logits_processor=[kad], **settings)
+    for step, scores in enumerate(out.scores):
+        text = out.sequences[:, : PROMPT.shape[1] + step]
+        own = proxy.generate(text, do_sample=False, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+        with torch.no_grad():
+            p, q = base(text).logits[:, -1].softmax(-1), own.logits[0].softmax(-1)
+        torch.testing.assert_close(scores.exp(), DualDeferral(0.9)(p, q), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_drafts_give_the_text_of_token_by_token(base, name):
+    proxy = make(name)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9), num_assistant_tokens=3)
+    settings = {"logits_processor": [kad], "do_sample": False, "max_new_tokens": 16}
+    expected = base.generate(PROMPT, **settings)
+    assert torch.equal(base.generate(PROMPT, assistant_model=proxy, **settings), expected)
+    assert kad.statistics.drafted > 0

@@ -1,0 +1,89 @@
+"""What a model computes, in one value: whether a cache that it filled earlier still belongs to it."""
+
+from collections.abc import Hashable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+# An odd number far from small multiples of powers of two: 2^64 / golden ratio, as a signed integer.
+ROW_FACTOR = -7046029254386353131
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def fingerprint(model: nn.Module) -> Hashable:
+    """A value that changes when the model's outputs can change: weights, buffers, adapters, settings, device, mode.
+
+    Nothing is trusted to announce a change: fused optimizers, `parameter.data`, pruning and a change of dtype there
+    and back raise no version counter. So every weight and buffer is read once, which takes at most about as long as
+    one step of the model. Weights that lie on the disk (the meta device) are told apart by their identity alone.
+
+    Also seen: plain settings of the modules (numbers, booleans, strings), the model's configuration, and which forward
+    hooks are registered; not seen is what a hook computes.
+    """
+    tensors = [*chain(model.named_parameters(), model.named_buffers())]
+    kinds = tuple((name, id(t), t.dtype, tuple(t.shape), str(t.device)) for name, t in tensors)
+    return hash((kinds, _checksums([t for _, t in tensors]), _settings(model)))
+
+
+def _settings(model: nn.Module) -> Hashable:
+    """What decides a model's outputs besides its tensors."""
+    modules = tuple(
+        (
+            tuple((name, value) for name, value in vars(module).items() if _is_setting(name, value)),
+            tuple(module._forward_hooks),
+            tuple(module._forward_pre_hooks),
+            _adapter_state(module),
+        )
+        for module in model.modules()
+    )
+    return modules, repr(getattr(model, "config", None))
+
+
+def _is_setting(name: str, value: object) -> bool:
+    return isinstance(value, bool | int | float | str) and not name.startswith("_")
+
+
+def _adapter_state(module: nn.Module) -> Hashable:
+    """Which adapters of a peft layer are on, merged, and how strong they are."""
+    if not isinstance(getattr(module, "disable_adapters", None), bool):
+        return None
+    module_: Any = module
+    return (
+        tuple(module_.active_adapters),
+        module_.disable_adapters,
+        tuple(getattr(module_, "merged_adapters", ())),
+        str(getattr(module_, "scaling", None)),
+    )
+
+
+def _checksums(tensors: list[torch.Tensor]) -> Hashable:
+    """The checksum of each tensor that has data, read from each device at once."""
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        for tensor in chain.from_iterable(map(_plain, tensors)):
+            if tensor.numel() and tensor.device.type != "meta":
+                by_device.setdefault(tensor.device, []).append(_checksum(tensor))
+    return tuple((str(device), *torch.stack(sums).tolist()) for device, sums in by_device.items())
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that hold the data of one that may be a wrapper of others, as quantized and distributed ones are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain(getattr(tensor, name))
+    else:
+        yield tensor.detach()
+
+
+def _checksum(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum of a tensor's bits, each row (of its first dimension) with a factor of its own; a scalar."""
+    rows = tensor.reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
+    rows = rows.contiguous()
+    size = rows.element_size()
+    bounds = (rows.shape[1] * size, rows.storage_offset() * size)  # in bytes
+    word = next(word for word in WORDS if not any(bound % word.itemsize for bound in bounds))
+    sums = rows.view(word).sum(dim=1, dtype=torch.int64)
+    factors = torch.arange(1, len(sums) + 1, device=sums.device) * ROW_FACTOR
+    return (sums * (factors | 1)).sum()
