@@ -95,7 +95,7 @@ class Generator:
     def answer(self, prompt: Prompt, arguments: PromptArguments, seed: int, streamer: Any = None) -> list[int]:
         """The ids of one answer. Equal seeds give equal answers, whatever was answered before."""
         pair = self.pair
-        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat))
+        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat), model=pair.base)
         self.kad.reset()
         set_seed(seed)
         if arguments.proxy_chat == "same":
