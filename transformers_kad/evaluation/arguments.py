@@ -32,7 +32,9 @@ class EvaluationArguments:
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with local copies of the data sets, each in the folder of its Hub id."},
+        metadata={
+            "help": "Local data: folder with copies of the data sets (openai/gsm8k/...), or one set's files or file."
+        },
     )
     split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: the task's own."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many instances of each task."})
