@@ -32,8 +32,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TextStreamer, set_seed
-
 from transformers_kad import KADConfig, KADStatistics
 from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments
 from transformers_kad.command_line import parse_arguments, quieten
@@ -41,6 +39,10 @@ from transformers_kad.pair import Pair
 from transformers_kad.prompting import Prompt, encode
 from transformers_kad.resumable import JsonLinesStore
 from transformers_kad.statistics import add_up
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+from transformers import TextStreamer, set_seed
 
 
 @dataclass

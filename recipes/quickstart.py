@@ -25,11 +25,6 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
 
 from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
 from transformers_kad.command_line import parse_arguments, quieten
@@ -38,6 +33,14 @@ from transformers_kad.loading import below_adapter, load_model, load_tokenizer
 from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids, pad_token_id
 from transformers_kad.statistics import add_up
 from transformers_kad.word_problems import is_correct, is_correct_lenient, make_problems
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 # The best of the grid of recipes/sweep.py on 300 validation problems.
 TINY_PAIR_RULES = {
