@@ -21,7 +21,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 
 from transformers_kad import KADConfig, KADLogitsProcessor, lm_eval_model, make_rule
@@ -650,3 +650,12 @@ def test_two_processes_share_the_requests_and_give_the_same_results(one_process,
         # The documents come in another order, and with it the rounding of sums.
         assert {name: results["results"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-12)
         assert numbers
+
+
+def test_the_harness_s_table_has_a_header():
+    """Releases of pytablewriter before 1.0 write A, B, C there when they are used as the harness uses them."""
+    results = {"results": {"gsm8k": {"alias": "gsm8k", "exact_match,none": 0.5}}, "versions": {"gsm8k": 3}}
+    table = make_table({**results, "n-shot": {"gsm8k": 0}, "higher_is_better": {"gsm8k": {"exact_match": True}}})
+    assert [cell.strip() for cell in table.splitlines()[0].split("|")] == [
+        *("", "Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", ""),
+    ]
