@@ -1,7 +1,7 @@
-"""Imports torchao, where transformers would, without the messages that nobody who did not ask for torchao can act upon.
+"""Imports torchao, as transformers would, without what it prints to those who did not ask for it.
 
-transformers imports an installed torchao with its models, and torchao then says which of its compiled files fit neither
-this PyTorch nor this GPU, and uses what PyTorch has deprecated. These messages are dropped, and only during this import:
+transformers imports an installed torchao with its models. torchao then names its compiled files that do not fit this
+PyTorch or this GPU, and uses what PyTorch has deprecated. These messages are dropped, and only during this import:
 whoever imports torchao or transformers before this package sees them.
 """
 

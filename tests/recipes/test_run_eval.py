@@ -223,6 +223,20 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused_in_batches_with_advice_
     assert [line["error"] for line in results(tmp_path / "single")] == [None] * 2
 
 
+@pytest.mark.parametrize("recipe", [run_eval, sweep, tune])
+def test_a_log_file_shows_how_far_the_run_is(recipe, tmp_path, capsys):
+    """Standard error is no terminal here: plain lines, no bar."""
+    asked = ["--trials", "1"] if recipe is tune else ["--method", "base", "kad-dual"]
+    recipe.main([*asked, "--limit", "3", "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    lines = re.findall(
+        r"^(\d of 6) answers \(\d+%\), \d:\d\d:\d\d passed.*; .*accuracy [01]\.\d+", error, re.MULTILINE
+    )
+    assert lines[0] == "1 of 6"
+    assert lines[-1] == "6 of 6"
+    assert "\r" not in error
+
+
 def test_methods_of_other_settings_are_not_put_beside_each_other(tmp_path, capsys):
     output = ["--output", str(tmp_path), "--no_speculative"]
     assert run_eval.main([*output, "--method", "base", "--limit", "2"]) == 0

@@ -42,7 +42,10 @@ class EvaluationArguments:
     num_samples: int = field(default=1, metadata={"help": "Answers to each instance, each sampled anew."})
     batch_size: int = field(
         default=16,
-        metadata={"help": "Instances at once; also what is dealt out to processes, seeded and resumed as a whole."},
+        metadata={
+            "help": "Instances at once, with --no_speculative; also what is dealt out to processes, seeded and "
+            "resumed as a whole. Speculative runs answer one at a time, and keep each answer at once."
+        },
     )
     pair: Path | None = field(
         default=None,
