@@ -231,19 +231,19 @@ def _report_mended(mended: Mended, report: Callable[[str], None]) -> None:
 
 
 class _Tally:
-    """Accuracy and speed so far, as the note of a progress line."""
+    """Accuracy and speed of the current method so far, as the note of a progress line."""
 
     def __init__(self) -> None:
-        self._right = self._answers = self._tokens = 0
-        self._seconds = 0.0
+        self._name = ""
 
     def note(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> str:
         """Count a batch."""
+        name = f"{batch.workload.task.name}, {batch.method.label}"
+        if name != self._name:
+            self._name, self._right, self._answers, self._tokens, self._seconds = name, 0, 0, 0, 0.0
         self._right += sum(record["correct"] for record in records)
+        self._answers += len(records)
         self._tokens += sum(record["tokens"] for record in records)
         self._seconds += sum(record["seconds"] for record in records)
-        self._answers += len(records)
-        return (
-            f"{batch.workload.task.name}, {batch.method.label}: accuracy {self._right / self._answers:.3f}, "
-            f"{self._tokens / max(self._seconds, 1e-9):.0f} tokens/s so far"
-        )
+        accuracy, speed = self._right / self._answers, self._tokens / max(self._seconds, 1e-9)
+        return f"{name}: accuracy {accuracy:.3f}, {speed:.0f} tokens/s so far"
