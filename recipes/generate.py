@@ -48,9 +48,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from transformers import TextStreamer, set_seed
-
 from transformers_kad import KADConfig, KADStatistics
 from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments, template_arguments
 from transformers_kad.command_line import parse_arguments, quieten
@@ -59,6 +56,11 @@ from transformers_kad.prompting import Prompt, check_template_arguments, encode,
 from transformers_kad.resumable import JsonLinesStore, json_line
 from transformers_kad.statistics import add_up
 from transformers_kad.strict_json import parse_json_object
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+import torch
+from transformers import TextStreamer, set_seed
 
 
 @dataclass
@@ -134,7 +136,7 @@ class Generator:
         pair, template = self.pair, {**arguments.template, **(template or {})}
         if isinstance(prompt, str):
             self.check_template(template, arguments)
-        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat), **template)
+        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat), model=pair.base, **template)
         self.kad.reset()
         set_seed(seed)
         if arguments.proxy_chat == "same":

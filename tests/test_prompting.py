@@ -6,9 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_model
 from transformers import AutoTokenizer
 
-from transformers_kad.prompting import PLAIN_SAMPLING, RESERVED, encode, eos_token_ids, message_text
+from transformers_kad.prompting import (
+    PLAIN_SAMPLING,
+    RESERVED,
+    encode,
+    eos_token_ids,
+    message_text,
+    pad_token_id,
+)
 
 PAIR = Path(__file__).resolve().parents[1] / "recipes" / "tiny_pair"
 
@@ -41,6 +49,60 @@ def test_several_prompts_are_padded_on_the_left(tokenizer):
     inputs = encode(tokenizer, ["Ada has 1 hat.", "Ben has 12 hats now."])
     assert inputs["attention_mask"][0, 0] == 0
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1]
+
+
+TWO = ["Ada has 1 hat.", "Ben has 12 hats now."]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_batch_is_padded_with_the_end_of_sequence_where_there_is_no_padding_token(tokenizer, chat):
+    """Seen by the model are the same ids as with a padding token, and the tokenizer stays as it was."""
+    expected = encode(tokenizer, TWO, chat=chat)
+    tokenizer.pad_token = None
+    found = encode(tokenizer, TWO, chat=chat)
+    assert tokenizer.pad_token is None
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+    mask = found["attention_mask"].bool()
+    assert torch.equal(found["input_ids"][mask], expected["input_ids"][mask])
+    assert set(found["input_ids"][~mask].tolist()) == {tokenizer.eos_token_id}
+
+
+def test_without_any_token_to_pad_with_batches_are_refused_with_advice_and_single_prompts_are_not(tokenizer):
+    tokenizer.pad_token = tokenizer.eos_token = None
+    assert pad_token_id(tokenizer) is None
+    assert len(encode(tokenizer, TWO[:1])["input_ids"]) == 1
+    assert len(encode(tokenizer, [TWO[0], TWO[0]])["input_ids"]) == 2  # nothing is filled up
+    with pytest.raises(ValueError, match=r"tiny_pair/base.*tokenizer_config.json.*--batch_size 1"):
+        encode(tokenizer, TWO)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize("names", [["input_ids", "token_type_ids", "attention_mask"], ["input_ids"]])
+def test_what_the_tokenizer_s_configuration_lists_does_not_decide_what_the_model_gets(tokenizer, names, chat):
+    """`generate` refuses token types that a model does not take, and without a mask can't see that EOS is padding."""
+    model = tiny_model(vocabulary=640)
+    expected = encode(tokenizer, TWO, chat=chat)
+    ids = model.generate(**expected, do_sample=False, max_new_tokens=4)
+    tokenizer.model_input_names = names
+    found = encode(tokenizer, TWO, chat=chat)
+    assert set(found) == {"input_ids", "attention_mask"}
+    assert torch.equal(model.generate(**found, do_sample=False, max_new_tokens=4), ids)
+
+
+def test_token_types_are_passed_to_a_model_whose_forward_takes_them(tokenizer):
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    model = tiny_model("gpt2", vocabulary=640)
+    inputs = encode(tokenizer, TWO, model=model)
+    assert inputs["token_type_ids"].shape == inputs["input_ids"].shape
+    model.generate(**inputs, max_new_tokens=2)
+    assert "token_type_ids" not in encode(tokenizer, TWO, model=tiny_model())
+
+
+def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_s_side(tokenizer):
+    expected = encode(tokenizer, TWO)
+    tokenizer.padding_side = "right"
+    found = encode(tokenizer, TWO)
+    assert {name: t.tolist() for name, t in found.items()} == {name: t.tolist() for name, t in expected.items()}
 
 
 def test_without_a_template_questions_are_plain_and_chats_refused(tokenizer):

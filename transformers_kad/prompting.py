@@ -1,10 +1,12 @@
 """Around a call of `generate`: prompts as model inputs, plain sampling, the ids that end a text."""
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -29,20 +31,26 @@ def encode(
     device: str = "cpu",
     *,
     chat: bool | None = None,
+    model: PreTrainedModel | None = None,
     **template_arguments: Any,
 ) -> BatchEncoding:
-    """Prompts as model inputs `(B, L)`, padded on the left where there are several.
+    """Prompts as model inputs `(B, L)`, padded on the left where their lengths differ.
+
+    The inputs are `input_ids` and `attention_mask`, whatever else the tokenizer's own configuration lists.
 
     Args:
-        tokenizer: with `padding_side="left"`.
+        tokenizer: it stays as it is; texts are filled up with its :func:`pad_token_id`.
         prompts: questions, or chats (lists of messages with `role` and `content`), as `normalize_prompt` takes them.
         device: where the tensors go.
         chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
+        model: which model gets the inputs. Where its forward takes `token_type_ids`, they are among the inputs if the
+            tokenizer makes them.
         **template_arguments: what the chat template understands beside messages, say `enable_thinking=False`.
 
     Raises:
         ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
-            template refuses, or that is no text; template arguments as in `check_template_arguments`.
+            template refuses, or that is no text; template arguments as in `check_template_arguments`; prompts of
+            different length, and a tokenizer with nothing to pad with.
         TypeError: one prompt instead of several.
     """
     if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
@@ -54,9 +62,8 @@ def encode(
         chat = bool(chats) or tokenizer.chat_template is not None
     if chats and not chat:
         raise ValueError(f"A chat needs the chat template, but `chat=False` was given: {chats[0]!r}.")
-    padding = len(prompts) > 1
     if not chat:
-        return tokenizer(list(prompts), padding=padding, return_tensors="pt").to(device)
+        return _tensors(tokenizer, tokenizer(list(prompts)), model).to(device)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"The tokenizer {tokenizer.name_or_path!r} has no chat template. Set `tokenizer.chat_template`, or use "
@@ -66,13 +73,8 @@ def encode(
         [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
     ]
     try:
-        inputs = tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            padding=padding,
-            return_dict=True,
-            return_tensors="pt",
-            **template_arguments,
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **template_arguments
         )
     except (
         TemplateError,
@@ -84,7 +86,47 @@ def encode(
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
         ) from error
-    return inputs.to(device)
+    return _tensors(tokenizer, encoded, model).to(device)
+
+
+def _tensors(
+    tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list[list[int]]], model: PreTrainedModel | None
+) -> BatchEncoding:
+    """Lists of ids as tensors `(B, L)`: ids, mask, and the token types that the model takes."""
+    rows = encoded["input_ids"]
+    length = max(map(len, rows))
+    pad = pad_token_id(tokenizer)
+    if pad is None and any(len(row) < length for row in rows):
+        raise no_padding_error(tokenizer)
+
+    def pad_left(values: list[list[int]], filling: int | None) -> torch.Tensor:
+        return torch.tensor([[filling] * (length - len(row)) + row for row in values], dtype=torch.long)
+
+    inputs = {"input_ids": pad_left(rows, pad), "attention_mask": pad_left([[1] * len(row) for row in rows], 0)}
+    if "token_type_ids" in encoded and model is not None and _takes(model, "token_type_ids"):
+        inputs["token_type_ids"] = pad_left(encoded["token_type_ids"], tokenizer.pad_token_type_id)
+    return BatchEncoding(inputs)
+
+
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's forward has an input of that name; an adapter's model decides for the adapter."""
+    below = getattr(model, "get_base_model", lambda: model)()
+    return name in inspect.signature(below.forward).parameters
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What shorter texts of a batch are filled up with: the padding token, else the end of sequence; None: neither."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def no_padding_error(tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    """The error of a batch that needs padding, for a tokenizer whose :func:`pad_token_id` is None."""
+    return ValueError(
+        f"The tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence token, so texts of "
+        "different length can't share a batch. Name one of its tokens in its tokenizer_config.json, "
+        '"pad_token": "...". '
+        "Where texts are generated, --batch_size 1 does without."
+    )
 
 
 def normalize_prompt(prompt: object) -> Prompt:

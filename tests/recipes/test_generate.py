@@ -351,6 +351,15 @@ def test_a_file_is_gone_on_with_by_the_same_models_only(capsys, tmp_path):
     assert "base is" in capsys.readouterr().err
 
 
+def test_a_tokenizer_that_makes_more_inputs_than_the_model_takes_asks_the_same(capsys, tmp_path):
+    base = shutil.copytree(PAIR / "base", tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    expected = answer(capsys)
+    assert answer(capsys, "--base", str(base))[0] == expected[0]
+
+
 # --- Rows of every kind -----------------------------------------------------------------------------------------
 
 HALF = "caf\ud83d"

@@ -31,7 +31,9 @@ class EvaluationArguments:
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with local copies of the data sets, each in the folder of its Hub id."},
+        metadata={
+            "help": "Local data: folder with copies of the data sets (openai/gsm8k/...), or one set's files or file."
+        },
     )
     split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: the task's own."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many instances of each task."})
@@ -39,7 +41,10 @@ class EvaluationArguments:
     num_samples: int = field(default=1, metadata={"help": "Answers to each instance, each sampled anew."})
     batch_size: int = field(
         default=16,
-        metadata={"help": "Instances at once; also what is dealt out to processes, seeded and resumed as a whole."},
+        metadata={
+            "help": "Instances at once, with --no_speculative; also what is dealt out to processes, seeded and "
+            "resumed as a whole. Speculative runs answer one at a time, and keep each answer at once."
+        },
     )
     pair: Path | None = field(
         default=None,
