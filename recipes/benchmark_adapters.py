@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from transformers_kad.command_line import parse_arguments, quieten
 from transformers_kad.environment import describe_environment
 from transformers_kad.proxy import CachedModel
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 # Width, layers: roughly 1 M, 30 M and 150 M parameters without embeddings.
 SIZES = {"1M": (128, 4), "30M": (512, 9), "150M": (1024, 12)}

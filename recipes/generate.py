@@ -12,35 +12,55 @@ With the settings that an aligned proxy brings along (`kad_config.json`, which a
 
     python recipes/generate.py --config my_proxy --prompt "Why is the sky blue?"
 
-A file of prompts, one a line, plain or as JSON ({"prompt": ...} or {"messages": [...]}). Answers are JSON Lines.
-Stopped in the middle, the same command goes on where it was:
+A file of prompts, one a line, plain or as JSON ({"prompt": ...} or {"messages": [...]}, with "tools" and
+"chat_template_kwargs" where the chat template takes them). Stopped in the middle, the same command goes on where it
+was:
 
     python recipes/generate.py --config my_proxy --input prompts.txt --output answers.jsonl
     cat prompts.txt | python recipes/generate.py --config my_proxy > answers.jsonl
+
+Answers are JSON Lines, a record for each line of the input:
+
+    line                its number, from 1
+    prompt              what was asked: text, or a list of messages
+    row                 the whole JSON object of the line, as it was
+    text                the answer
+    ended               whether the answer ended by itself, and not at --max_new_tokens
+    tokens              how many tokens it has
+    acceptance_rate     share of the drafted tokens that were accepted
+    deferral_mass       mean share of the base's probability that was deferred to the proxy
+    error               instead of the last five: why there is no answer
+
+A line without an answer does not keep the others from theirs; the exit status is 1 then.
 
 Greedy and speculative unless told otherwise. For a base larger than one device there are --device_map auto and
 --quantization.
 """
 
+import io
 import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers import TextStreamer, set_seed
-
 from transformers_kad import KADConfig, KADStatistics
-from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments
+from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments, template_arguments
 from transformers_kad.command_line import parse_arguments, quieten
 from transformers_kad.pair import Pair
-from transformers_kad.prompting import Prompt, encode
-from transformers_kad.resumable import JsonLinesStore
+from transformers_kad.prompting import Prompt, check_template_arguments, encode, normalize_prompt
+from transformers_kad.resumable import JsonLinesStore, json_line
 from transformers_kad.statistics import add_up
+from transformers_kad.strict_json import parse_json_object
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+import torch
+from transformers import TextStreamer, set_seed
 
 
 @dataclass
@@ -53,7 +73,10 @@ class PromptArguments:
     )
     output: str | None = field(
         default=None,
-        metadata={"help": "File for the answers to --input, taken up again after a stop. Default: stdout."},
+        metadata={
+            "help": "File for the answers to --input, taken up again after a stop; a device or a pipe is only written "
+            "to. Default: stdout."
+        },
     )
     system: str | None = field(default=None, metadata={"help": "System message put before every chat."})
     chat: Literal["auto", "yes", "no"] = field(
@@ -63,9 +86,15 @@ class PromptArguments:
         default="same",
         metadata={"help": "The same for the proxy, by its own tokenizer; same: the proxy sees the base's prompt."},
     )
+    template_arguments: str | None = field(
+        default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
+    )
     trace: str | None = field(
         default=None, metadata={"help": "HTML page that shows, token by token, who the answer to --prompt is owed to."}
     )
+
+    def __post_init__(self) -> None:
+        self.template = template_arguments(self.template_arguments)
 
 
 class Generator:
@@ -92,19 +121,47 @@ class Generator:
         if sampling.speculative:
             self.settings["assistant_model"] = self.kad.proxy
 
-    def answer(self, prompt: Prompt, arguments: PromptArguments, seed: int, streamer: Any = None) -> list[int]:
-        """The ids of one answer. Equal seeds give equal answers, whatever was answered before."""
-        pair = self.pair
-        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat))
+    def answer(
+        self,
+        prompt: Prompt,
+        arguments: PromptArguments,
+        seed: int,
+        streamer: Any = None,
+        template: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """The ids of one answer. Equal seeds give equal answers, whatever was answered before.
+
+        `template` holds arguments of the chat template for this prompt, beside those of --template_arguments.
+        """
+        pair, template = self.pair, {**arguments.template, **(template or {})}
+        if isinstance(prompt, str):
+            self.check_template(template, arguments)
+        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat), model=pair.base, **template)
         self.kad.reset()
         set_seed(seed)
         if arguments.proxy_chat == "same":
             ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         else:
-            own = encode(pair.proxy_tokenizer, [prompt], pair.device, chat=_flag(arguments.proxy_chat))
+            own = encode(pair.proxy_tokenizer, [prompt], pair.device, chat=_flag(arguments.proxy_chat), **template)
             with self.kad.proxy_prompt(own):
                 ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+    def check_template(self, template: Mapping[str, Any], arguments: PromptArguments) -> None:
+        """Raise a `ValueError` where there are template arguments, and questions are put into no chat template."""
+        sides = [(self.pair.tokenizer, arguments.chat)]
+        if arguments.proxy_chat != "same":
+            sides.append((self.pair.proxy_tokenizer, arguments.proxy_chat))
+        chats = [tokenizer.chat_template is not None if chat == "auto" else chat == "yes" for tokenizer, chat in sides]
+        if template and not any(chats):
+            raise ValueError(
+                f"There is no chat template to give {dict(template)!r} to: the prompt is plain text, by --chat "
+                f"{arguments.chat} and --proxy_chat {arguments.proxy_chat}."
+            )
+
+    def ended(self, ids: list[int]) -> bool:
+        """Whether an answer ended by itself."""
+        return bool(ids) and ids[-1] in (self.pair.eos_token_ids or ())
 
     def text(self, ids: list[int]) -> str:
         """An answer without special tokens."""
@@ -125,44 +182,83 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the input: its number from 1, the prompt, and what else a JSON object holds, such as an id."""
+    """One line of the input.
+
+    Attributes:
+        number: from 1.
+        prompt: text or messages; None where there is none that can be used.
+        row: the JSON object, or the text of a line that can't be read; None for plain text.
+        template: arguments of the chat template that the row brings along.
+        error: why it can't be used; None if it can.
+    """
 
     number: int
-    prompt: Prompt
-    others: dict[str, Any] = field(default_factory=dict)
+    prompt: Prompt | None
+    row: dict[str, Any] | str | None = None
+    template: dict[str, Any] = field(default_factory=dict)
+    error: str | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a record of the output holds of the line."""
+        row = {} if self.row is None else {"row": self.row}
+        return {"line": self.number, "prompt": self.prompt, **row}
 
 
 def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
-    """The prompts of a file; empty lines are passed over.
-
-    Raises:
-        ValueError: a JSON object that can't be parsed or has neither `prompt` nor `messages`, with its line number.
-    """
+    """The lines of a file; empty ones are passed over. What can't be used has an `error`."""
     for number, line in enumerate(lines, start=1):
         text = line.removeprefix("\ufeff").rstrip("\r\n")
         if not text.strip():
             continue
-        if not text.lstrip().startswith("{"):
-            yield Line(number, text)
-            continue
+        row: dict[str, Any] | str | None = text
         try:
-            parsed = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} begins like JSON, but is none: {text[:80]!r} ({error}).") from error
-        messages, prompt = parsed.pop("messages", None), parsed.pop("prompt", None)
-        if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-            yield Line(number, messages, parsed)
-        elif isinstance(prompt, str) and messages is None:
-            yield Line(number, prompt, parsed)
-        else:
-            raise ValueError(
-                f'Line {number} needs a "prompt" that is text, or "messages" with "role" and "content", got '
-                f"{text[:80]!r}."
-            )
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"the line is not UTF-8 from character {error.start} on: {text[:80]!r}") from error
+            if text.lstrip().startswith("{"):
+                try:
+                    row = parse_json_object(text)
+                except ValueError as error:
+                    raise ValueError(
+                        f"the line begins like JSON, but is no JSON object: {text[:80]!r} ({error})"
+                    ) from error
+                yield Line(number, prompt_of(row), row, template_of(row))
+            else:
+                yield Line(number, text)
+        except ValueError as error:
+            yield Line(number, None, row, error=str(error))
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and "content" in message
+def prompt_of(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a JSON object: its `messages`, else its `prompt`, which is text or messages too.
+
+    Raises:
+        ValueError: there is neither, or it can't be used.
+    """
+    name = "prompt" if row.get("messages") is None else "messages"
+    if row.get(name) is None:
+        raise ValueError(f'"prompt" or "messages" is needed, got the fields {", ".join(map(repr, row)) or "none"}')
+    if name == "messages" and isinstance(row[name], str):
+        raise ValueError(f'"messages" must be a list of messages, got {row[name][:80]!r}')
+    try:
+        return normalize_prompt(row[name])
+    except ValueError as error:
+        raise ValueError(f'"{name}" can\'t be used: {error}') from error
+
+
+def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments for the chat template of a JSON object: its `tools` and its `chat_template_kwargs`.
+
+    Raises:
+        ValueError: they can't be used.
+    """
+    more = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
+    if not isinstance(more, dict):
+        raise ValueError(f'"chat_template_kwargs" must be an object, got {more!r:.80}')
+    template = {**({} if row.get("tools") is None else {"tools": row["tools"]}), **more}
+    check_template_arguments(template)
+    return template
 
 
 def seed_of(seed: int, line: int) -> int:
@@ -190,12 +286,15 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
     """Answer --prompt, streamed."""
     streamer = TextStreamer(generator.pair.tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
+    generator.check_template(arguments.template, arguments)
     prompt = with_system(arguments.prompt or "", arguments.system)
     generator.answer(prompt, arguments, generator.sampling.seed, streamer)
     assert generator.kad.statistics is not None
     print(summary([generator.kad.statistics], time.perf_counter() - started), file=sys.stderr)
     if arguments.trace and generator.kad.trace is not None:
-        page = generator.kad.trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
+        models = generator.pair.models
+        trace = replace(generator.kad.trace, base=models.base, proxy=models.proxy)  # as they were asked for
+        page = trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
         print(f"Trace: {page}", file=sys.stderr)
 
 
@@ -206,19 +305,35 @@ def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> It
         ValueError: an answered line is not the one that is there now.
     """
     for line in lines:
-        if line.number in done and done[line.number]["prompt"] != line.prompt:
-            raise ValueError(
-                f"The input changed since it was answered: line {line.number} was "
-                f"{str(done[line.number]['prompt'])!r} and is {str(line.prompt)!r}. Choose another --output."
-            )
+        if line.number in done:
+            record = done[line.number]
+            name = "row" if "row" in record else "prompt"
+            before, now = record.get(name), line.record().get(name)
+            if json.dumps(before) != json.dumps(now):  # as JSON, since NaN is not equal to itself
+                raise ValueError(
+                    f"The input changed since it was answered: line {line.number} was {str(before)!r} and is "
+                    f"{str(now)!r}. Choose another --output."
+                )
         yield line
+
+
+def answered(store: JsonLinesStore) -> dict[int, dict[str, Any]]:
+    """The records of an earlier run, by the number of their line.
+
+    Raises:
+        ValueError: a record has no such number.
+    """
+    for record in store.records:
+        if not isinstance(record.get("line"), int):
+            raise ValueError(f"{str(store.path)!r} holds a record without the number of its line: {record!r:.80}.")
+    return {record["line"]: record for record in store.records}
 
 
 def run_lines(
     generator: Generator, arguments: PromptArguments, lines: Iterable[Line], store: JsonLinesStore | None
 ) -> int:
     """Answer one prompt a line; how many failed, earlier runs included."""
-    done = {record["line"]: record for record in store.records} if store else {}
+    done = answered(store) if store else {}
     failed = sum("error" in record for record in done.values())
     if store and store.torn is not None:
         print(f"A torn last line was removed and is answered anew: {store.torn!r}", file=sys.stderr)
@@ -228,11 +343,14 @@ def run_lines(
     for line in check_answered(lines, done):
         if line.number in done:
             continue
-        record: dict[str, Any] = {**line.others, "line": line.number, "prompt": line.prompt}
+        record = line.record()
         try:
+            if line.prompt is None:
+                raise ValueError(line.error)
             prompt = with_system(line.prompt, arguments.system)
-            ids = generator.answer(prompt, arguments, seed_of(generator.sampling.seed, line.number))
-        except ValueError as error:  # too long, say: the other lines go on
+            seed = seed_of(generator.sampling.seed, line.number)
+            ids = generator.answer(prompt, arguments, seed, template=line.template)
+        except (ValueError, torch.OutOfMemoryError) as error:  # too long, say: the other lines go on
             record["error"], failed = str(error), failed + 1
             print(f"Line {line.number} failed: {error}", file=sys.stderr)
         else:
@@ -241,6 +359,7 @@ def run_lines(
             calls.append(statistics)
             record |= {
                 "text": generator.text(ids),
+                "ended": generator.ended(ids),
                 "tokens": statistics.tokens,
                 "acceptance_rate": statistics.acceptance_rate,
                 "deferral_mass": statistics.deferral_mass,
@@ -248,7 +367,7 @@ def run_lines(
         if store:
             store.append(record)
         else:
-            print(json.dumps(record, ensure_ascii=False), flush=True)
+            print(json_line(record, sys.stdout.encoding or "utf-8"), end="", flush=True)
     if calls:
         print(f"{len(calls)} prompts; {summary(calls, time.perf_counter() - started)}", file=sys.stderr)
     return failed
@@ -271,9 +390,12 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
     if prompts.input is None:
         run_prompt(Generator(models, config, sampling, trace=prompts.trace is not None), prompts)
         return 0
-    lines: Iterable[Line] = read_prompts(sys.stdin)
-    if prompts.input != "-":  # all of it is read, and so checked, before anything is loaded
-        lines = list(read_prompts(read_file(prompts.input)))
+    if prompts.input == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors=UNREADABLE)
+        lines: Iterable[Line] = read_prompts(sys.stdin)
+    else:  # all of it is read, and so checked, before anything is loaded
+        lines = check_usable(list(read_prompts(read_file(prompts.input))), prompts.input)
     with ExitStack() as stack:
         store = None
         if prompts.output is not None:
@@ -281,19 +403,41 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
             decides |= {name: value for name, value in asdict(prompts).items() if name != "output"}
             store = stack.enter_context(JsonLinesStore(prompts.output, decides))
         generator = Generator(models, config, sampling)
+        generator.check_template(prompts.template, prompts)
         return 1 if run_lines(generator, prompts, lines, store) else 0
+
+
+UNREADABLE = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates, by which their line is found
 
 
 def read_file(path: str) -> list[str]:
     """The lines of a text file.
 
     Raises:
-        ValueError: there is no such file, or it is not UTF-8.
+        ValueError: there is no such file.
     """
     try:
-        return Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--input {path!r} can't be read as UTF-8 text: {error}") from error
+        return Path(path).read_text(encoding="utf-8", errors=UNREADABLE).split("\n")
+    except OSError as error:
+        raise ValueError(f"--input {path!r} can't be read: {error}") from error
+
+
+def check_usable(lines: list[Line], path: str) -> list[Line]:
+    """The same lines; says how many can't be used.
+
+    Raises:
+        ValueError: none of them can.
+    """
+    bad = [line for line in lines if line.error is not None]
+    if bad and len(bad) == len(lines):
+        raise ValueError(f"No line of --input {path!r} can be used. Line {bad[0].number}: {bad[0].error}.")
+    if bad:
+        print(
+            f"{len(bad)} of {len(lines)} lines can't be used, and are recorded as failed. Line {bad[0].number}: "
+            f"{bad[0].error}.",
+            file=sys.stderr,
+        )
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,19 +25,22 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
 
 from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
 from transformers_kad.command_line import parse_arguments, quieten
 from transformers_kad.intervals import wilson_interval
 from transformers_kad.loading import below_adapter, load_model, load_tokenizer
-from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids
+from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids, pad_token_id
 from transformers_kad.statistics import add_up
 from transformers_kad.word_problems import is_correct, is_correct_lenient, make_problems
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 # The best of the grid of recipes/sweep.py on 300 validation problems.
 TINY_PAIR_RULES = {
@@ -148,11 +151,10 @@ class Session:
         self.proxy = self._load(proxy_path)
         self.below_proxy = below_adapter(proxy_path)
         self.proxy_tokenizer = load_tokenizer(proxy_path)
-        pad = self.tokenizer.pad_token_id
         self.settings = {
             "max_new_tokens": arguments.max_new_tokens,
             "eos_token_id": eos_token_ids(self.base, self.proxy) or None,
-            "pad_token_id": self.tokenizer.eos_token_id if pad is None else pad,
+            "pad_token_id": pad_token_id(self.tokenizer),
         }
 
     def _load(self, path: str) -> PreTrainedModel:
@@ -174,7 +176,7 @@ class Session:
 
     def answers(self, model: PreTrainedModel, questions: list[str], **settings: Any) -> list[list[int]]:
         """The ids that a model generates for each of several questions, up to the end of its turn."""
-        inputs = encode(self.tokenizer, questions, self.arguments.device)
+        inputs = encode(self.tokenizer, questions, self.arguments.device, model=model)
         ids = model.generate(**inputs, **{**self.settings, **PLAIN_SAMPLING, **settings})
         ends = set(self.settings["eos_token_id"] or ())
         rows = ids[:, inputs["input_ids"].shape[1] :].tolist()

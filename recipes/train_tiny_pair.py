@@ -75,18 +75,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
 
 from transformers_kad.command_line import parse_arguments
 from transformers_kad.training.arguments import AlignmentArguments, hush
@@ -106,6 +94,21 @@ from transformers_kad.word_problems import (
     equation,
     make_problems,
     triples_of,
+)
+
+# isort: split
+# Only now: transformers_kad imports torchao without what it prints.
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
 )
 
 PAIR_DIR = Path(__file__).resolve().parent / "tiny_pair"

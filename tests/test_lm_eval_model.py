@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,7 +21,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 
 from transformers_kad import KADConfig, KADLogitsProcessor, lm_eval_model, make_rule
@@ -159,6 +160,32 @@ def test_long_continuations_are_scored_piece_by_piece(monkeypatch):
     whole = score(shared_lm(), pairs())
     monkeypatch.setattr(lm_eval_model, "_LOGITS_AT_ONCE", 3 * 640)
     assert score(shared_lm(), pairs()) == whole
+
+
+def generated(lm, questions):
+    """What the harness makes of its own requests for some texts."""
+    asked = [(lm.apply_chat_template([{"role": "user", "content": question}]), UNTIL_END) for question in questions]
+    return lm.generate_until(requests("generate_until", asked), disable_tqdm=True)
+
+
+@pytest.mark.parametrize("names", [["input_ids", "token_type_ids", "attention_mask"], ["input_ids"]])
+def test_tokenizers_without_a_padding_token_and_with_other_input_names_make_the_same_texts(tmp_path, names):
+    """The harness would take the unknown token, or one that is not in the vocabulary, and reads a mask."""
+    questions = [problem.question for problem in PROBLEMS[:4]]
+    folder = tokenizer_without("pad_token", tmp_path, unk_token="<|user|>", model_input_names=names)
+    lm = kad_lm(base=folder)
+    assert lm.tokenizer.pad_token_id == lm.tokenizer.eos_token_id
+    assert generated(lm, questions) == generated(shared_lm(), questions)
+
+
+def tokenizer_without(token, folder, **changes):
+    """The base in a folder of its own, whose tokenizer lacks a special token."""
+    shutil.copytree(BASE, folder / "base")
+    path = folder / "base" / "tokenizer_config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    del config[token]
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return str(folder / "base")
 
 
 @pytest.mark.parametrize("larger", ["base", "proxy"])
@@ -644,3 +671,12 @@ def test_two_processes_share_the_requests_and_give_the_same_results(one_process,
         # The documents come in another order, and with it the rounding of sums.
         assert {name: results["results"][task][name] for name in numbers} == pytest.approx(numbers, rel=1e-12)
         assert numbers
+
+
+def test_the_harness_s_table_has_a_header():
+    """Releases of pytablewriter before 1.0 write A, B, C there when they are used as the harness uses them."""
+    results = {"results": {"gsm8k": {"alias": "gsm8k", "exact_match,none": 0.5}}, "versions": {"gsm8k": 3}}
+    table = make_table({**results, "n-shot": {"gsm8k": 0}, "higher_is_better": {"gsm8k": {"exact_match": True}}})
+    assert [cell.strip() for cell in table.splitlines()[0].split("|")] == [
+        *("", "Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr", ""),
+    ]

@@ -491,6 +491,9 @@ def test_a_trace_knows_the_statistics_and_the_tokenizer_of_its_call(base, proxy,
     assert first.statistics is kad.statistics
     assert first.statistics.tokens == len(first) == 6
     assert first.tokenizer is tokenizer
+    assert type(base).__name__ in first.base
+    assert type(proxy).__name__ in first.proxy
+    assert first.rule == "DualDeferral(threshold=0.4)"
     base.generate(torch.tensor([[5, 6, 7]]), logits_processor=[kad], max_new_tokens=2, do_sample=False, **assistant)
     assert first.statistics.tokens == 6
     assert kad.trace.statistics.tokens == 2

@@ -4,6 +4,7 @@
 """
 
 import base64
+import dataclasses
 import hashlib
 import html
 import itertools
@@ -289,6 +290,29 @@ def test_the_totals_are_those_of_the_call_and_unknown_ones_are_dashes():
     unknown = totals(page_of(trace_of([0, 1]), Strings("a", "b")))
     assert unknown.pop("tokens") == "2"
     assert set(unknown.values()) == {"–"}
+
+
+def test_the_page_names_both_models_and_the_rule(tmp_path):
+    trace = KADTrace(
+        trace_of([0]).sequences, base="some/base", proxy="<some>/proxy", rule="DualDeferral(threshold=0.6)"
+    )
+    for page in (
+        trace.to_html(tmp_path / "page.html", Strings("a")).read_text("utf-8"),
+        html.unescape(re.search(r'srcdoc="([^"]*)"', trace._repr_html_())[1]),
+    ):
+        assert dict(re.findall(r"<b>(.*?)</b> <code>(.*?)</code>", page)) == {
+            "base": "some/base",
+            "proxy": "&lt;some&gt;/proxy",
+            "rule": "DualDeferral(threshold=0.6)",
+        }
+    assert "<b>base</b>" not in page_of(trace_of([0]), Strings("a"))
+
+
+def test_half_a_character_in_a_title_or_a_name_is_written_out(tmp_path):
+    trace = KADTrace(trace_of([0]).sequences, base="caf\ud83d")
+    page = trace.to_html(tmp_path / "page.html", Strings("a"), title="th\udce9").read_text("utf-8")
+    assert "<h1>th\\udce9</h1>" in page
+    assert "caf\\ud83d" in page
 
 
 def test_the_chart_has_a_step_of_height_d_for_every_token_and_can_be_read_aloud():
@@ -599,6 +623,27 @@ def test_a_link_to_a_token_opens_it_under_the_policy_and_undefined_figures_are_d
     assert words[-4:] == ["deferral mass D", "–", "owed to the proxy", "–"]
 
 
+def test_no_alternative_is_cut(tmp_path):
+    """Bytes, and tokens longer than the column: all of each is inside its own box, and no box lies over another."""
+    labels = ("bytes E2 80 A6", "bytes F0 9F 98 80", "=" * 64, "a", "Donaudampfschifffahrtsgesellschaft")
+    found = tuple((at, 0.125) for at in range(5))
+    source = page_of(trace_of([0], base=found, proxy=found), Strings(*labels))
+    measure = """
+      const boxes = [...document.querySelectorAll(".lists code")].map((code) => {
+        const range = document.createRange(), box = code.getBoundingClientRect();
+        range.selectNodeContents(code);
+        const text = range.getBoundingClientRect(), figure = code.nextElementSibling.getBoundingClientRect();
+        return code.scrollWidth <= code.clientWidth && text.right <= box.right + 1 && box.right <= figure.left + 1;
+      });
+      document.title = `${boxes.length} ${boxes.every(Boolean)}`;
+    """
+    for width in (1000, 500):
+        page = tmp_path / "page.html"
+        page.write_text(without_policy(source) + f"<script>{measure}</script>", encoding="utf-8")
+        document = run_chromium(page, "--dump-dom", f"--window-size={width},600", fragment="#t1-1")
+        assert title_of(document) == "10 true"
+
+
 # --- The picture of the README --------------------------------------------------------------------------------
 
 QUESTION = "Mia has 34 apples. Jon brings 28 more. Mia gives 17 to Ada. How many apples does Mia have now?"
@@ -614,7 +659,8 @@ def write_tiny_pairs_page(path):
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     kad = KADLogitsProcessor(proxy, DualDeferral(threshold=0.6), trace=True, tokenizer=tokenizer)
     base.generate(**inputs, logits_processor=[kad], assistant_model=proxy, do_sample=False, max_new_tokens=40)
-    return kad.trace.to_html(path, title=QUESTION.partition(" How")[0])
+    trace = dataclasses.replace(kad.trace, base="recipes/tiny_pair/base", proxy="recipes/tiny_pair/proxy")
+    return trace.to_html(path, title=QUESTION.partition(" How")[0])
 
 
 def photograph(page, picture, *arguments):

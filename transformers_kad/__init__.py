@@ -5,7 +5,10 @@
 DualDeferral(threshold=0.4)
 """
 
-from . import hooks
+from . import (
+    _torchao,  # noqa: F401 (before anything that imports transformers' models)
+    hooks,
+)
 from ._version import __version__
 from .candidate_generator import KADCandidateGenerator
 from .composition import RULES, BlendIn, Ensemble, ImplicitReward, make_rule, mix

@@ -1,6 +1,5 @@
 """What the command lines of the recipes share: which models, which rule, how tokens are drawn."""
 
-import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +8,8 @@ import torch
 
 from .composition import RULES
 from .configuration import KADConfig
-from .prompting import PLAIN_SAMPLING
+from .prompting import PLAIN_SAMPLING, check_template_arguments
+from .strict_json import parse_json, parse_json_object
 
 QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
 
@@ -189,6 +189,22 @@ def as_json(text: str | None, option: str) -> Any:
     if text is None or not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{option} must be JSON, got {text!r} ({error}).") from error
+
+
+def template_arguments(text: str | None) -> dict[str, Any]:
+    """The value of --template_arguments, for `encode`; empty where the option was not given.
+
+    Raises:
+        ValueError: it is no JSON object, or holds what a chat template can't be given.
+    """
+    if text is None:
+        return {}
+    try:
+        arguments = parse_json_object(text)
+        check_template_arguments(arguments)
+    except ValueError as error:
+        raise ValueError(f"--template_arguments must be a JSON object, got {text!r}: {error}") from error
+    return arguments

@@ -37,6 +37,7 @@ from transformers.utils import logging
 from .adapters import check_speculative_base, remove_injections
 from .ended_rows import EndedRows
 from .generation import kad_generate
+from .proxy import describe
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
 
@@ -268,11 +269,19 @@ def _generate_with_kad(
         result = original(model, **arguments)
         sequences = result if torch.is_tensor(result) else result.sequences
         kad.statistics, trace = call.finish(sequences, kad.proxy_forwards - forwards)
-        kad.trace = None if trace is None else replace(trace, statistics=kad.statistics, tokenizer=kad.tokenizer)
+        kad.trace = None if trace is None else replace(trace, statistics=kad.statistics, **_described(kad, model))
         call.finished = True
     finally:
         kad.close(call)
     return result
+
+
+def _described(kad: Any, model: PreTrainedModel) -> dict[str, Any]:
+    """What a trace says of the call: its tokenizer, both models and the rule."""
+    rule = repr(kad.rule)
+    if kad.component_temperature != 1:
+        rule += f", component temperature {kad.component_temperature:g}"
+    return {"tokenizer": kad.tokenizer, "base": describe(model), "proxy": describe(kad.proxy), "rule": rule}
 
 
 class _Settings:

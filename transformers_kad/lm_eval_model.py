@@ -41,7 +41,7 @@ from .evaluation.answers import thought_opened_by, without_thoughts
 from .loading import below_adapter, load_model, load_tokenizer
 from .logits_process import KADLogitsProcessor
 from .pair import forget_generation_settings, pick_device, quantization_config
-from .prompting import PLAIN_SAMPLING, eos_token_ids
+from .prompting import PLAIN_SAMPLING, eos_token_ids, pad_token_id
 from .proxy import CachedModel, context_length, is_unusable, unusable_logits_error
 from .vocabulary import align_vocabulary, check_tokenizers
 
@@ -160,6 +160,9 @@ class KADLM(HFLM):
         check_tokenizers(self.tokenizer, proxy_tokenizer)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = proxy_tokenizer.chat_template
+        # The harness itself would take the unknown token before the end of sequence.
+        self.tokenizer.pad_token_id = pad_token_id(self.tokenizer)
+        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the harness reads both, and no others
         if parallelize and hasattr(self, "accelerator"):
             raise ValueError(
                 "`parallelize=True` spreads one base over all devices, but each of "

@@ -12,7 +12,7 @@ from .composition import RULES
 from .configuration import KADConfig
 from .loading import below_adapter, load_model, load_tokenizer
 from .logits_process import KADLogitsProcessor
-from .prompting import eos_token_ids
+from .prompting import eos_token_ids, pad_token_id
 from .vocabulary import align_vocabularies, check_tokenizers
 
 
@@ -33,7 +33,7 @@ class Pair:
         device: where inputs go.
         eos_token_ids: every id of the base's vocabulary that ends a turn of either model, or None.
         proxy_eos_token_ids: the ids of the proxy's vocabulary that end its turns.
-        pad_token_id: what finished rows are filled with.
+        pad_token_id: what finished rows are filled with; None where the tokenizer has nothing to pad with.
 
     Raises:
         ValueError: tokenizers that differ, without `align_vocabularies`.
@@ -62,8 +62,7 @@ class Pair:
         for end in self.proxy_eos_token_ids:
             ends.add(end if self.alignment is None else self.alignment.base_id(end))
         self.eos_token_ids = sorted(ends - {None}) or None
-        pad = self.tokenizer.pad_token_id
-        self.pad_token_id = self.tokenizer.eos_token_id if pad is None else pad
+        self.pad_token_id = pad_token_id(self.tokenizer)
         forget_generation_settings(self.base)
 
     def _load(self, path: str, **kwargs: Any) -> PreTrainedModel:

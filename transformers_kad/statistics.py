@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from .composition import Composition
+from .resumable import write_whole
 from .trace_page import render_page
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
@@ -109,6 +110,9 @@ class KADTrace(Sequence[TokenRecord]):
         sequences: the records of each returned sequence.
         statistics: the call's, for the page.
         tokenizer: the processor's `tokenizer`, for the page; None if it was given none.
+        base: what the base is called, for the page: its class and where it was loaded from. None if it is not known.
+        proxy: the same of the proxy.
+        rule: the processor's rule, for the page.
 
     In a notebook a trace shows itself as the page that `to_html` writes.
     """
@@ -116,6 +120,9 @@ class KADTrace(Sequence[TokenRecord]):
     sequences: tuple[tuple[TokenRecord, ...], ...] = ()
     statistics: KADStatistics | None = field(default=None, repr=False, compare=False)
     tokenizer: Any = field(default=None, repr=False, compare=False)
+    base: str | None = field(default=None, repr=False, compare=False)
+    proxy: str | None = field(default=None, repr=False, compare=False)
+    rule: str | None = field(default=None, repr=False, compare=False)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         """Record(s) of the first sequence."""
@@ -133,7 +140,8 @@ class KADTrace(Sequence[TokenRecord]):
         The page stands alone: it loads nothing, and what a model wrote is shown, never run.
 
         Args:
-            path: the file to write. Missing folders are made; a file that is there is replaced.
+            path: the file to write. Missing folders are made; a file that is there is replaced, through a link too.
+                A device or a pipe, such as `/dev/stdout`, is written into.
             tokenizer: what the ids are decoded with; by default the one that the processor was built with.
             title: the page's heading, in plain text.
 
@@ -143,7 +151,7 @@ class KADTrace(Sequence[TokenRecord]):
         Raises:
             ValueError: no tokenizer is known.
             TypeError: `tokenizer` can't decode ids.
-            IsADirectoryError: `path` is a folder.
+            OSError: `path` is a folder, or can't be written.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
@@ -156,19 +164,19 @@ class KADTrace(Sequence[TokenRecord]):
         path = Path(path)
         if path.is_dir():
             raise IsADirectoryError(f"`path` must be a file, got the folder {str(path)!r}.")
-        page = render_page(self.sequences, self.statistics, tokenizer, title)
+        page = self._page(tokenizer, title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(page, encoding="utf-8", newline="\n")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, page)
         return path
+
+    def _page(self, tokenizer: Any, title: str | None) -> str:
+        names = [("base", self.base), ("proxy", self.proxy), ("rule", self.rule)]
+        known = [(role, name) for role, name in names if name is not None]
+        return render_page(self.sequences, self.statistics, tokenizer, title, known)
 
     def _repr_html_(self) -> str:
         """The page in a frame of its own, so that neither styles nor scripts reach the notebook."""
-        page = render_page(self.sequences, self.statistics, self.tokenizer, None)
+        page = self._page(self.tokenizer, None)
         return (
             '<iframe title="KAD trace" sandbox="allow-scripts" width="100%" height="600" '
             f'style="border: 0" srcdoc="{html.escape(page)}"></iframe>'

@@ -27,6 +27,7 @@ def render_page(
     statistics: "KADStatistics | None",
     tokenizer: Any,
     title: str | None,
+    names: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The page as a string.
 
@@ -35,6 +36,7 @@ def render_page(
         statistics: of the call, if they are known.
         tokenizer: decodes the ids; without one the page shows ids.
         title: the heading, "KAD trace" by default.
+        names: what took part and what it is called, such as ("base", "Qwen/Qwen3-8B").
     """
     from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
 
@@ -46,8 +48,9 @@ def render_page(
         _Section(records, _split_text([r.token_id for r in records], tokenizer), own)
         for records, own in zip(sequences, _own_statistics(sequences, statistics), strict=True)
     ]
-    return template.render(
+    page = template.render(
         title=title or "KAD trace",
+        names=names,
         sections=sections,
         tokens=sum(len(records) for records in sequences),
         totals=_totals(sequences, statistics),
@@ -58,6 +61,7 @@ def render_page(
             "pieces": [piece for section in sections for piece in section.details()],
         },
     )
+    return page.encode("utf-8", "backslashreplace").decode()  # a title may hold half a character
 
 
 @dataclass(frozen=True)

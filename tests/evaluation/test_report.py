@@ -58,6 +58,90 @@ def test_a_method_without_a_rule_has_neither_acceptance_nor_deferral():
     assert found["acceptance_rate"] is found["deferral_mass"] is found["tokens_per_round"] is None
 
 
+def test_failed_answers_have_no_part_in_the_share_that_ended_by_itself():
+    lines = [line(i, ended=i < 6, error="ValueError" if i == 9 else None) for i in range(10)]
+    found = summarize(lines)
+    assert (found["ended"], found["cut"]) == (6 / 9, 3)
+    old = summarize([line(0), line(1)])  # records from before it was recorded
+    assert old["ended"] is old["cut"] is None
+
+
+SHARED = {
+    "instances": 20,
+    "few_shot": 2,
+    "max_new_tokens": 48,
+    "seed": 7,
+    "base": "some/base",
+    "proxy": "some/proxy",
+    "dtype": "bfloat16",
+    "quantization": None,
+    "align_vocabularies": False,
+    "speculative": True,
+    "chat": None,
+    "proxy_chat": "same",
+    "template_arguments": {"enable_thinking": False},
+    "generate": {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9},
+}
+
+
+def made(path, ended, **changes):
+    """The report of a base and an aligned model, of which so many of 20 answers ended by themselves."""
+    with ResultsFolder(path) as folder:
+        folder.prepare()
+        for method, count in ended.items():
+            own = {"name": method, "shown_parameters": {}} | ({"aligned": "some/large"} if method == "aligned" else {})
+            config = {"task": "tiny", "method": method, "shared": SHARED | changes, "own": own}
+            folder.describe([config])
+            place = {"batch": method, "batch_number": 0, "batch_size": 20, "config": hash_of(config)}
+            folder.append({**line(i, method, ended=i < count), **place, "row": i} for i in range(20))
+        folder.merge()
+    return make_report(folder)
+
+
+def test_a_report_names_the_models_and_how_they_were_asked_above_the_table(tmp_path):
+    report = made(tmp_path / "sampled", {"base": 20, "aligned": 20})
+    assert report["settings"]["tiny"] == SHARED | {"aligned": "some/large"}
+    text = to_markdown(report)
+    head = text[: text.index("| method")]
+    for part in (
+        *(
+            "base some/base",
+            "proxy some/proxy",
+            "aligned some/large",
+            "dtype bfloat16",
+            "temperature 0.7",
+            "top_p 0.9",
+        ),
+        *("at most 48 tokens", "seed 7", "2 examples", "with drafts", '{"enable_thinking": false}'),
+    ):
+        assert part in head
+    assert "quantization" not in head
+    greedy = made(tmp_path / "greedy", {"base": 20}, generate={"do_sample": False}, speculative=False, few_shot=0)
+    assert "greedy, token by token" in to_markdown(greedy)
+    assert "examples" not in to_markdown(greedy)
+
+
+def test_answers_that_were_cut_have_a_column_and_above_a_tenth_a_warning(tmp_path):
+    text = to_markdown(made(tmp_path, {"base": 17, "proxy": 18}))
+    header, _, base, proxy = [line.split(" | ") for line in text.splitlines() if line.startswith("|")][:4]
+    at = header.index("ended")
+    assert (base[at], proxy[at]) == ("0.85", "0.90")
+    (warning,) = [line for line in text.splitlines() if line.startswith("Warning")]
+    assert "3 of 20 answers of base were cut" in warning
+    assert "--max_new_tokens" in warning and "48" in warning
+
+
+def test_old_records_beside_new_ones_show_a_dash(tmp_path):
+    report = made(tmp_path, {"base": 17, "proxy": 18})
+    report["rows"][0]["ended"] = report["rows"][0]["cut"] = None
+    base = next(line for line in to_markdown(report).splitlines() if line.startswith("| base"))
+    assert " | – | " in base
+    del report["settings"]  # of a report that was stored before
+    for row in report["rows"]:
+        del row["ended"], row["cut"]
+    assert "ended" not in to_markdown(report)
+
+
 @pytest.fixture
 def folder(tmp_path):
     methods = parse_methods(["kad-dual", "proxy", "base"])

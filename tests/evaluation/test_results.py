@@ -1,5 +1,8 @@
 """Results survive stops: nothing twice, nothing lost, nothing of another configuration."""
 
+import json
+import re
+
 import pytest
 
 from transformers_kad.evaluation.results import ResultsFolder, hash_of
@@ -18,7 +21,13 @@ def lines(number, size=2, config=CONFIG, **more):
             "batch_size": size,
             "row": row,
             "config": hash_of(config),
+            "instance": f"{number}.{row}",
+            "prediction": "1",
+            "answer": "1",
+            "correct": True,
             "error": None,
+            "tokens": 3,
+            "seconds": 0.5,
             **more,
         }
         for row in range(size)
@@ -84,6 +93,54 @@ def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        *((lambda line, key=key: without(line, key), f"no {key!r}") for key in lines(0)[0]),
+        (lambda line: json.dumps(line | {"error": 404}), "'error' is 404"),
+        (lambda line: json.dumps(line | {"row": "0"}), "'row' is '0'"),
+        (lambda line: json.dumps(line | {"seconds": [1.0]}), "'seconds' is"),
+        (json.dumps, None),
+        (lambda line: json.dumps([line]), "no JSON object"),
+        (lambda line: "{", "no JSON object"),
+        (lambda line: '{"text": ' + "[" * 5000 + "]" * 5000 + "}", "no JSON object"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named_with_file_and_number(tmp_path, faulty, message):
+    """In the merged file and in that of a process."""
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0), lines(1))
+    opened(tmp_path)
+    for name in ("results.jsonl", "results.1.jsonl"):
+        whole = (tmp_path / "results.jsonl").read_text()
+        good = [json.dumps(line) for line in lines(2)]
+        (tmp_path / name).write_text("\n".join([good[0], faulty(lines(2)[1]), ""]))
+        if message is None:
+            opened(tmp_path)
+        else:
+            place = rf"{re.escape(name)}'?, line 2\b.*{re.escape(message)}"
+            for refused in (lambda: opened(tmp_path), *([ResultsFolder(tmp_path).read] * (name == "results.jsonl"))):
+                with pytest.raises(ValueError, match=place):
+                    refused()
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / "results.jsonl").write_text(whole)
+
+
+def without(line, key):
+    return json.dumps({name: value for name, value in line.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"a": 1}', '{"a": {"task": "tiny"}}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}", "\udcff"]
+)
+def test_settings_that_are_none_are_named_with_their_file(tmp_path, text):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    (tmp_path / "configs.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"configs\.json"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"shared": {"seed": 1}}, "seed is 0 there and 1 here"),
@@ -128,6 +185,13 @@ def test_files_of_other_people_are_left_alone(tmp_path):
     (tmp_path / "results.backup.jsonl").write_text("mine\n")
     opened(tmp_path)
     assert (tmp_path / "results.backup.jsonl").read_text() == "mine\n"
+
+
+def test_half_a_character_does_not_stop_a_merge(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0, text="caf\ud83d"))
+    opened(tmp_path)
+    assert [record["text"] for record in ResultsFolder(tmp_path).read()] == ["caf\ud83d"] * 2
 
 
 def test_what_is_appended_after_merging_is_not_lost(tmp_path):

@@ -1,5 +1,6 @@
 """The run: what is dealt out, seeded, recorded and gone on with."""
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ METHODS = parse_methods(["base", "kad-dual"])
 class FakeDecoder:
     """Answers with the seed, and remembers what it was asked."""
 
-    def __init__(self, fail=()):
+    def __init__(self, fail=(), speculative=False):
         self.asked, self.fail = [], fail
         self.pair = SimpleNamespace(
             models=SimpleNamespace(
@@ -29,7 +30,7 @@ class FakeDecoder:
             ),
             device="cpu",
         )
-        self.settings, self.speculative, self.aligned = {"do_sample": True}, False, None
+        self.settings, self.speculative, self.aligned = {"do_sample": True}, speculative, None
         self.chat, self.proxy_chat, self.template_arguments = None, "same", {}
 
     def prepare(self, method):
@@ -128,6 +129,31 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(tmp_path, stop):
     assert first.asked[:-1] + second.asked == undisturbed.asked
     assert (tmp_path / "stopped" / "results.jsonl").read_text() == (tmp_path / "whole" / "results.jsonl").read_text()
     assert said == ([f"{stop - 1} of 6 batches are done already."] if stop > 1 else [])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 9])
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_stop_loses_no_answer_of_a_speculative_run(tmp_path, stop, number):
+    """They are made one at a time, and each is on the disk before the next one is begun."""
+    undisturbed = FakeDecoder(speculative=True)
+    run(tmp_path / "whole", undisturbed)
+    assert [len(questions) for _, questions, _ in undisturbed.asked] == [1] * 20
+    first, path = FakeDecoder(fail=[stop], speculative=True), tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, first, state=processes(0, number))
+    kept = [json.loads(line) for part in path.glob("results.0.jsonl") for line in part.read_text().splitlines()]
+    assert len(kept) == stop - 1
+    second = FakeDecoder(speculative=True)
+    run(path, second)
+    assert sorted(first.asked[:-1] + second.asked) == sorted(undisturbed.asked)
+    assert (path / "results.jsonl").read_text() == (tmp_path / "whole" / "results.jsonl").read_text()
+
+
+def test_the_answers_of_a_speculative_run_do_not_depend_on_the_batch_size(tmp_path):
+    for size in (1, 7):
+        run(tmp_path / str(size), FakeDecoder(speculative=True), batch_size=size)
+    assert records(tmp_path / "1") == records(tmp_path / "7")
+    run(tmp_path / "1", FakeDecoder(speculative=True), batch_size=7, num_samples=2)  # and so it may change
 
 
 def test_more_methods_and_samples_are_added_to_what_is_there(tmp_path):

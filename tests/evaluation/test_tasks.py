@@ -149,6 +149,77 @@ def test_the_copy_of_one_set_can_be_named_itself(case, copies):
     assert task.load(data_dir=copies) == task.load(data_dir=FIXTURES)
 
 
+# What people have of a data set: name, where its files lie below the folder, and what is named as `data_dir`.
+LAYOUTS = {
+    "a subset's files": ("{subset}/{split}-00000-of-00001.parquet", "."),
+    "the subset's folder": ("{subset}/{split}-00000-of-00001.parquet", "{subset}"),
+    "two parts": ("{subset}/{split}-0000{part}-of-00002.parquet", "."),
+    "a folder data": ("data/{split}-00000-of-00001-0123456789abcdef.parquet", "."),
+    "one file of the split": ("{split}.jsonl", "."),
+    "below the Hub id": ("{dataset}/{split}.jsonl", "."),
+    "below the set's name": ("{set}/{split}.jsonl", "."),
+    "one file of the task": ("{task}_{split}.jsonl", "."),
+    "the file itself": ("{task}_{split}.jsonl", "{task}_{split}.jsonl"),
+    "the file itself, with any name": ("questions.parquet", "questions.parquet"),
+}
+
+
+@pytest.mark.parametrize("readme", [False, True], ids=["alone", "with the Hub's README"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "commonsense_qa"])  # with a subset, without, in data/
+def test_local_files_load_however_they_lie(name, layout, readme, tmp_path):
+    task, (case,) = get_task(name), (case for case in CASES if case.name == name)
+    expected = task.load(data_dir=FIXTURES)
+    names = {"split": task.split, "dataset": task.dataset, "set": task.dataset.rpartition("/")[2], "task": task.name}
+    names["subset"] = task.subset or "."
+    rows = read(FIXTURES / task.dataset / case.file)
+    file, named = (text.format(part="{part}", **names) for text in LAYOUTS[layout])
+    half = len(rows) // 2
+    parts = [rows[:half], rows[half:]] if "{part}" in file else [rows]
+    for part, some in enumerate(parts):
+        path = tmp_path / file.format(part=part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            datasets.Dataset.from_list(some).to_parquet(path)
+        else:
+            write(path, some)
+    if readme:
+        shutil.copy(FIXTURES / task.dataset / "README.md", tmp_path)
+    assert task.load(data_dir=tmp_path / named) == expected
+    assert task.load(data_dir=tmp_path / named, limit=3) == expected[:3]
+
+
+def test_a_part_that_is_missing_and_files_that_tell_two_stories_are_named(tmp_path):
+    task, rows = get_task("gsm8k"), read(FIXTURES / "openai/gsm8k" / CASES[0].file)
+    folder = tmp_path / "main"
+    folder.mkdir()
+    write(folder / "test-00000-of-00002.jsonl", rows[:10])
+    with pytest.raises(ValueError, match=r"all parts of one file.*test-00000-of-00002.jsonl"):
+        task.load(data_dir=tmp_path)
+    write(folder / "test-00001-of-00002.jsonl", rows[10:])
+    assert len(task.load(data_dir=tmp_path)) == len(rows)
+    write(folder / "test.jsonl", rows)
+    with pytest.raises(ValueError, match=r"test-00000-of-00002.jsonl.*test.jsonl"):
+        task.load(data_dir=tmp_path)
+
+
+def test_local_files_that_do_not_fit_are_answered_with_the_names_that_would(tmp_path):
+    task = get_task("gsm8k")
+    write(tmp_path / "answers.jsonl", [])
+    names = r"takes a file with.*main/test-\*\.parquet, test\.jsonl or gsm8k_test\.jsonl"
+    with pytest.raises(FileNotFoundError, match=names):
+        task.load(data_dir=tmp_path)
+    (tmp_path / "README.md").write_text("My notes.")
+    with pytest.raises(ValueError, match=names):
+        task.load(data_dir=tmp_path)
+    (tmp_path / "test.txt").write_text("1 + 1")
+    with pytest.raises(ValueError, match=r"\.jsonl.*test\.txt"):
+        task.load(data_dir=tmp_path / "test.txt")
+    write(tmp_path / "mine.jsonl", [{"question": "1 + 1?", "answer": "#### 2"}])
+    with pytest.raises(ValueError, match=r"mine\.jsonl.*one file.*'train'"):
+        task.few_shot_examples(1, data_dir=tmp_path / "mine.jsonl")
+
+
 @each_case
 def test_examples(case):
     task = get_task(case.name)

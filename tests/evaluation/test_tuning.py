@@ -134,6 +134,31 @@ def test_a_setting_that_is_much_worse_is_given_up(tmp_path):
     assert sum("given up, another setting is more accurate (" in line for line in said) == len(pruned)
 
 
+def test_drafts_change_the_size_of_a_batch_and_not_the_questions_after_which_a_trial_may_be_given_up(tmp_path):
+    decoder = Landscape(LARGE.instances, speculative=True)
+    study, _ = search(tmp_path, Goal(speed=False), 20, decoder, asked=LARGE)
+    pruned = {method_of(t.params).label for t in study.trials if t.state == optuna.trial.TrialState.PRUNED}
+    assert pruned
+    assert all(len(questions) == 1 for _, questions, _ in decoder.asked)
+    for label in pruned:
+        questions = sum(asked == label for asked, _, _ in decoder.asked)
+        assert questions % 4 == 0 and questions < 40
+
+
+def test_a_search_says_how_far_it_is_where_no_terminal_shows_a_bar(tmp_path, capsys):
+    search(tmp_path, Goal(speed=False), 4, asked=LARGE)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " answers (" in line]
+    assert lines[0].startswith("4 of 200 answers (2%)")  # the base, and four trials
+    assert lines[-1].startswith("200 of 200 answers (100%)")
+    assert "kad-dual threshold=" in lines[-1]
+    search(tmp_path / "more", Goal(speed=False), 2, storage=f"sqlite:///{tmp_path}/study.db", asked=LARGE)
+    capsys.readouterr()
+    search(tmp_path / "more", Goal(speed=False), 3, storage=f"sqlite:///{tmp_path}/study.db", asked=LARGE)
+    lines = [line for line in capsys.readouterr().err.splitlines() if " answers (" in line]
+    assert lines[-1].startswith("160 of 160 answers (100%)")
+    assert all("0:00:00 left" not in line or " 0:00:00 passed" in line for line in lines)
+
+
 class Coins(FakeDecoder):
     """Every setting is right with a chance of one half, and the speed is the same."""
 

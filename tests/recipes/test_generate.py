@@ -11,14 +11,20 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import generate
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
+from transformers import AutoTokenizer
 
-from transformers_kad import RULES, KADConfig
+from transformers_kad import RULES, KADConfig, KADStatistics
+from transformers_kad.resumable import JsonLinesStore
 from transformers_kad.word_problems import make_problems
 
 SCRIPT = Path(generate.__file__)
@@ -52,6 +58,8 @@ def test_one_prompt_is_streamed_with_a_line_of_statistics_and_a_trace(capsys, tm
     assert "acceptance" in captured.err
     assert "deferral mass" in captured.err
     assert "<html" in page.read_text()
+    for name in (PAIR / "base", PAIR / "proxy", "DualDeferral(threshold=0.6)"):
+        assert f"<code>{name}</code>" in page.read_text()
     assert str(page) in captured.err
 
 
@@ -294,7 +302,7 @@ def test_what_else_a_json_line_holds_is_kept(capsys, tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "So", "id": "a7"}\r\n')
     assert generate.main([*MODELS, "--input", str(path), "--max_new_tokens", "3"]) == 0
     (record,) = records(capsys.readouterr().out)
-    assert (record["id"], record["prompt"], record["line"]) == ("a7", "So", 1)
+    assert (record["row"]["id"], record["prompt"], record["line"]) == ("a7", "So", 1)
 
 
 def test_every_line_and_seed_has_its_own_random_numbers():
@@ -326,22 +334,6 @@ def test_models_are_needed(capsys):
     assert "got None and None: pass --base and --proxy" in capsys.readouterr().err
 
 
-def test_a_json_line_without_a_prompt_is_named(capsys, tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    for line, message in (
-        ('{"question": "Why?"}', 'Line 2 needs a "prompt"'),
-        ('{"prompt": 5}', 'Line 2 needs a "prompt"'),
-        ('{"messages": [{"role": "user"}]}', 'Line 2 needs a "prompt"'),
-        ('{"prompt": "torn', "Line 2 begins like JSON, but is none"),
-    ):
-        path.write_text(f"So\n{line}\n")
-        assert generate.main([*MODELS, "--input", str(path)]) == 2
-        captured = capsys.readouterr()
-        assert message in captured.err
-        assert line[:15] in captured.err
-        assert not captured.out  # found before the first answer
-
-
 def test_sampling_is_plain_unless_asked_for():
     assert generate.SamplingArguments(do_sample=True, top_p=0.9).settings() == {
         **{"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 0.9, "repetition_penalty": 1.0},
@@ -357,3 +349,311 @@ def test_a_file_is_gone_on_with_by_the_same_models_only(capsys, tmp_path):
     other = ["--base", str(PAIR / "reference"), "--proxy", str(PAIR / "proxy")]
     assert generate.main([*other, *files, *short]) == 2
     assert "base is" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_makes_more_inputs_than_the_model_takes_asks_the_same(capsys, tmp_path):
+    base = shutil.copytree(PAIR / "base", tmp_path / "base")
+    path = base / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    expected = answer(capsys)
+    assert answer(capsys, "--base", str(base))[0] == expected[0]
+
+
+# --- Rows of every kind -----------------------------------------------------------------------------------------
+
+HALF = "caf\ud83d"
+
+
+def run_rows(capsys, tmp_path, *rows, options=()):
+    """The status, the records and standard error of a file with these rows; text is written as it is."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    status = generate.main([*MODELS, "--max_new_tokens", "3", "--input", str(path), *options])
+    captured = capsys.readouterr()
+    return status, records(captured.out), captured.err
+
+
+def test_content_in_parts_is_the_text_that_they_make_up(capsys, tmp_path):
+    parts = [{"type": "text", "text": QUESTION[:9]}, {"type": "text", "text": QUESTION[9:]}]
+    rows = [{"messages": [{"role": "user", "content": content}]} for content in (parts, QUESTION)]
+    status, (joined, plain), _ = run_rows(capsys, tmp_path, *rows, options=["--max_new_tokens", "30"])
+    assert status == 0
+    assert joined["text"] == plain["text"] != ""
+    assert joined["row"] == rows[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": HALF}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}, "lone surrogate"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "hat.png"}]}]}, "hat.png"),
+        ({"messages": [{"role": "user", "content": None}]}, "got None"),
+        ({"messages": [{"role": HALF, "content": "So"}]}, "lone surrogate"),
+        ({"messages": [{"role": "user"}]}, 'needs a "role"'),
+        ({"messages": []}, "at least one message"),
+        ({"prompt": 5}, '"prompt"'),
+        ({"question": "Why?"}, '"prompt"'),
+        ('{"prompt": "torn', "no JSON object"),
+        ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
+        ('{"prompt": ' + "1" * 5000 + "}", "digits"),
+        ('{"a": ' * 2000 + "1" + "}" * 2000, "nested"),
+        ({"messages": [{"role": "user", "content": "So"}], "tools": "none"}, '"tools"'),
+        ({"messages": [{"role": "user", "content": "So"}], "chat_template_kwargs": 5}, '"chat_template_kwargs"'),
+        ({"prompt": "So", "chat_template_kwargs": {"padding": 5}}, "'padding'"),
+    ],
+)
+def test_what_cannot_be_used_is_recorded_with_its_line_and_the_run_goes_on(capsys, tmp_path, row, reason):
+    output = tmp_path / "answers.jsonl"
+    for _ in range(2):  # a stopped run, started again, gets no further trouble from it
+        status, _, err = run_rows(capsys, tmp_path, row, "So", options=["--output", str(output)])
+        assert status == 1
+        failed, right = records(output.read_text())
+        assert failed["line"] == 1
+        assert failed["row"] == row
+        assert reason in failed["error"]
+        assert "text" not in failed
+        assert (right["line"], right["prompt"], right["tokens"]) == (2, "So", 3)
+    assert "2 lines are done already, 1 of them failed" in err
+
+
+def test_half_a_character_in_any_other_field_harms_nothing(capsys, tmp_path):
+    row = {"prompt": "So", "id": HALF, HALF: [HALF]}
+    status, (record,), _ = run_rows(capsys, tmp_path, row)
+    assert (status, record["row"]) == (0, row)
+    output = tmp_path / "answers.jsonl"
+    for _ in range(2):
+        assert run_rows(capsys, tmp_path, row, options=["--output", str(output)])[0] == 0
+    (record,) = records(output.read_text())
+    assert record["row"] == row
+
+
+def test_no_field_of_a_row_meets_one_of_the_records(capsys, tmp_path):
+    """Whatever a record holds beside the row, a row may hold too."""
+    output = tmp_path / "answers.jsonl"
+    names = {*run_rows(capsys, tmp_path, {"prompt": "So"})[1][0], "error", "line", "text", "tokens"}
+    row = {**dict.fromkeys(sorted(names), "the row's own"), "prompt": "So"}
+    for _ in range(2):
+        status, _, err = run_rows(capsys, tmp_path, row, options=["--output", str(output)])
+        assert status == 0
+    assert "1 lines are done already, 0 of them failed" in err
+    (record,) = records(output.read_text())
+    assert record["row"] == row
+    assert (record["line"], record["tokens"]) == (1, 3)
+    assert record["text"] != "the row's own"
+
+
+def test_a_row_with_a_number_that_is_none_is_gone_on_with(capsys, tmp_path):
+    """NaN, which equals nothing, is no change of the input."""
+    output = tmp_path / "answers.jsonl"
+    row = '{"prompt": "So", "score": NaN}'
+    assert [run_rows(capsys, tmp_path, row, options=["--output", str(output)])[0] for _ in range(2)] == [0, 0]
+
+
+def test_a_field_that_changed_is_a_changed_input(capsys, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    runs = [
+        run_rows(capsys, tmp_path, {"prompt": "So", "id": name}, options=["--output", str(output)]) for name in "ab"
+    ]
+    assert [status for status, *_ in runs] == [0, 2]
+    assert "line 1 was" in runs[1][2]
+
+
+def test_a_prompt_may_be_a_chat_as_in_a_file_to_train_on(capsys, tmp_path):
+    chat = [{"role": "user", "content": QUESTION}]
+    status, (one, other), _ = run_rows(capsys, tmp_path, {"prompt": chat, "completion": "12"}, {"messages": chat})
+    assert status == 0
+    assert one["text"] == other["text"]
+
+
+def test_a_file_without_one_row_that_can_be_used_is_refused_before_anything_is_loaded(capsys, tmp_path):
+    status, got, err = run_rows(capsys, tmp_path, {"question": "Why?"}, {"question": "How?"})
+    assert (status, got) == (2, [])
+    assert "Line 1" in err
+    assert "question" in err
+
+
+def test_a_record_says_whether_the_text_ended_by_itself(capsys, tmp_path):
+    _, (cut,), _ = run_rows(capsys, tmp_path, {"prompt": QUESTION})
+    _, (whole,), _ = run_rows(capsys, tmp_path, {"prompt": QUESTION}, options=["--max_new_tokens", "60"])
+    assert (cut["ended"], whole["ended"]) == (False, True)
+    exact = ["--max_new_tokens", str(whole["tokens"])]  # the last token that fits is the end
+    assert run_rows(capsys, tmp_path, {"prompt": QUESTION}, options=exact)[1][0]["ended"] is True
+
+
+TEMPLATE = (
+    "{{ 'Briefly: ' if brief }}{% for tool in tools or [] %}[{{ tool['name'] }}]{% endfor %}"
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+    "{{ '<|assistant|>\n' if add_generation_prompt }}"
+)
+
+
+@pytest.fixture
+def templated():
+    """A generator whose chat template shows what it was given, and the prompts that the base got."""
+    generator = generate.Generator(*generate_arguments("--max_new_tokens", "1"))
+    generator.pair.tokenizer.chat_template = TEMPLATE
+    seen, generated = [], generator.pair.base.generate
+
+    def note(**settings):
+        seen.append(generator.pair.tokenizer.decode(settings["input_ids"][0]))
+        return generated(**settings)
+
+    generator.pair.base.generate = note
+    yield generator, seen
+    del generator.pair.base.generate
+
+
+def test_template_arguments_reach_the_chat_template(capsys, tmp_path, templated):
+    generator, seen = templated
+    arguments = generate.PromptArguments(template_arguments='{"brief": true}')
+    rows = [
+        {"prompt": "So"},
+        {"prompt": "So", "tools": [{"name": "sum"}]},
+        {"prompt": "So", "chat_template_kwargs": {"brief": False}},
+    ]
+    lines = generate.read_prompts(map(json.dumps, rows))
+    assert generate.run_lines(generator, arguments, lines, None) == 0
+    turn = "<|user|>\nSo\n<|assistant|>\n"
+    assert seen == [f"Briefly: {turn}", f"Briefly: [sum]{turn}", turn]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--template_arguments", "{brief"], "--template_arguments"),
+        (["--template_arguments", "[1]"], "--template_arguments"),
+        (["--template_arguments", '{"a": 1, "a": 2}'], "'a' twice"),
+        (["--template_arguments", '{"tokenize": false}'], "'tokenize'"),
+        (["--template_arguments", '{"device": "cuda"}'], "'device'"),
+        (["--template_arguments", '{"tools": 5}'], '"tools"'),
+    ],
+)
+def test_template_arguments_that_are_no_object_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        generate.main([*MODELS, "--prompt", "a", *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_template_arguments_without_a_template_are_refused(capsys):
+    arguments = ["--prompt", "a", "--chat", "no", "--template_arguments", '{"enable_thinking": false}']
+    assert generate.main([*MODELS, *arguments]) == 2
+    assert "enable_thinking" in capsys.readouterr().err
+
+
+WORDS = st.sampled_from(["So", "user", "", HALF, "é😀", "\u2028", "text", "assistant"]) | st.text(max_size=4)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=5,
+)
+CONTENT = WORDS | JSON | st.lists(WORDS | st.fixed_dictionaries({"type": st.just("text"), "text": WORDS}), max_size=3)
+MESSAGE = st.fixed_dictionaries({}, optional={"role": WORDS, "content": CONTENT, "name": JSON}) | JSON
+ROWS = st.fixed_dictionaries(
+    {},
+    optional={"prompt": WORDS | JSON, "messages": st.lists(MESSAGE, max_size=3) | JSON, "error": JSON, "line": JSON}
+    | {"text": JSON, "row": JSON, "tools": JSON, "chat_template_kwargs": JSON, HALF: JSON},
+)
+LINES = ROWS.map(json.dumps) | st.text(st.characters(exclude_characters="\n\r"), max_size=8) | st.just('{"a":' * 2000)
+
+
+class NoModels(generate.Generator):
+    """Encodes prompts as a generator does, and answers each by repeating its last token."""
+
+    def __init__(self, answer=lambda input_ids, **_: torch.cat([input_ids, input_ids[:, -1:]], 1)):
+        self.pair = SimpleNamespace(
+            tokenizer=AutoTokenizer.from_pretrained(PAIR / "base", padding_side="left"),
+            device="cpu",
+            eos_token_ids=None,
+            base=SimpleNamespace(generate=answer),
+        )
+        statistics = KADStatistics(tokens=1)
+        self.kad = SimpleNamespace(reset=lambda: None, statistics=statistics)
+        self.settings, self.sampling = {}, generate.SamplingArguments()
+
+
+@pytest.fixture(scope="module")
+def no_models():
+    return NoModels()
+
+
+@given(lines=st.lists(LINES, max_size=4))
+@settings(derandomize=True, deadline=None, max_examples=100)
+def test_any_lines_become_a_record_each_and_a_second_run_finds_them_done(no_models, lines):
+    """A record each, in order, with the row as it was, that is either an answer or a failure with its reason."""
+    with TemporaryDirectory() as folder:
+        for _ in range(2):
+            with JsonLinesStore(Path(folder) / "answers.jsonl", {}) as store:
+                generate.run_lines(no_models, generate.PromptArguments(), generate.read_prompts(lines), store)
+        with JsonLinesStore(Path(folder) / "answers.jsonl", {}) as store:
+            got = store.records
+    numbered = [(at, line) for at, line in enumerate(lines, start=1) if line.removeprefix("\ufeff").strip()]
+    assert [record["line"] for record in got] == [at for at, _ in numbered]
+    for record, (_, line) in zip(got, numbered, strict=True):
+        assert ("text" in record) != ("error" in record)
+        assert record.get("error") != ""
+        if isinstance(record.get("row"), dict):
+            assert json.dumps(record["row"]) == line
+
+
+def test_a_line_that_needs_too_much_memory_does_not_end_the_run(tmp_path):
+    def answer(input_ids, **_):
+        if input_ids.shape[1] > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return input_ids
+
+    lines = generate.read_prompts(["So " * 60, "So"])
+    with JsonLinesStore(tmp_path / "answers.jsonl", {}) as store:
+        assert generate.run_lines(NoModels(answer), generate.PromptArguments(), lines, store) == 1
+    failed, right = records((tmp_path / "answers.jsonl").read_text())
+    assert "2 GiB" in failed["error"]
+    assert right["text"] == ""
+
+
+@pytest.mark.parametrize("place", ["file", "standard input"])
+def test_bytes_that_are_no_text_are_the_fault_of_their_line_alone(capsys, tmp_path, monkeypatch, place):
+    content, name = "So\nÉ\ncaf".encode() + b"\xe9\n", "-"
+    if place == "file":
+        name = str(tmp_path / "prompts.txt")
+        Path(name).write_bytes(content)
+    else:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="latin-1"))
+    assert generate.main([*MODELS, "--max_new_tokens", "3", "--input", name]) == 1
+    first, second, failed = records(capsys.readouterr().out)
+    assert (first["prompt"], second["prompt"]) == ("So", "É")
+    assert "not UTF-8 from character 3" in failed["error"]
+    assert failed["line"] == 3
+
+
+def test_answers_can_be_written_to_an_output_that_is_no_utf_8(tmp_path, monkeypatch, no_models):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    assert generate.run_lines(no_models, generate.PromptArguments(), generate.read_prompts(["é", "😀"]), None) == 0
+    assert [record["prompt"] for record in records(written.getvalue().decode("cp1252"))] == ["é", "😀"]
+
+
+def test_a_file_from_before_rows_were_kept_is_gone_on_with(capsys, tmp_path):
+    """Other fields of a row stood beside the record's own, and there were no template arguments."""
+    output = tmp_path / "answers.jsonl"
+    rows = [{"prompt": "So", "id": 1}, {"prompt": "So", "id": 2}]
+    assert run_rows(capsys, tmp_path, *rows, options=["--output", str(output)])[0] == 0
+    settings = Path(f"{output}.settings.json")
+    before = json.loads(settings.read_text())
+    del before["template_arguments"]
+    settings.write_text(json.dumps(before))
+    output.write_text('{"id": 1, "line": 1, "prompt": "So", "text": "x", "tokens": 3}\n')
+    status, _, err = run_rows(capsys, tmp_path, *rows, options=["--output", str(output)])
+    assert status == 0
+    assert "1 lines are done already, 0 of them failed" in err
+    assert [record["line"] for record in records(output.read_text())] == [1, 2]
+
+
+def test_records_that_are_of_no_line_are_refused(tmp_path, no_models):
+    with JsonLinesStore(tmp_path / "answers.jsonl", {}) as store:
+        store.append({"line": [1]})
+    with (
+        JsonLinesStore(tmp_path / "answers.jsonl", {}) as store,
+        pytest.raises(ValueError, match=r"answers\.jsonl.*\[1\]"),
+    ):
+        generate.run_lines(no_models, generate.PromptArguments(), generate.read_prompts(["So"]), store)

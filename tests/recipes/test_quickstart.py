@@ -1,5 +1,6 @@
 """The quickstart: what it prints, which models it loads, and the tiny pair's text in both ways of decoding."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -125,3 +126,17 @@ def test_characters_of_several_tokens_are_painted_whole():
     assert len(ids) == 2
     records = [TokenRecord(i, 0.5, 0.5, 0.5, 0.5, 1.0, False) for i in ids]
     assert quickstart.paint(KADTrace((tuple(records),)), tokenizer, colour=True) == "\033[33mé\033[0m"
+
+
+def test_a_tokenizer_that_makes_more_inputs_than_the_model_takes_asks_the_same(tmp_path, capsys):
+    asked = ["--prompt", "Mia has 3 hats.", "--max_new_tokens", "4"]
+    shutil.copytree(PAIR_DIR, tmp_path / "pair")
+    for model in ("base", "proxy"):
+        path = tmp_path / "pair" / model / "tokenizer_config.json"
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    texts = []
+    for folder in (PAIR_DIR, tmp_path / "pair"):
+        quickstart.main(["--base", str(folder / "base"), "--proxy", str(folder / "proxy"), *asked])
+        texts.append(re.sub(r"\d+ tokens/s", "", capsys.readouterr().out))
+    assert texts[0] == texts[1]

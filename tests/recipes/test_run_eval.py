@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import run_eval
+import sweep
+import tune
 
 from transformers_kad import KADConfig
 from transformers_kad.evaluation.methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
@@ -183,6 +185,56 @@ def test_questions_may_be_asked_as_plain_text(template, tmp_path):
     arguments = ["--limit", "4", "--method", "base", "kad-dual", "--no_speculative", *template]
     assert run_eval.main([*arguments, "--output", str(tmp_path)]) == 0
     assert all(line["error"] is None and line["text"] for line in results(tmp_path))
+
+
+def pair_with_tokenizers(folder, **changes):
+    """The tiny pair with other tokenizer settings of both models; None: without that one."""
+    shutil.copytree(PAIR, folder)
+    for model in ("base", "proxy"):
+        path = folder / model / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("recipe", [run_eval, sweep, tune])
+def test_what_a_tokenizer_s_configuration_lacks_or_lists_changes_no_answer(recipe, tmp_path, capsys):
+    """No padding token, and inputs that the model's forward does not take: every command that asks in batches."""
+    asked = ["--limit", "6", "--no_speculative", "--batch_size", "3"]
+    asked += ["--trials", "1"] if recipe is tune else ["--method", "base", "proxy", "kad-dual", "--proxy_chat", "yes"]
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    pair = pair_with_tokenizers(tmp_path / "pair", pad_token=None, model_input_names=names)
+    for folder, chosen in (("expected", []), ("found", ["--pair", pair])):
+        recipe.main([*asked, *chosen, "--output", str(tmp_path / folder)])
+    found, expected = (
+        [{**line, "config": None} for line in results(tmp_path / folder)] for folder in ("found", "expected")
+    )
+    assert found == expected, capsys.readouterr().err
+
+
+def test_a_tokenizer_with_nothing_to_pad_with_is_refused_in_batches_with_advice_that_works(tmp_path, capsys):
+    pair = pair_with_tokenizers(tmp_path / "pair", pad_token=None, eos_token=None)
+    asked = ["--pair", pair, "--limit", "2", "--method", "base", "--no_speculative"]
+    assert run_eval.main([*asked, "--output", str(tmp_path / "batch")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"error: The tokenizer .*/base' has neither a padding .*--batch_size 1 does without", error)
+    assert "Traceback" not in error
+    assert run_eval.main([*asked, "--output", str(tmp_path / "single"), "--batch_size", "1"]) == 0
+    assert [line["error"] for line in results(tmp_path / "single")] == [None] * 2
+
+
+@pytest.mark.parametrize("recipe", [run_eval, sweep, tune])
+def test_a_log_file_shows_how_far_the_run_is(recipe, tmp_path, capsys):
+    """Standard error is no terminal here: plain lines, no bar."""
+    asked = ["--trials", "1"] if recipe is tune else ["--method", "base", "kad-dual"]
+    recipe.main([*asked, "--limit", "3", "--output", str(tmp_path)])
+    error = capsys.readouterr().err
+    lines = re.findall(
+        r"^(\d of 6) answers \(\d+%\), \d:\d\d:\d\d passed.*; .*accuracy [01]\.\d+", error, re.MULTILINE
+    )
+    assert lines[0] == "1 of 6"
+    assert lines[-1] == "6 of 6"
+    assert "\r" not in error
 
 
 def test_methods_of_other_settings_are_not_put_beside_each_other(tmp_path, capsys):

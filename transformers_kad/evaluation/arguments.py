@@ -1,6 +1,5 @@
 """What the command lines of the evaluation recipes share."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from ..arguments import ModelArguments, RuleParameters, SamplingArguments
+from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
 from ..configuration import KADConfig
 from ..pair import Pair
 from .decoding import Decoder
@@ -32,7 +31,9 @@ class EvaluationArguments:
     )
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder with local copies of the data sets, each in the folder of its Hub id."},
+        metadata={
+            "help": "Local data: folder with copies of the data sets (openai/gsm8k/...), or one set's files or file."
+        },
     )
     split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: the task's own."})
     limit: int | None = field(default=None, metadata={"help": "Only the first so many instances of each task."})
@@ -40,7 +41,10 @@ class EvaluationArguments:
     num_samples: int = field(default=1, metadata={"help": "Answers to each instance, each sampled anew."})
     batch_size: int = field(
         default=16,
-        metadata={"help": "Instances at once; also what is dealt out to processes, seeded and resumed as a whole."},
+        metadata={
+            "help": "Instances at once, with --no_speculative; also what is dealt out to processes, seeded and "
+            "resumed as a whole. Speculative runs answer one at a time, and keep each answer at once."
+        },
     )
     pair: Path | None = field(
         default=None,
@@ -68,12 +72,7 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
-        try:
-            self.template: dict[str, Any] = json.loads(self.template_arguments)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--template_arguments must be JSON, got {self.template_arguments!r}.") from error
-        if not isinstance(self.template, dict):
-            raise ValueError(f"--template_arguments must be a JSON object, got {self.template_arguments!r}.")
+        self.template = template_arguments(self.template_arguments)
 
     def workloads(self, sampling: "EvaluationSampling", *, positions: bool = False) -> list[Workload]:
         """The instances of every task, loaded."""

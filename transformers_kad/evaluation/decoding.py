@@ -15,7 +15,7 @@ from ..configuration import KADConfig
 from ..loading import load_tokenizer
 from ..logits_process import KADLogitsProcessor
 from ..pair import Pair, forget_generation_settings
-from ..prompting import Prompt, encode, eos_token_ids
+from ..prompting import Prompt, encode, eos_token_ids, pad_token_id
 from ..proxy import (
     ContextLengthError,
     UnusableLogitsError,
@@ -58,7 +58,7 @@ class _Speaker:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     eos_token_ids: list[int] | None
-    pad_token_id: int
+    pad_token_id: int | None
 
 
 @dataclass
@@ -98,8 +98,7 @@ class Decoder:
     def _speaker(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> _Speaker:
         forget_generation_settings(model)
         eos = sorted({*ends, tokenizer.eos_token_id} - {None}) or None
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        return _Speaker(model, tokenizer, eos, pad)
+        return _Speaker(model, tokenizer, eos, pad_token_id(tokenizer))
 
     def _speaker_of(self, method: Method) -> _Speaker:
         if method.name == "aligned":
@@ -153,12 +152,16 @@ class Decoder:
         return [self._decode_or_fail(method, prompt, max_new_tokens) for prompt in prompts]
 
     def _encode(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool | str | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        chat: bool | str | None,
+        model: PreTrainedModel,
     ) -> BatchEncoding:
         """Chats in the chat template where there is one and it is wanted, else as plain text."""
         templated = tokenizer.chat_template is not None if chat is None else bool(chat)
         texts = prompts if templated else [as_text(prompt) for prompt in prompts]
-        return encode(tokenizer, texts, self.pair.device, chat=templated, **self.template_arguments)
+        return encode(tokenizer, texts, self.pair.device, chat=templated, model=model, **self.template_arguments)
 
     def _decode_or_fail(self, method: Method, prompt: Prompt, max_new_tokens: int) -> Answer:
         started = time.perf_counter()
@@ -173,7 +176,7 @@ class Decoder:
         """All prompts at once."""
         speaker, pair = self._speaker_of(method), self.pair
         chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
-        inputs = self._encode(speaker.tokenizer, prompts, chat)
+        inputs = self._encode(speaker.tokenizer, prompts, chat, speaker.model)
         length = inputs["input_ids"].shape[1]
         processors: list[LogitsProcessor] = [_RefuseUnusableLogits(speaker.model)]
         rooms = [(speaker.model, length)]
@@ -185,7 +188,7 @@ class Decoder:
             processors = [kad]
             proxy_length = length
             if self.proxy_chat != "same":
-                own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat)
+                own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat, pair.proxy)
                 own_prompt, proxy_length = kad.proxy_prompt(own), own["input_ids"].shape[1]
             rooms.append((pair.proxy, proxy_length))
             if self.speculative:

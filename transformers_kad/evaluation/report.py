@@ -20,6 +20,8 @@ from .tasks import get_task
 
 Record = Mapping[str, Any]
 
+LEAST_ENDED = 0.9  # where fewer answers ended by themselves, the report warns
+
 
 @cache
 def _metric(name: str) -> Any:
@@ -33,8 +35,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         records: all its lines of `results.jsonl`, every instance with equally many samples.
 
     Returns:
-        Accuracy with its 95 % interval (over instances), speed, and what the drafts and the rule did; None where a
-        method has no such figure.
+        Accuracy with its 95 % interval (over instances), the share of answers that ended by themselves and the number
+        of those that were cut (of answers that did not fail), speed, and what the drafts and the rule did; None where
+        a method has no such figure, or its lines do not say.
     """
     records = sorted(records, key=lambda r: (r["instance"], r["sample"]))
     instances = len({record["instance"] for record in records})
@@ -46,6 +49,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     )
     lenient = [r["correct_lenient"] for r in records if "correct_lenient" in r]
     tokens, seconds = [r["tokens"] for r in records], [max(r["seconds"], 1e-6) for r in records]
+    ended = [r["ended"] for r in records if r["error"] is None and "ended" in r]
     ruled = [r for r in records if "rounds" in r]
     drafted = any(r["drafted"] for r in ruled)
     summary: dict[str, Any] = {
@@ -58,6 +62,8 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "high": accuracy["high"],
         "accuracy_lenient": sum(lenient) / len(lenient) if lenient else None,
         "failed": sum(r["error"] is not None for r in records),
+        "ended": sum(ended) / len(ended) if ended else None,
+        "cut": len(ended) - sum(ended) if ended else None,
         "mean_tokens": sum(tokens) / len(tokens),
         "tokens_per_second": _metric("throughput").compute(tokens=tokens, seconds=seconds)["tokens_per_second"],
         "deferral_mass": None,
@@ -97,6 +103,7 @@ def make_report(
     for record in folder.read():
         groups.setdefault((record["task"], record["method"]), []).append(record)
     rows, comparisons, unfinished = [], [], []
+    settings: dict[str, dict[str, Any]] = {}
     for task in dict.fromkeys(task for task, _ in groups):
         complete: dict[str, list[Record]] = {}
         for method in sorted(
@@ -104,12 +111,14 @@ def make_report(
             key=lambda method: _order(configs[groups[task, method][0]["config"]]["own"]),
         ):
             records = groups[task, method]
-            instances = configs[records[0]["config"]]["shared"]["instances"]
             counts = Counter(record["sample"] for record in records)
-            whole = {sample for sample, count in counts.items() if count == instances}
+            shared, own = (configs[records[0]["config"]][part] for part in ("shared", "own"))
+            named = {name: own[name] for name in ("aligned", "reference") if name in own}
+            settings.setdefault(task, dict(shared)).update(named)
+            whole = {sample for sample, count in counts.items() if count == shared["instances"]}
             if whole != counts.keys():
                 unfinished.append(
-                    {"task": task, "method": method, "answers": len(records), "of": len(counts) * instances}
+                    {"task": task, "method": method, "answers": len(records), "of": len(counts) * shared["instances"]}
                 )
             if whole:
                 complete[method] = [record for record in records if record["sample"] in whole]
@@ -122,7 +131,13 @@ def make_report(
         rows += summaries
         comparisons += [{"task": task, **vars(comparison)} for comparison in compare(complete)]
     environment = {**describe_environment(device), "dtype": dtype, "processes": processes, "commit": current_commit()}
-    return {"rows": rows, "comparisons": comparisons, "unfinished": unfinished, "environment": environment}
+    return {
+        "settings": settings,
+        "rows": rows,
+        "comparisons": comparisons,
+        "unfinished": unfinished,
+        "environment": environment,
+    }
 
 
 def _order(settings: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
@@ -168,12 +183,19 @@ def current_commit() -> str | None:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """A table a task, then what the differences to its best method are worth."""
+    """For each task its models and settings, a table, and what the differences to its best method are worth.
+
+    Reports that were stored before settings and ends were recorded have none of them.
+    """
     parts = []
     for task in dict.fromkeys(row["task"] for row in report["rows"]):
         rows = [row for row in report["rows"] if row["task"] == task]
         parts.append(f"**{task}**, {rows[0]['instances']} instances, {rows[0]['samples']} samples each\n")
+        settings = report.get("settings", {}).get(task, {})
+        if settings:
+            parts += [_describe_models(settings), _describe_questions(settings)]
         parts.append(_table(rows))
+        parts += _warnings(rows, settings)
         comparisons = [c for c in report["comparisons"] if c["task"] == task]
         if comparisons:
             parts.append(_differences(rows, comparisons))
@@ -183,12 +205,53 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     return "\n".join([*parts, f"Measured with: {environment}", ""])
 
 
+def _describe_models(settings: Mapping[str, Any]) -> str:
+    names = ("base", "proxy", "aligned", "reference", "dtype", "quantization")
+    named = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
+    if settings.get("align_vocabularies"):
+        named.append("vocabularies aligned")
+    return f"Models: {', '.join(named)}.\n"
+
+
+def _describe_questions(settings: Mapping[str, Any]) -> str:
+    sampling = dict(settings.get("generate", {}))
+    parts = ["sampled" if sampling.pop("do_sample", False) else "greedy"]
+    parts.append("with drafts" if settings.get("speculative") else "token by token")
+    parts += [f"{name} {value}" for name, value in sampling.items()]
+    if "seed" in settings:
+        parts.append(f"seed {settings['seed']}")
+    if "max_new_tokens" in settings:
+        parts.append(f"at most {settings['max_new_tokens']} tokens")
+    if settings.get("few_shot"):
+        parts.append(f"{settings['few_shot']} examples before each question")
+    shown = {None: "auto", True: "yes", False: "no"}
+    for name in ("chat", "proxy_chat"):
+        if name in settings:
+            parts.append(f"{name} {shown.get(settings[name], settings[name])}")
+    if settings.get("template_arguments"):
+        parts.append(f"template_arguments {json.dumps(settings['template_arguments'])}")
+    return f"Answers: {', '.join(parts)}.\n"
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+    """A line for each method of which more than a tenth of the answers were cut."""
+    limit = settings.get("max_new_tokens")
+    where = "" if limit is None else f", at {limit} tokens or where a context ends"
+    return [
+        f"Warning: {row['cut']} of {row['instances'] * row['samples'] - row['failed']} answers of {row['method']} "
+        f"were cut before their end{where}. A longer --max_new_tokens may change the figures.\n"
+        for row in rows
+        if row.get("ended") is not None and row["ended"] < LEAST_ENDED
+    ]
+
+
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = {
         "method": lambda row: row["method"],
         "accuracy": lambda row: _number(row["accuracy"], 3),
         "95 % interval": lambda row: f"{row['low']:.3f} to {row['high']:.3f}",
         "lenient": lambda row: _number(row["accuracy_lenient"], 3),
+        "ended": lambda row: _number(row.get("ended"), 2),
         "tokens/s": lambda row: _number(row["tokens_per_second"], 1),
         "speed": lambda row: "–" if row["speedup"] is None else f"× {row['speedup']:.2f}",
         "deferral mass": lambda row: _number(row["deferral_mass"], 2),
@@ -200,6 +263,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         del columns["failed"]
     if all(row["accuracy_lenient"] is None for row in rows):
         del columns["lenient"]
+    if all(row.get("ended") is None for row in rows):
+        del columns["ended"]
     return _markdown(list(columns), [[show(row) for show in columns.values()] for row in rows])
 
 

@@ -9,9 +9,31 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..resumable import append_json_lines, describe_differences, lock, read_json_lines, write_whole
+from ..resumable import append_json_lines, describe_differences, json_line, lock, read_json_lines, write_whole
+from ..strict_json import parse_json_object
 
 RESULTS, CONFIGS, LOCK = "results.jsonl", "configs.json", ".lock"
+
+
+# What every line holds, and of which types. Lines hold more, where a method or a task has more to say.
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "task": (str,),
+    "method": (str,),
+    "instance": (str,),
+    "sample": (int,),
+    "batch": (str,),
+    "batch_number": (int,),
+    "batch_size": (int,),
+    "row": (int,),
+    "config": (str,),
+    "prediction": (str, type(None)),
+    "answer": (str,),
+    "correct": (bool,),
+    "error": (str, type(None)),
+    "tokens": (int,),
+    "seconds": (int, float),
+}
+CONFIG_FIELDS: Mapping[str, tuple[type, ...]] = {"task": (str,), "method": (str,), "shared": (dict,), "own": (dict,)}
 
 
 def hash_of(config: Mapping[str, Any]) -> str:
@@ -118,17 +140,33 @@ class ResultsFolder:
         write_whole(self.path / CONFIGS, json.dumps(kept | new, indent=2) + "\n")
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Every configuration, by the name that lines carry."""
+        """Every configuration, by the name that lines carry.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
         path = self.path / CONFIGS
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not path.exists():
+            return {}
+        try:
+            configs = parse_json_object(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is no JSON object: {error}.") from error
+        for name, config in configs.items():
+            _check_fields(config, CONFIG_FIELDS, f"{str(path)!r}, {name!r}")
+        return configs
 
     def read(self) -> list[dict[str, Any]]:
-        """Every merged record."""
+        """Every merged record.
+
+        Raises:
+            ValueError: a line that is no record, with its number.
+        """
         path = self.path / RESULTS
-        return read_json_lines(path)[0] if path.exists() else []
+        return _read_records(path)[0] if path.exists() else []
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write a whole batch; when this returns, it is on the disk."""
+        """Write the answers of a batch; when this returns, it is on the disk."""
         if self._file is None:
             self._file = (self.path / f"results.{self.process}.jsonl").open("a", encoding="utf-8")
         append_json_lines(self._file, records)
@@ -144,7 +182,7 @@ class ResultsFolder:
         for path in [self.path / RESULTS, *parts]:
             if not path.exists():
                 continue
-            records, rest = read_json_lines(path)
+            records, rest = _read_records(path)
             if rest is not None:
                 torn.append(rest)
             batches: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -165,8 +203,28 @@ class ResultsFolder:
         )
         self._used |= {config for config, _ in merged}
         if merged or parts or retried:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_whole(self.path / RESULTS, text)
+            write_whole(self.path / RESULTS, "".join(map(json_line, lines)))
         for path in parts:
             path.unlink()
         return Mended(tuple(torn), tuple(incomplete), tuple(retried))
+
+
+def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """What `read_json_lines` returns, with every record checked."""
+    records, torn = read_json_lines(path)
+    for number, record in enumerate(records, start=1):
+        _check_fields(record, FIELDS, f"{str(path)!r}, line {number}")
+    return records, torn
+
+
+def _check_fields(found: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """Raise a ValueError unless an object holds all fields, of their types."""
+    advice = "It was not written by this program, or was changed: put it right, or choose another --output."
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object, got {found!r:.80}. {advice}")
+    for name, types in fields.items():
+        if name not in found:
+            raise ValueError(f"{where} has no {name!r}. {advice}")
+        if not isinstance(found[name], types):
+            kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
+            raise ValueError(f"{where}: {name!r} is {found[name]!r:.80}, not of type {kinds}. {advice}")

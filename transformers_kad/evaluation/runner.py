@@ -4,13 +4,13 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from ..environment import describe_environment
+from ..progress import Progress
 from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
 from .results import Mended, ResultsFolder, hash_of
@@ -28,7 +28,7 @@ class Workload:
         max_new_tokens: longest answer.
         num_samples: how often each instance is answered.
         batch_size: instances at once. A batch is also what a seed, a process and a resumed run work on: with another
-            batch size the samples are others.
+            batch size the samples are others. Speculative decoders answer one at a time, see `one_by_one`.
         seed: of the sampling.
         positions: record the deferral mass at every position. It decides no answer.
     """
@@ -41,6 +41,14 @@ class Workload:
     batch_size: int = 16
     seed: int = 0
     positions: bool = False
+
+    def one_by_one(self, decoder: Decoder) -> "Workload":
+        """The same, in batches of one where the decoder is speculative.
+
+        It makes no batches, so every answer has a seed of its own, is written down as soon as it is there, and a stop
+        loses none.
+        """
+        return replace(self, batch_size=1) if decoder.speculative else self
 
     def config(self, method: Method, decoder: Decoder) -> dict[str, Any]:
         """Everything that the results of a method depend on, as JSON values; `shared` with all other methods."""
@@ -103,7 +111,8 @@ def run_evaluation(
     """Answer every instance by every method, as far as the folder does not hold it yet.
 
     The batches that are left are dealt out to the processes one by one, and each process writes a batch down when it
-    is done. When all are through, the first process merges their files.
+    is done; speculative decoders make batches of one answer. When all are through, the first process merges their
+    files.
 
     Args:
         decoder: the models.
@@ -120,6 +129,7 @@ def run_evaluation(
     state = state or PartialState()
     for method in methods:
         decoder.prepare(method)
+    workloads = [workload.one_by_one(decoder) for workload in workloads]
     configs = {(w.task.name, m.label): w.config(m, decoder) for w in workloads for m in methods}
     if state.is_main_process:
         _report_mended(folder.prepare(retry_failed=retry_failed), report)
@@ -133,15 +143,16 @@ def run_evaluation(
         report(f"{len(batches) - len(left)} of {len(batches)} batches are done already.")
     state.wait_for_everyone()  # nobody writes while somebody still reads
     mine = left[state.process_index :: state.num_processes]
-    with Progress(sum(len(batch.instances) for batch in mine), state.is_main_process) as progress:
-        warm: set[str] = set()
+    total = sum(len(batch.instances) for batch in mine)
+    with Progress(total, "answers", shown=state.is_main_process) as progress:
+        warm, tally = set[str](), _Tally()
         for batch in mine:
             if batch.method.label not in warm:
                 warm.add(batch.method.label)
                 warm_up(decoder, batch)
             records = answer_batch(decoder, batch, names[batch.workload.task.name, batch.method.label])
             folder.append(records)
-            progress.update(batch, records)
+            progress.update(len(records), tally.note(batch, records))
     state.wait_for_everyone()
     if state.is_main_process:
         folder.merge()
@@ -219,29 +230,20 @@ def _report_mended(mended: Mended, report: Callable[[str], None]) -> None:
         report(f"The batch {batch!r} holds a failed answer and is answered anew.")
 
 
-class Progress:
-    """A bar with the accuracy and the speed so far."""
+class _Tally:
+    """Accuracy and speed of the current method so far, as the note of a progress line."""
 
-    def __init__(self, total: int, shown: bool) -> None:
-        self._bar = tqdm(total=total, unit="answer", disable=None if shown else True)
-        self._right = self._answers = self._tokens = 0
-        self._seconds = 0.0
+    def __init__(self) -> None:
+        self._name = ""
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def update(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> None:
+    def note(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> str:
         """Count a batch."""
+        name = f"{batch.workload.task.name}, {batch.method.label}"
+        if name != self._name:
+            self._name, self._right, self._answers, self._tokens, self._seconds = name, 0, 0, 0, 0.0
         self._right += sum(record["correct"] for record in records)
+        self._answers += len(records)
         self._tokens += sum(record["tokens"] for record in records)
         self._seconds += sum(record["seconds"] for record in records)
-        self._answers += len(records)
-        self._bar.set_description(f"{batch.workload.task.name}, {batch.method.label}")
-        self._bar.set_postfix(
-            accuracy=f"{self._right / self._answers:.3f}",
-            speed=f"{self._tokens / max(self._seconds, 1e-9):.0f} tokens/s",
-        )
-        self._bar.update(len(records))
+        accuracy, speed = self._right / self._answers, self._tokens / max(self._seconds, 1e-9)
+        return f"{name}: accuracy {accuracy:.3f}, {speed:.0f} tokens/s so far"

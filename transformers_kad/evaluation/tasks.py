@@ -97,9 +97,11 @@ class Task:
         """The instances, in the set's order.
 
         Args:
-            data_dir: a folder with local copies of data sets, each laid out as on the Hub
-                (`data_dir/openai/gsm8k/main/test-00000-of-00001.parquet`), or the copy of this one set. Files that
-                have changed are read anew. Default: the Hub, or its cache. Generated tasks need none.
+            data_dir: a folder with local copies of data sets, each in the folder of its Hub id (`openai/gsm8k`) or of
+                its name (`gsm8k`); or the copy of this one set, as on the Hub (`main/test-00000-of-00001.parquet`)
+                or any part of it (`test.jsonl`, `gsm8k_test.jsonl`); or one file with the rows, which is taken for
+                the split. Files that have changed are read anew. Default: the Hub, or its cache. Generated tasks need
+                none.
             split: instead of the task's own.
             limit: only the first `limit` rows. A generated task makes that many, by default 500.
             seed: of a generated task.
@@ -183,6 +185,11 @@ class Task:
                 f"{count} examples were asked for, but the task {self.name!r} has no split but the evaluated one "
                 f"({split!r}) to draw them from: use 0."
             )
+        if data_dir is not None and self.generate is None and Path(data_dir).expanduser().is_file():
+            raise ValueError(
+                f"{count} examples were asked for, but {str(data_dir)!r} is one file, the evaluated split. Pass a "
+                f"folder that holds the split {self.few_shot_split!r} as well."
+            )
         asked = {instance.question for instance in self.load(data_dir=data_dir, split=split)}
         candidates = self.load(data_dir=data_dir, split=self.few_shot_split)
         candidates = sorted((one for one in candidates if one.question not in asked), key=lambda one: one.id)
@@ -202,10 +209,12 @@ class Task:
     def _source(self, split: str) -> str:
         return f"{self.dataset} ({f'{self.subset}, ' if self.subset else ''}{split})"
 
-    def _how_to_get(self, folder: str | Path) -> str:
+    def _how_to_get(self, folder: str | Path, split: str) -> str:
         return (
-            f"Where the Hub can be reached: hf download --repo-type dataset {self.dataset} --local-dir "
-            f"{folder}/{self.dataset}; then pass --data_dir {folder}."
+            "--data_dir takes a file with the rows of the split, or a folder that holds "
+            f"{self.subset or 'data'}/{split}-*.parquet, {split}.jsonl or {self.name}_{split}.jsonl (any of "
+            f"{', '.join(_READERS)}). Where the Hub can be reached: hf download --repo-type dataset {self.dataset} "
+            f"--local-dir {folder}/{self.dataset}; then pass --data_dir {folder}."
         )
 
     def _hub_rows(self, split: str, limit: int | None) -> Iterable[Row]:
@@ -214,33 +223,70 @@ class Task:
             rows = load_dataset(self.dataset, name=self.subset, split=split)
         except OSError as error:
             raise FileNotFoundError(
-                f"Could not load {self._source(split)}: {error}. {self._how_to_get('DIR')}"
+                f"Could not load {self._source(split)}: {error}. {self._how_to_get('DIR', split)}"
             ) from error
         except ValueError as error:  # no such split, or a cache that holds another configuration
-            raise ValueError(f"Could not load {self._source(split)}: {error}. {self._how_to_get('DIR')}") from error
+            raise ValueError(
+                f"Could not load {self._source(split)}: {error}. {self._how_to_get('DIR', split)}"
+            ) from error
         return rows.select(range(min(limit or len(rows), len(rows))))
 
     def _local_rows(self, data_dir: Path, split: str, limit: int | None) -> list[Row]:
-        folder = data_dir.expanduser() / str(self.dataset)
-        if not folder.is_dir() and _is_copy(data_dir.expanduser(), self.subset, split):
-            folder = data_dir.expanduser()
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"There is no {self._source(split)} in {data_dir}: no folder {folder}, and no files of that split in "
-                f"{data_dir} itself. {self._how_to_get(data_dir)}"
-            )
+        """The rows of the file that `data_dir` names, or of the files of the split in that folder."""
+        given, source = data_dir.expanduser(), self._source(split)
+        if given.is_file():
+            folder, files = given, [given]
+        else:
+            below = (given / str(self.dataset), given / str(self.dataset).rpartition("/")[2])
+            folder = next((place for place in below if place.is_dir()), given)
+            files = self._split_files(folder, split)
+        loaded: dict[str, Any]
+        if files:
+            if files[0].suffix not in _READERS:
+                raise ValueError(f"Rows are read from files that end in {', '.join(_READERS)}, got {str(given)!r}.")
+            names = {"rows": [str(file) for file in files]}
+            loaded = {"path": _READERS[files[0].suffix], "data_files": names, "split": "rows"}
+        elif (folder / "README.md").is_file():  # whose `configs:` say where files of other names lie
+            loaded = {"path": str(folder), "name": self.subset, "split": split}
+        else:
+            raise FileNotFoundError(f"There is no {source} in {str(data_dir)!r}. {self._how_to_get(data_dir, split)}")
         load_dataset = _load_dataset()
         # Streamed, and with a cache of its own: datasets serves stale rows of a local file that has changed.
         with TemporaryDirectory() as cache:
             try:
-                rows = load_dataset(str(folder), name=self.subset, split=split, streaming=True, cache_dir=cache)
-                return list(islice(rows, limit))
+                return list(islice(load_dataset(**loaded, streaming=True, cache_dir=cache), limit))
             except FileNotFoundError as error:
                 raise FileNotFoundError(
-                    f"Could not load {self._source(split)} from {folder}: {error}. {self._how_to_get(data_dir)}"
+                    f"Could not load {source} from {folder}: {error}. {self._how_to_get(data_dir, split)}"
                 ) from error
             except Exception as error:  # whatever its readers raise on a file that is none of theirs
-                raise ValueError(f"Could not load {self._source(split)} from {folder}: {error}") from error
+                advice = "" if files else f" {self._how_to_get(data_dir, split)}"
+                raise ValueError(f"Could not load {source} from {folder}: {error}{advice}") from error
+
+    def _split_files(self, folder: Path, split: str) -> list[Path]:
+        """The files of a split by their names, in the subset's folder, in data/ or in the folder itself; or none.
+
+        Raises:
+            ValueError: files of two kinds, or a part of one that is missing.
+        """
+        name = re.compile(rf"(?:{re.escape(self.name)}[_-])?{re.escape(split)}(?:-\d+-of-(\d+)(?:-\w+)?)?")
+        for place in (self.subset, "data", "."):
+            found = sorted((folder / place).glob("*")) if place else []
+            files = [file for file in found if file.suffix in _READERS and name.fullmatch(file.stem)]
+            if files:
+                counts = {(file.suffix, int(name.fullmatch(file.stem)[1] or 1)) for file in files}  # type: ignore[index]
+                if len(counts) > 1 or len(files) != next(iter(counts))[1]:
+                    raise ValueError(
+                        f"{self._source(split)} must be one file, or all parts of one file, got "
+                        f"{', '.join(file.name for file in files)} in {str(files[0].parent)!r}. Add what is missing, "
+                        "remove what does not belong to it, or pass the right file itself as --data_dir."
+                    )
+                return files
+        return []
+
+
+# Names of the readers of datasets by the ends of files that they read.
+_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 
 
 def _load_dataset() -> Callable[..., Any]:
@@ -249,13 +295,6 @@ def _load_dataset() -> Callable[..., Any]:
     except ImportError as error:
         raise ImportError('Loading a data set needs datasets: pip install "transformers-kad[eval]"') from error
     return load_dataset
-
-
-def _is_copy(folder: Path, subset: str | None, split: str) -> bool:
-    """Whether a folder itself holds the files of a split, as a Hub repo lays them out."""
-    places = ["", "data/"] if subset is None else ["", "data/", f"{subset}/"]
-    files = (file for place in places for file in folder.glob(f"{place}{split}*"))
-    return any(file.suffix in (".parquet", ".jsonl", ".json", ".csv", ".arrow") for file in files)
 
 
 # --- The declarations ---------------------------------------------------------------------------------------

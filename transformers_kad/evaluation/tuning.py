@@ -10,6 +10,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from ..progress import Progress
 from ..resumable import describe_differences
 from .comparison import sign_flip_p_value
 from .decoding import Decoder
@@ -151,11 +152,12 @@ class Tuner:
         for record in self.folder.read():
             records.setdefault((record["config"], record["batch"]), []).append(record)
         self._done = {key: BatchScores.of(batch) for key, batch in records.items()}
-        whole = math.ceil(len(self.workload.instances) / self.workload.batch_size)
-        samples = self.workload.num_samples
-        # The numbers of batches after which a trial may be given up: all questions so far have equally many samples,
-        # and there is something left to save.
-        self._looks = {*range(1, whole + 1), *range(whole, whole * samples, whole)} - {whole * samples}
+        self._dealt = self.workload.one_by_one(self.decoder)
+        whole = math.ceil(len(self.workload.instances) / self._dealt.batch_size)
+        samples, step = self.workload.num_samples, self.workload.batch_size // self._dealt.batch_size
+        # The numbers of batches after which a trial may be given up: after every `batch_size` questions, if all
+        # questions so far have equally many samples, and there is something left to save.
+        self._looks = {*range(step, whole, step), *range(whole, whole * samples, whole)}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -187,7 +189,12 @@ class Tuner:
                 nothing.
         """
         self._claim(study)
-        base = self.measure(Method("base"))
+        each, before = len(self.workload.instances) * self.workload.num_samples, len(finished(study))
+        with Progress(each * (1 + max(trials, before)), "answers", done=each * before) as bar:
+            self._search(study, trials, bar)
+
+    def _search(self, study: optuna.Study, trials: int, bar: Progress) -> None:
+        base = self.measure(Method("base"), bar=bar)
         assert base is not None
         if base[1] == 0:
             error = next((batch.error for batch in self._scores["base"] if batch.error is not None), None)
@@ -201,7 +208,7 @@ class Tuner:
             if trial.state == TrialState.COMPLETE:
                 self.measure(method_of(trial.params))
         while len(finished(study)) < trials:
-            study.optimize(lambda trial: self._objective(study, trial, base[1]), n_trials=1)
+            study.optimize(lambda trial: self._objective(study, trial, base[1], bar), n_trials=1)
 
     def _claim(self, study: optuna.Study) -> None:
         """Write the settings into the study, or check that they are those that it was made with."""
@@ -214,7 +221,9 @@ class Tuner:
                 f"{describe_differences(found, settings)}. Choose another --output, or repeat the settings to go on."
             )
 
-    def _objective(self, study: optuna.Study, trial: optuna.Trial, base_speed: float) -> tuple[float, ...]:
+    def _objective(
+        self, study: optuna.Study, trial: optuna.Trial, base_speed: float, bar: Progress
+    ) -> tuple[float, ...]:
         name = trial.suggest_categorical("method", self._rules)
         parameter, low, high = SEARCH_RANGES[name]
         trial.suggest_float(f"{name}.{parameter}", low, high, step=STEP)
@@ -226,7 +235,7 @@ class Tuner:
         rivals = [t for t in tried.values() if t.state == TrialState.COMPLETE and feasible(t)]
         chance = SURE / max(len(tried) * len(self._looks), 1)
         try:
-            result = self.measure(method, lambda speed: self._beaten(method, speed / base_speed, rivals, chance))
+            result = self.measure(method, lambda speed: self._beaten(method, speed / base_speed, rivals, chance), bar)
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             raise
@@ -246,18 +255,19 @@ class Tuner:
         return self.goal.values(accuracy, speed / base_speed)
 
     def measure(
-        self, method: Method, give_up: Callable[[float], bool] = lambda speed: False
+        self, method: Method, give_up: Callable[[float], bool] = lambda speed: False, bar: Progress | None = None
     ) -> tuple[float, float] | None:
         """Accuracy and tokens/s of a method on the whole workload; None if it was given up.
 
-        `give_up` is asked after every batch, with the tokens/s so far.
+        `give_up` is asked after every batch, with the tokens/s so far. `bar` is told of every answer, and of those
+        that are not needed any more.
         """
-        config = self.workload.config(method, self.decoder)
+        config = self._dealt.config(method, self.decoder)
         name = hash_of(config)
         scores = self._scores[method.label] = []
         right = answers = tokens = 0
         seconds, ready = 0.0, False
-        for batch in self.workload.batches(method):
+        for batch in self._dealt.batches(method):
             if (name, batch.key) not in self._done:
                 if not ready:
                     self.decoder.prepare(method)
@@ -271,7 +281,14 @@ class Tuner:
             scores.append(done)
             right, answers = right + sum(done.right), answers + len(done.right)
             tokens, seconds = tokens + done.tokens, seconds + done.seconds
-            if give_up(tokens / max(seconds, 1e-9)):
+            given_up = give_up(tokens / max(seconds, 1e-9))
+            if bar is not None:
+                left = len(self.workload.instances) * self.workload.num_samples - answers
+                bar.update(
+                    len(done.right) + (left if given_up else 0),
+                    f"{method.label}: accuracy {right / answers:.3f} so far",
+                )
+            if given_up:
                 return None
         return right / answers, tokens / max(seconds, 1e-9)
 

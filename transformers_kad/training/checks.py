@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..loading import below_adapter, load_tokenizer
+from ..prompting import no_padding_error, pad_token_id
 from . import AlignmentError
 from .arguments import say
 
@@ -63,9 +64,9 @@ def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
         check_same_tokens(tokenizer, own_tokenizer)
     tokenizer.chat_template = find_chat_template(chat_template, tokenizer, own_tokenizer)
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise AlignmentError(f"The tokenizer of {base!r} has neither a padding nor an end-of-sequence token.")
-        tokenizer.pad_token = tokenizer.eos_token
+        if pad_token_id(tokenizer) is None:
+            raise AlignmentError(str(no_padding_error(tokenizer)))
+        tokenizer.pad_token_id = pad_token_id(tokenizer)
     context = getattr(configs[1].get_text_config(decoder=True), "max_position_embeddings", None)
     eos = {index for path, config in zip((base, proxy), configs, strict=True) for index in _eos_ids(path, config)}
     return Pair(tokenizer, vocabulary, context, tuple(sorted(eos)))
