@@ -155,7 +155,7 @@ def test_a_copied_file_works_on_messages_from_the_command_line(tmp_path):
 
 
 def test_wrong_pairs_are_found_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     rows = preferences(30)
     del rows[4]["rejected"]
     rows[20]["chosen"] = ""
@@ -168,7 +168,7 @@ def test_wrong_pairs_are_found_before_weights_are_loaded(tmp_path, monkeypatch):
 
 
 def test_long_and_equal_pairs_are_skipped_and_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     rows = preferences(3)
     rows[0]["rejected"] = rows[0]["chosen"]
     rows[1]["rejected"] *= 30

@@ -329,7 +329,7 @@ def no_weights(monkeypatch):
     def load(*arguments, **settings):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(trainers, "load_model", load)
+    monkeypatch.setattr(trainers, "load_merged", load)
 
 
 def refused(data, out, *options, **settings):
@@ -381,7 +381,7 @@ def test_a_missing_chat_template(data, tmp_path):
 @pytest.mark.slow
 def test_a_folder_with_a_result_is_left_alone(short, data, monkeypatch):
     before = {path.name: path.read_bytes() for path in short.iterdir()}
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     message = refused(data, short, *SHORT, proxy=REFERENCE)
     assert "holds a result already. Go on with it by --resume_from_checkpoint, or choose another folder" in message
     again = [*SHORT, "--resume_from_checkpoint"]

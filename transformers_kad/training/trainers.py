@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from ..loading import load_model
+from ..loading import load_merged
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -123,7 +123,10 @@ def lora_config(arguments: AlignmentArguments, model: PreTrainedModel) -> LoraCo
 
 def _trainer_arguments(arguments: AlignmentArguments, settings: Any, pair: Pair, examples: Examples) -> dict[str, Any]:
     # An adapter is merged into the proxy, and the new one is trained on top of that.
-    model = load_model(arguments.proxy, dtype=weight_dtype(arguments))
+    try:
+        model = load_merged(arguments.proxy, dtype=weight_dtype(arguments))
+    except ValueError as error:
+        raise AlignmentError(f"--proxy {arguments.proxy!r} can't be trained: {error}") from error
     callbacks: list[TrainerCallback] = []
     if settings.load_best_model_at_end and arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
