@@ -10,9 +10,9 @@
 On several GPUs by `torchrun --nproc_per_node 8 recipes/align_dpo.py ...` or `accelerate launch`.
 
 `preferences.jsonl` has one pair of answers a line: `{"prompt": "...", "chosen": "...", "rejected": "..."}`, strings or
-lists of messages. A Hub data set with such fields does as well. Only a LoRA adapter is trained (TRL's `DPOTrainer`,
-peft); the proxy without it is the reference. The proxy is best fine-tuned first (align_sft.py), and may be that
-adapter: it is merged, and the new one comes on top of it.
+lists of messages; `tools` and `chat_template_kwargs` go to the chat template. A Hub data set with such fields does as
+well. Only a LoRA adapter is trained (TRL's `DPOTrainer`, peft); the proxy without it is the reference. The proxy is
+best fine-tuned first (align_sft.py), and may be that adapter: it is merged, and the new one comes on top of it.
 
 Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
 that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
