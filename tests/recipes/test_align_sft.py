@@ -56,7 +56,10 @@ def test_the_held_out_loss_falls(run):
     assert record["eval_loss"] == min(losses)
     assert losses[1] < losses[0]
     shown = [float(x) for x in re.findall(r"held-out loss ([\d.]+)$", printed, re.MULTILINE)]
-    assert shown == pytest.approx(losses[:-1], abs=5e-5)
+    assert shown == pytest.approx(losses, abs=5e-5)
+    measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert measured == [0, 8, 16, 24, 32, 40, 48]  # each once
+    torch.testing.assert_close(trainer.evaluate()["eval_loss"], record["eval_loss"])  # of the adapter that was kept
 
 
 @pytest.mark.slow
@@ -538,6 +541,10 @@ def test_a_copied_file_works_with_relative_folders(elsewhere, tmp_path):
     lines = run.stdout.split("To use it:\n\n")[1]
     subprocess.run([sys.executable, "-c", lines], cwd=folder, env=ENVIRONMENT, capture_output=True, check=True)
     assert "it/s" not in run.stderr  # no progress bar without a terminal
+    assert [line.split(",")[0] for line in run.stderr.splitlines() if " steps " in line] == [
+        "1 of 2 steps (50%)",
+        "2 of 2 steps (100%)",
+    ]
 
 
 @pytest.mark.slow
