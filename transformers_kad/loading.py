@@ -118,7 +118,12 @@ def _load(
     """A model, and why its adapter is not merged although it was to be."""
     below = below_adapter(path)
     if below is None:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        except OSError as error:
+            if Path(path).is_dir():
+                raise
+            raise OSError(f"{str(path)!r} is no folder here, and could not be had from the Hub: {error}") from error
         return (model if kwargs.get("device_map") else model.to(device)).eval(), None
 
     def load_adapted() -> PeftModel:

@@ -17,15 +17,12 @@ def check_source(name: str | Path) -> str:
 
     Raises:
         FileNotFoundError: `name` looks like a path, and there is no such folder.
-        NotADirectoryError: it is a file.
 
     >>> check_source("owner/name")
     'owner/name'
     """
     text = str(name)
-    if Path(text).is_file():
-        raise NotADirectoryError(f"A model's folder or Hub id is needed, got the file {text!r}.")
-    if looks_like_path(text) and not Path(text).is_dir():
+    if looks_like_path(text) and not Path(text).exists():
         raise FileNotFoundError(f"Folder not found: {text!r} (working directory: {os.getcwd()!r}).")
     return text
 

@@ -95,7 +95,7 @@ def test_only_the_first_of_many_errors_are_shown(tmp_path):
     assert str(error.value).count("oops") == 5
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "some/deep/path/file", "/no/such/thing"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "some/deep/path/file", "/no/such/thing", "./thing"])
 def test_a_missing_file_is_told_from_a_hub_id(name):
     with pytest.raises(AlignmentError, match=f"There is no file '{name}'"):
         read_rows(name)

@@ -1,6 +1,7 @@
 """Rows of a data set: read, checked, and made into tokens. Nothing is cut or dropped without a word."""
 
 import json
+import os
 import random
 import re
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from jinja2.exceptions import TemplateError
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
+from ..sources import looks_like_path
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -86,8 +88,8 @@ def read_rows(data: str, config: str | None = None, split: str = "train") -> Row
     path = Path(data).expanduser()
     if path.is_file():
         rows = _read_lines(data, path)
-    elif not path.is_dir() and (path.suffix in (".json", ".jsonl") or len(path.parts) > 2 or path.is_absolute()):
-        raise AlignmentError(f"There is no file {data!r}.")
+    elif not path.is_dir() and (path.suffix in (".json", ".jsonl") or looks_like_path(data)):
+        raise AlignmentError(f"There is no file {data!r}, and no folder either (working directory: {os.getcwd()!r}).")
     else:
         rows = _read_dataset(data, config, split)
     if not rows.numbers:

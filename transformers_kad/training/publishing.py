@@ -1,6 +1,5 @@
 """The result of a run: adapter, tokenizer, KADConfig, model card, and the lines of code that use it."""
 
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..configuration import KADConfig
 from ..environment import describe_environment
+from ..sources import portable_name
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -77,13 +77,6 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
     tokenizer.save_pretrained(folder)
 
 
-def name_below(proxy: str, folder: str | Path) -> str:
-    """How an adapter in `folder` names the proxy: as given, but a relative folder relative to the adapter's own."""
-    if Path(proxy).is_dir() and not Path(proxy).is_absolute():
-        return Path(os.path.relpath(Path(proxy).resolve(), Path(folder).resolve())).as_posix()
-    return proxy
-
-
 def usage(base: str, proxy: str, eos_token_ids: list[int]) -> str:
     """Six lines of Python that let an adapter guide a base."""
     return f"""\
@@ -125,7 +118,7 @@ def publish(
         return
     folder = Path(arguments.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    save_adapter(model, pair.tokenizer, folder, name_below(arguments.proxy, folder))
+    save_adapter(model, pair.tokenizer, folder, portable_name(arguments.proxy, folder))
     name = arguments.push_to_hub or arguments.output_dir
     config = KADConfig("dual", {"threshold": arguments.threshold}, base=arguments.base, proxy=name)
     config.save_pretrained(folder)
