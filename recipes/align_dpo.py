@@ -22,10 +22,10 @@ The output folder gets the adapter, the tokenizer with its chat template, `kad_c
 `--resume_from_checkpoint`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers_kad.command_line import parse_arguments
 from transformers_kad.training import AlignmentError
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([DPOArguments], __doc__, argv)
     hush()
     try:
-        align(arguments, [Path(__file__).name, *argv])
+        align(arguments, [os.path.relpath(__file__), *argv])
     except AlignmentError as error:
         sys.exit(f"error: {error}")
 

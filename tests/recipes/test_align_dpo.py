@@ -87,17 +87,21 @@ def test_the_result_reloads_and_is_described(run, data):
     assert config["base_model_name_or_path"] == PROXY
     assert KADConfig.from_pretrained(out).base == BASE
     card = (out / "README.md").read_text()
-    for shown in ("direct preference optimisation with beta 0.1", f"python align_dpo.py --proxy {PROXY}", data):
+    for shown in (
+        "direct preference optimisation with beta 0.1",
+        f"python {os.path.relpath(align_dpo.__file__)} --proxy {PROXY}",
+        data,
+    ):
         assert shown in card
     lines = printed.split("To use it:\n\n")[1].rstrip()
-    assert len(lines.splitlines()) == 6
+    assert len(lines.splitlines()) == 7
     assert lines in card
 
 
 @pytest.mark.slow
 def test_the_printed_lines_run(run, capsys):
     exec(run[2].split("To use it:\n\n")[1], names := {})
-    assert "Why is the sky blue?" in capsys.readouterr().out
+    assert "Why is the sky blue?" not in capsys.readouterr().out
     assert names["kad"].statistics.tokens > 0
 
 

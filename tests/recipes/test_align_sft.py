@@ -99,10 +99,14 @@ def test_the_model_card_says_what_made_it(run, data):
         f"| base, guided by this proxy | `{BASE}` |",
         f"| model below the adapter | `{REFERENCE}` |",
         f"| data | `{data}` |",
-        "| examples | 180 |",
+        "| rule in `kad_config.json` | dual, threshold 0.4 |",
+        "| examples to learn from | 180 |",
+        "| examples held out | 20 |",
+        "| rows skipped | none |",
         "| updates | 48 (4.00 epochs, 1 process) |",
         f"| held-out loss | {record['eval_loss']:.4f} (before training {record['eval_loss_before']:.4f}) |",
-        f"python align_sft.py --proxy {REFERENCE} --base {BASE} --data {data} --output_dir {out} --train_embeddings",
+        f"python {os.path.relpath(SCRIPT)} --proxy {REFERENCE} --base {BASE} --data {data} --output_dir {out} --train",
+        "https://arxiv.org/abs/2510.27017",
         f"`{EOS}`",
         *(f"{name} {version}" for name, version in record["environment"].items() if name != "device"),
     ):
@@ -115,12 +119,17 @@ def test_the_model_card_says_what_made_it(run, data):
 def test_the_printed_lines_run(run, capsys):
     out, _, printed = run
     lines = printed.split("To use it:\n\n")[1].rstrip().splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert "\n".join(lines) in (out / "README.md").read_text()
-    torch.manual_seed(0)
     names = {}
     exec("\n".join(lines), names)
-    assert "Why is the sky blue?" in capsys.readouterr().out
+    answer = capsys.readouterr().out
+    assert answer.strip()
+    assert "Why is the sky blue?" not in answer
+    for seed in (0, 1):  # nothing is drawn
+        torch.manual_seed(seed)
+        exec("\n".join(lines), {})
+        assert capsys.readouterr().out == answer
     assert names["kad"].rule == DualDeferral(0.4)
     assert names["kad"].statistics.accepted > 0
     assert names["ids"].shape[1] > 20
