@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids
+from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids, message_text
 
 PAIR = Path(__file__).resolve().parents[1] / "recipes" / "tiny_pair"
 
@@ -86,3 +86,35 @@ def test_plain_sampling_overrides_what_a_model_brings(base):
     assert not torch.equal(warped.scores[0], warped.logits[0])
     plain = base.generate(ids, pad_token_id=0, **settings, **PLAIN_SAMPLING)
     assert all(torch.equal(a, b) for a, b in zip(plain.scores, plain.logits, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Ada has 1 hat.", "Ada has 1 hat."),
+        ([{"type": "text", "text": "Ada has "}, {"type": "text", "text": "1 hat."}], "Ada has 1 hat."),
+        ([{"type": "text", "text": "Ada has ", "cache_control": {"type": "ephemeral"}}, "1 hat."], "Ada has 1 hat."),
+        ([], ""),
+        ("\U0001f3a9", "\U0001f3a9"),
+    ],
+)
+def test_the_text_of_a_message_is_its_content_or_its_parts_joined(content, text):
+    assert message_text(content) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "got None"),
+        (5, "got 5"),
+        ({"type": "text", "text": "Ada"}, "got {'type'"),
+        ([{"type": "text", "text": "What is this?"}, {"type": "image", "url": "hat.png"}], r"hat\.png.* as part 2 "),
+        ([{"type": "text", "text": 5}], "5} as part 1 "),
+        ([["Ada"]], "Ada.* as part 1 "),
+        ("caf\ud83d", r"lone surrogate.*caf\\ud83d"),
+        ([{"type": "text", "text": "caf\ud83d"}], r"lone surrogate.*caf\\ud83d"),
+    ],
+)
+def test_content_that_is_no_text_is_refused_with_the_reason(content, message):
+    with pytest.raises(ValueError, match=message):
+        message_text(content)

@@ -71,6 +71,45 @@ def encode(
     return inputs.to(device)
 
 
+def message_text(content: object) -> str:
+    """The text of a message's `content`.
+
+    Args:
+        content: text, or a list of parts, each text or `{"type": "text", "text": ...}`. Parts are joined without
+            anything between them, as the chat templates that understand parts do.
+
+    Raises:
+        ValueError: content that is neither; a part that is no text, such as an image; text with a lone surrogate,
+            half of a character that JSON wrote as two escapes, which no tokenizer can read.
+    """
+    if isinstance(content, list):
+        for number, part in enumerate(content, start=1):
+            if not isinstance(part, str) and not (
+                isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            ):
+                raise ValueError(
+                    f'Only text can be read, got {shorten(part)} as part {number} of a message\'s "content". A part '
+                    'must be {"type": "text", "text": ...}.'
+                )
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f'A message\'s "content" must be text or a list of parts of text, got {shorten(content)}.')
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"There is a lone surrogate, half of a character, at position {error.start} of {shorten(content)}: no "
+            "tokenizer can read it. Remove it, or write both halves."
+        ) from error
+    return content
+
+
+def shorten(value: object, length: int = 200) -> str:
+    """A value as Python writes it, cut where it is longer, for an error message."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
 def eos_token_ids(*models: PreTrainedModel) -> list[int]:
     """Every id that ends a turn of one of the models, for `generate(eos_token_id=...)`."""
     ids: set[int] = set()
