@@ -4,10 +4,13 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from transformers_kad import RULES, KADConfig, PrimalDeferral, __version__, configuration, make_rule
 
@@ -199,6 +202,92 @@ def test_bad_values_in_a_file_are_refused_as_in_code(tmp_path, content, says):
     write(tmp_path, content)
     with pytest.raises((TypeError, ValueError), match=says):
         KADConfig.from_pretrained(tmp_path)
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"base": 5}', r"`base`.*got 5"),
+        ('{"proxy": ["a"]}', r"`proxy`.*got \['a'\]"),
+        ('{"rule": ["dual"]}', r"rule.*\['dual'\]"),
+        ('{"parameters": 5}', r"`parameters`.*got 5"),
+        ('{"parameters": null}', r"`parameters`.*got None"),
+        ('{"parameters": [["threshold", 0.5]]}', r"`parameters`.*threshold"),
+        ('{"parameters": {"threshold": "0.5"}}', r"threshold.*'0\.5'"),
+        ('{"parameters": {"threshold": ' + HUGE + "}}", r"threshold.*1000"),
+        ('{"rule": "implicit_reward", "parameters": {"beta": ' + HUGE + "}}", r"beta.*1000"),
+        ('{"component_temperature": ' + HUGE + "}", r"component_temperature.*1000"),
+        ('{"component_temperature": 1e400}', r"component_temperature.*inf"),
+        ('{"component_temperature": [1]}', r"component_temperature.*\[1\]"),
+        ('{"num_assistant_tokens": ' + "1" * 5000 + "}", "not valid JSON.*digits"),
+        ('{"rule": "dual", "rule": "primal"}', r"'rule'.*twice"),
+        ('{"parameters": {"threshold": 0.1, "threshold": 0.2}}', r"'threshold'.*twice"),
+        ('{"parameters": ' + '{"a":' * 5000 + "1" + "}" * 5001, "not valid JSON.*nested"),
+        ('{"parameters": {"threshold": ' + "[" * 300 + "]" * 300 + "}}", "not valid JSON.*nested"),
+    ],
+)
+def test_whatever_is_wrong_in_a_file_is_a_value_error_that_names_the_file_and_the_key(tmp_path, content, says):
+    write(tmp_path, content)
+    with pytest.raises(ValueError, match=rf"(?s)kad_config\.json.*{says}"):
+        KADConfig.from_pretrained(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_file_named(tmp_path):
+    (tmp_path / "kad_config.json").write_bytes(b'{"base": "caf\xe9"}')
+    with pytest.raises(ValueError, match=r"kad_config\.json.*not valid JSON.*0xe9"):
+        KADConfig.from_pretrained(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(tmp_path):
+    CONFIGS[1].save_pretrained(tmp_path)
+    path = tmp_path / "kad_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert KADConfig.from_pretrained(tmp_path) == CONFIGS[1]
+
+
+NUMBERS = st.integers() | st.just(10**400) | st.floats() | st.booleans()
+VALUES = st.recursive(
+    st.none() | NUMBERS | st.text(max_size=5) | st.sampled_from([*RULES, "auto", "diff"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+PARAMETERS = [field.name for rule in RULES.values() for field in dataclasses.fields(rule)]
+DOCUMENTS = VALUES | st.fixed_dictionaries(
+    {},
+    optional={field.name: VALUES for field in dataclasses.fields(KADConfig)}
+    | {"rule": st.sampled_from([*RULES]) | VALUES}
+    | {"parameters": st.dictionaries(st.sampled_from(PARAMETERS), VALUES, max_size=2) | VALUES},
+)
+
+
+@given(DOCUMENTS)
+@settings(derandomize=True, deadline=None, max_examples=500)
+def test_any_json_is_a_config_that_can_be_saved_and_read_again_or_a_value_error_with_the_file(document):
+    with TemporaryDirectory() as folder:
+        write(Path(folder), json.dumps(document))
+        try:
+            config = KADConfig.from_pretrained(folder)
+        except ValueError as error:
+            assert "kad_config.json" in str(error)
+            return
+        config.save_pretrained(folder)
+        assert KADConfig.from_pretrained(folder) == config
+        assert config.make_rule() == make_rule(document.get("rule", "dual"), **document.get("parameters", {}))
+
+
+@given(st.text(st.sampled_from('{}[]":,0e-.ruletbas\\ud83d\ufeff \n'), max_size=30) | st.binary(max_size=30))
+@settings(derandomize=True, deadline=None, max_examples=300)
+def test_any_bytes_are_a_config_or_a_value_error_with_the_file(content):
+    with TemporaryDirectory() as folder:
+        raw = content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
+        (Path(folder) / "kad_config.json").write_bytes(raw)
+        try:
+            KADConfig.from_pretrained(folder)
+        except ValueError as error:
+            assert "kad_config.json" in str(error)
 
 
 # --- The Hub, recorded ----------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ._version import __version__
 from .composition import Rule, make_rule, unknown_name_message
+from .deferral import as_float
+from .resumable import write_whole
 from .sources import check_source, portable_name, resolve_name
+from .strict_json import parse_json
 
 CONFIG_NAME = "kad_config.json"
 
@@ -22,7 +25,7 @@ def check_settings(component_temperature: object, num_assistant_tokens: object) 
     if (
         isinstance(component_temperature, bool)
         or not isinstance(component_temperature, Real)
-        or not 0 < float(component_temperature) < float("inf")
+        or not 0 < as_float(component_temperature) < float("inf")
     ):
         raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r}.")
     if num_assistant_tokens != "auto" and (
@@ -60,7 +63,7 @@ class KADConfig:
 
     Raises:
         ValueError: an unknown rule or a value out of range.
-        TypeError: a parameter that the rule does not have.
+        TypeError: a parameter that the rule does not have, or a value of a wrong type.
 
     >>> KADConfig(rule="primal", parameters={"budget": 0.9}).make_rule()
     PrimalDeferral(budget=0.9)
@@ -74,6 +77,12 @@ class KADConfig:
     proxy: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.parameters, Mapping):
+            raise TypeError(f"`parameters` must map names to values, got {self.parameters!r:.200}.")
+        for name in ("base", "proxy"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise TypeError(f"`{name}` must be the id or path of a model, as text, or None; got {value!r:.200}.")
         object.__setattr__(self, "parameters", dict(self.parameters))  # the caller may change theirs
         self.make_rule()
         check_settings(self.component_temperature, self.num_assistant_tokens)
@@ -94,7 +103,7 @@ class KADConfig:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
         names: dict[str, Any] = {name: portable_name(value, folder) for name, value in self._models().items()}
-        path.write_text(replace(self, **names)._to_json(), encoding="utf-8")
+        write_whole(path, replace(self, **names)._to_json())
         return path
 
     def _models(self) -> dict[str, str]:
@@ -124,7 +133,8 @@ class KADConfig:
 
         Raises:
             FileNotFoundError: the local folder has no such file, or there is no such folder.
-            ValueError: the file is not valid JSON, or holds a key that this version does not know.
+            ValueError: the file is not valid JSON (a key that appears twice included), or holds a key that this
+                version does not know, or a value that is of a wrong type or out of range. The file is named.
         """
         folder = Path(check_source(pretrained_model_name_or_path))
         if folder.is_dir():
@@ -142,11 +152,11 @@ class KADConfig:
                     f"{repo!r} is no folder here, and {CONFIG_NAME} could not be had from the Hub: {error}"
                 ) from error
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+            content = parse_json(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r} is not valid JSON: {error}.") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{str(path)!r} must hold a JSON object, got {content!r}.")
+            raise ValueError(f"{str(path)!r} must hold a JSON object, got {content!r:.200}.")
         version = content.pop("transformers_kad_version", "unknown")
         known = [f.name for f in fields(cls)]
         for key in content:
@@ -155,7 +165,10 @@ class KADConfig:
                     f"{unknown_name_message('key', key, known)} The file {str(path)!r} was written by "
                     f"transformers-kad {version}, this is {__version__}."
                 )
-        config = cls(**content)
+        try:
+            config = cls(**content)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The settings in {str(path)!r} can't be used: {error}") from error
         names: dict[str, Any] = config._models()
         if folder.is_dir():
             names = {name: resolve_name(value, path.parent) for name, value in names.items()}

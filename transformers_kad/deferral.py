@@ -24,11 +24,19 @@ import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from .knapsack import choose, longest_prefix, solve_knapsack, sum_in_float64
+
+
+def as_float(number: Any) -> float:
+    """A number as a float, infinite where it is an integer too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf
 
 
 def check_number(owner: object, name: str, low: float, high: float, *, low_open: bool = False) -> None:
@@ -38,7 +46,7 @@ def check_number(owner: object, name: str, low: float, high: float, *, low_open:
     label = f"{type(owner).__name__}.{name}"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"`{label}` must be a number in {bounds}, got {value!r}.")
-    number = float(value)
+    number = as_float(value)
     if not (low < number if low_open else low <= number) or not number <= high or number == math.inf:
         raise ValueError(f"`{label}` must lie in {bounds}, got {value!r}.")
 

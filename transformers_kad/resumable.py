@@ -2,9 +2,15 @@
 
 import json
 import os
+import secrets
+import shutil
+import stat
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from .strict_json import parse_json_object
 
 try:
     import fcntl
@@ -17,10 +23,11 @@ class JsonLinesStore:
 
     Beside `results.jsonl` lies `results.jsonl.settings.json`: what the run was asked to do. A run that was stopped
     in the middle goes on when it is started with the same settings; with others it is refused. A last line that the
-    stop tore apart is removed, and made again.
+    stop tore apart is removed, and made again. A device or a pipe, which holds nothing to go on with, is only written
+    to.
 
     Args:
-        path: the file; its folder is made if it is missing.
+        path: the file, or a link to it; its folder is made if it is missing.
         settings: what decides the results, as JSON values.
 
     Attributes:
@@ -46,6 +53,11 @@ class JsonLinesStore:
         self.path = Path(path)
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
+        self.records, self.torn = list[dict[str, Any]](), None
+        if self.path.exists() and not self.path.is_file():
+            self._file = self.path.open("a", encoding="utf-8")
+            return
+        self.path = Path(os.path.realpath(path))  # by whatever name it goes, its settings lie beside it
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
         try:
@@ -63,7 +75,11 @@ class JsonLinesStore:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a result; when this returns, it is on the disk."""
+        """Write a result; when this returns, it is on the disk.
+
+        Raises:
+            OSError: it could not be written.
+        """
         append_json_lines(self._file, [record])
 
     def _claim(self, settings: dict[str, Any]) -> None:
@@ -72,8 +88,8 @@ class JsonLinesStore:
         holds_results = self.path.stat().st_size > 0
         if claim.exists() and holds_results:
             try:
-                found = json.loads(claim.read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
+                found = parse_json_object(claim.read_bytes())
+            except ValueError as error:
                 raise ValueError(f"{str(claim)!r} is not JSON: {error}.") from error
             if found != settings:
                 raise ValueError(
@@ -91,9 +107,16 @@ class JsonLinesStore:
 
 def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> None:
     """Append records to an open file, one a line; when this returns, they are on the disk."""
-    file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    file.write("".join(map(json_line, records)))
     file.flush()
-    os.fsync(file.fileno())
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        os.fsync(file.fileno())
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON. Half a character (a lone surrogate), which is no Unicode, stays an escape."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    return line.encode("utf-8", "backslashreplace").decode()
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -113,14 +136,12 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 def _parse(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
     # Not splitlines(): text may hold other characters that end lines.
-    for number, line in enumerate(content.decode().split("\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{str(path)!r}, line {number} is not JSON: {line[:80]!r} ({error}).") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{str(path)!r}, line {number} must hold an object, got {line[:80]!r}.")
-        yield record
+            yield parse_json_object(line)
+        except ValueError as error:
+            start = line[:80].decode(errors="replace")
+            raise ValueError(f"{str(path)!r}, line {number} is no JSON object: {start!r} ({error}).") from error
 
 
 def lock(file: IO[str], path: Path) -> None:
@@ -138,13 +159,47 @@ def lock(file: IO[str], path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either as before or whole, whenever the run is stopped."""
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    """Write a file so that it is either as before or whole, whenever the run is stopped.
+
+    A link stays one: the file that it leads to is written. What can't be replaced, such as a device, a pipe, or the
+    file that standard output goes to, is written into.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    content = text.encode()
+    stream = _standard_stream(path)
+    if stream is not None:
+        stream.flush()
+        with open(stream.fileno(), "wb", closefd=False) as file:
+            file.write(content)
+        return
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
+    path = Path(os.path.realpath(path))
+    new = path.with_name(f".{secrets.token_hex(8)}.new")
+    try:
+        with new.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, new)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _standard_stream(path: Path) -> IO[str] | None:
+    """The one of standard output and standard error that goes to a file, if one does."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
+                return stream
+        except (AttributeError, OSError, ValueError):  # no such file yet; a stream that is closed, or not the system's
+            continue
+    return None
 
 
 def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 
 from .composition import Composition
+from .resumable import write_whole
 from .trace_page import render_page
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
@@ -133,7 +134,8 @@ class KADTrace(Sequence[TokenRecord]):
         The page stands alone: it loads nothing, and what a model wrote is shown, never run.
 
         Args:
-            path: the file to write. Missing folders are made; a file that is there is replaced.
+            path: the file to write. Missing folders are made; a file that is there is replaced, through a link too.
+                A device or a pipe, such as `/dev/stdout`, is written into.
             tokenizer: what the ids are decoded with; by default the one that the processor was built with.
             title: the page's heading, in plain text.
 
@@ -143,7 +145,7 @@ class KADTrace(Sequence[TokenRecord]):
         Raises:
             ValueError: no tokenizer is known.
             TypeError: `tokenizer` can't decode ids.
-            IsADirectoryError: `path` is a folder.
+            OSError: `path` is a folder, or can't be written.
         """
         tokenizer = self.tokenizer if tokenizer is None else tokenizer
         if tokenizer is None:
@@ -158,12 +160,7 @@ class KADTrace(Sequence[TokenRecord]):
             raise IsADirectoryError(f"`path` must be a file, got the folder {str(path)!r}.")
         page = render_page(self.sequences, self.statistics, tokenizer, title)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(page, encoding="utf-8", newline="\n")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(path, page)
         return path
 
     def _repr_html_(self) -> str:

@@ -130,6 +130,13 @@ def test_files_of_other_people_are_left_alone(tmp_path):
     assert (tmp_path / "results.backup.jsonl").read_text() == "mine\n"
 
 
+def test_half_a_character_does_not_stop_a_merge(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0, text="caf\ud83d"))
+    opened(tmp_path)
+    assert [record["text"] for record in ResultsFolder(tmp_path).read()] == ["caf\ud83d"] * 2
+
+
 def test_what_is_appended_after_merging_is_not_lost(tmp_path):
     with ResultsFolder(tmp_path) as folder:
         folder.prepare()

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from ..resumable import append_json_lines, describe_differences, lock, read_json_lines, write_whole
+from ..resumable import append_json_lines, describe_differences, json_line, lock, read_json_lines, write_whole
 
 RESULTS, CONFIGS, LOCK = "results.jsonl", "configs.json", ".lock"
 
@@ -165,8 +165,7 @@ class ResultsFolder:
         )
         self._used |= {config for config, _ in merged}
         if merged or parts or retried:
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_whole(self.path / RESULTS, text)
+            write_whole(self.path / RESULTS, "".join(map(json_line, lines)))
         for path in parts:
             path.unlink()
         return Mended(tuple(torn), tuple(incomplete), tuple(retried))

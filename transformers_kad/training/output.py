@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+from ..resumable import write_whole
 from . import AlignmentError
 from .arguments import AlignmentArguments
 
@@ -30,9 +31,7 @@ def write_record(output_dir: str | Path, record: dict[str, Any]) -> None:
     """Write `training.json`, whole or not at all."""
     path = Path(output_dir) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    new.replace(path)
+    write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def settings_of(arguments: AlignmentArguments) -> dict[str, Any]:
