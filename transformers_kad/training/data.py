@@ -17,7 +17,9 @@ from jinja2.exceptions import TemplateError
 from pyarrow import ArrowException
 from transformers import PreTrainedTokenizerBase
 
+from ..prompting import message_text
 from ..sources import looks_like_path
+from ..strict_json import parse_json
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -104,25 +106,16 @@ def _read_lines(name: str, path: Path) -> Rows:
         if not raw.strip():
             continue
         try:
-            content = json.loads(raw.decode("utf-8-sig"), object_pairs_hook=_object)
+            content = parse_json(raw)
             if not isinstance(content, dict):
                 raise ValueError(f"a JSON object is needed, not {type(content).__name__}")
-        except (RecursionError, ValueError) as error:
+        except ValueError as error:
             errors.append(f"line {number}: {error}: {_start(raw.decode('utf-8', 'replace'))}")
         numbers.append(number)
         contents.append(content if not errors else {})
     if errors:
         raise AlignmentError(_listed(f"{name} is no JSON Lines file (one JSON object a line, UTF-8)", errors))
     return Rows(name, "line", numbers, contents)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different: of two, one would be ignored."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return content
 
 
 def _read_dataset(name: str, config: str | None, split: str) -> Rows:
@@ -272,8 +265,11 @@ def _message(message: object, place: str) -> Message:
     if not isinstance(message, dict):
         raise AlignmentError(f"{place} needs `role` and `content`, both strings")
     content = message.get("content")
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        content = "".join(_part(part, place) for part in content)
+    if isinstance(content, list):
+        try:
+            content = message_text(content)
+        except ValueError as error:
+            raise AlignmentError(f"{place}: {error}") from error
         message = {**message, "content": content}
     calls_tools = bool(message.get("tool_calls")) and content in (None, "")
     if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls_tools):
@@ -291,13 +287,6 @@ def _message(message: object, place: str) -> Message:
 def _for_template(chat: Sequence[Message]) -> list[Message]:
     """Messages without the fields that speak of the loss."""
     return [{name: value for name, value in message.items() if name not in LOSS_FIELDS} for message in chat]
-
-
-def _part(part: Mapping[str, Any], place: str) -> str:
-    if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        kind = part.get("type")
-        raise AlignmentError(f"{place} has a part of `type` {kind!r}: only parts of text can be learned from")
-    return part["text"]
 
 
 def unused_fields(rows: Rows, template: str, *, preferences: bool) -> tuple[list[str], list[str]]:
