@@ -80,6 +80,25 @@ def test_trl_learns_from_the_templates_tokens(run):
 
 
 @pytest.mark.slow
+def test_trl_renders_tools_and_template_arguments_of_a_row(tmp_path):
+    rows = preferences(6)
+    rows[1] |= {"tools": [{"name": "add", "unit": 1}], "id": 7}
+    rows[4] |= {"tools": '[{"name": "sub", "unit": "m"}]'}
+    for row in rows:
+        row["chat_template_kwargs"] = {"style": len(row["prompt"])}
+    template = AutoTokenizer.from_pretrained(BASE).chat_template
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ style }}{% if tools %}{{ tools[0]['name'] }}{% endif %}" + template)
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    options = ["--max_steps", "1", "--eval_share", "0", "--chat_template", str(own)]
+    trainer, printed = align(align_dpo, data, tmp_path / "out", *options)
+    assert f"Fields of {data} that are not used: id\n" in printed
+    starts = [trainer.processing_class.decode(ids).split("<")[0] for ids in trainer.train_dataset["prompt_ids"]]
+    names = ["", "add", "", "", "sub", ""]
+    assert starts == [f"{len(row['prompt'])}{name}" for row, name in zip(rows, names, strict=True)]
+
+
+@pytest.mark.slow
 def test_the_result_reloads_and_is_described(run, data):
     out, trainer, printed = run
     assert torch.equal(logits(load_model(out, merge=False)), logits(trainer.model))
