@@ -74,13 +74,7 @@ def encode(
             return_tensors="pt",
             **template_arguments,
         )
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:  # a template is a program
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what templates raise
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
         ) from error
