@@ -10,9 +10,9 @@
 On several GPUs by `torchrun --nproc_per_node 8 recipes/align_dpo.py ...` or `accelerate launch`.
 
 `preferences.jsonl` has one pair of answers a line: `{"prompt": "...", "chosen": "...", "rejected": "..."}`, strings or
-lists of messages. A Hub data set with such fields does as well. Only a LoRA adapter is trained (TRL's `DPOTrainer`,
-peft); the proxy without it is the reference. The proxy is best fine-tuned first (align_sft.py), and may be that
-adapter: it is merged, and the new one comes on top of it.
+lists of messages; `tools` and `chat_template_kwargs` go to the chat template. A Hub data set with such fields does as
+well. Only a LoRA adapter is trained (TRL's `DPOTrainer`, peft); the proxy without it is the reference. The proxy is
+best fine-tuned first (align_sft.py), and may be that adapter: it is merged, and the new one comes on top of it.
 
 Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
 that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
@@ -22,10 +22,10 @@ The output folder gets the adapter, the tokenizer with its chat template, `kad_c
 `--resume_from_checkpoint`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers_kad.command_line import parse_arguments
 from transformers_kad.training import AlignmentError
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([DPOArguments], __doc__, argv)
     hush()
     try:
-        align(arguments, [Path(__file__).name, *argv])
+        align(arguments, [os.path.relpath(__file__), *argv])
     except AlignmentError as error:
         sys.exit(f"error: {error}")
 

@@ -11,8 +11,9 @@ On several GPUs by `torchrun --nproc_per_node 8 recipes/align_sft.py ...` or `ac
 
 `chats.jsonl` has one example a line: `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 "content": "..."}]}`, or `{"prompt": "...", "completion": "..."}`. A Hub data set with such fields does as well. The
-loss is on the assistant's turns only, in the base's chat template. Only a LoRA adapter is trained (TRL's `SFTTrainer`,
-peft).
+loss is on the assistant's turns only, in the base's chat template; a turn with `"weight": 0` or `"train": false` has
+none. `tools` and `chat_template_kwargs` of a line go to the template. Only a LoRA adapter is trained (TRL's
+`SFTTrainer`, peft).
 
 Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
 that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
@@ -22,10 +23,10 @@ The output folder gets the adapter, the tokenizer with its chat template, `kad_c
 `--resume_from_checkpoint`.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers_kad.command_line import parse_arguments
 from transformers_kad.training import AlignmentError
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parse_arguments([SFTArguments], __doc__, argv)
     hush()
     try:
-        align(arguments, [Path(__file__).name, *argv])
+        align(arguments, [os.path.relpath(__file__), *argv])
     except AlignmentError as error:
         sys.exit(f"error: {error}")
 

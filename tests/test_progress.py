@@ -39,6 +39,17 @@ def test_what_an_earlier_run_did_does_not_count_as_fast(clock, capsys):
     assert capsys.readouterr().err == "95 of 100 steps (95%), 1:00:00 passed, about 1:00:00 left\n"
 
 
+def test_what_ends_soon_needs_no_lines(clock, capsys):
+    for seconds, lines in ((9, []), (20, ["2 of 3 batches (67%), 0:00:40 passed, about 0:00:20 left"])):
+        with Progress(total=3, unit="batches", patient=True) as shown:
+            for _ in range(3):
+                clock[0] += seconds
+                shown.update()
+        written = capsys.readouterr().err.splitlines()
+        assert written[:1] == lines
+    assert written[1:] == ["3 of 3 batches (100%), 0:01:00 passed"]
+
+
 def test_nothing_is_written_by_the_other_processes(capsys):
     with Progress(total=1, unit="answers", shown=False) as shown:
         shown.update()

@@ -77,23 +77,18 @@ class ModelArguments:
     def complete(self, config: KADConfig, folder: str | Path | None = None) -> None:
         """Take base and proxy from a config where they were not given.
 
-        A config in a `folder` may name them relative to it, and may lie beside the proxy itself.
+        A config in a `folder` may lie beside the proxy itself.
 
         Raises:
             ValueError: one of the two is named nowhere.
         """
-
-        def resolve(name: str | None) -> str | None:
-            beside = Path(folder or "") / (name or "")
-            return str(beside) if name and folder and not Path(name).exists() and beside.exists() else name
-
-        proxy = resolve(config.proxy)
+        proxy = config.proxy
         holds_model = folder is not None and any(
             (Path(folder) / name).is_file() for name in ("adapter_config.json", "config.json")
         )
         if holds_model and (proxy is None or not Path(proxy).exists()):
             proxy = str(folder)  # the proxy that the config lies beside, moved or downloaded
-        self.base, self.proxy = self.base or resolve(config.base), self.proxy or proxy
+        self.base, self.proxy = self.base or config.base, self.proxy or proxy
         if self.base is None or self.proxy is None:
             raise ValueError(
                 f"Base and proxy are needed, got {self.base!r} and {self.proxy!r}: pass --base and --proxy, or a "

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ._version import __version__
 from .composition import Rule, make_rule, unknown_name_message
 from .deferral import as_float
 from .resumable import write_whole
+from .sources import check_source, portable_name, resolve_name
 from .strict_json import parse_json
 
 CONFIG_NAME = "kad_config.json"
@@ -57,8 +58,8 @@ class KADConfig:
         parameters: the rule's parameters, for example `{"threshold": 0.4}`.
         component_temperature: both models' logits are divided by it before the rule sees them.
         num_assistant_tokens: draft length of speculative decoding, or "auto".
-        base: id or path of the base model, for the record.
-        proxy: id or path of the proxy, for the record.
+        base: Hub id or folder of the base model, for the record.
+        proxy: Hub id or folder of the proxy, for the record.
 
     Raises:
         ValueError: an unknown rule or a value out of range.
@@ -91,14 +92,23 @@ class KADConfig:
         return make_rule(self.rule, **self.parameters)
 
     def save_pretrained(self, save_directory: str | Path) -> Path:
-        """Write `kad_config.json` into a folder, made if it is missing, and return its path."""
+        """Write `kad_config.json` into a folder, made if it is missing, and return its path.
+
+        Where `base` and `proxy` are folders named relative to the working directory, the file names them relative to
+        its own folder, so that it can be used from everywhere and moved together with them.
+        """
         folder = Path(save_directory)
         if folder.is_file():
             raise NotADirectoryError(f"`save_directory` must be a folder, got the file {str(folder)!r}.")
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / CONFIG_NAME
-        write_whole(path, self._to_json())
+        names: dict[str, Any] = {name: portable_name(value, folder) for name, value in self._models().items()}
+        write_whole(path, replace(self, **names)._to_json())
         return path
+
+    def _models(self) -> dict[str, str]:
+        """The names of the models that are given."""
+        return {name: value for name, value in (("base", self.base), ("proxy", self.proxy)) if value is not None}
 
     def _to_json(self) -> str:
         return json.dumps({"transformers_kad_version": __version__, **asdict(self)}, indent=2) + "\n"
@@ -113,6 +123,8 @@ class KADConfig:
     ) -> "KADConfig":
         """Read `kad_config.json` from a local folder or a Hub repo.
 
+        Folders that it names relative to its own place are returned as absolute paths.
+
         Args:
             pretrained_model_name_or_path: a folder, or a Hub repo id.
             revision: branch, tag or commit of the Hub repo.
@@ -124,7 +136,7 @@ class KADConfig:
             ValueError: the file is not valid JSON (a key that appears twice included), or holds a key that this
                 version does not know, or a value that is of a wrong type or out of range. The file is named.
         """
-        folder = Path(pretrained_model_name_or_path)
+        folder = Path(check_source(pretrained_model_name_or_path))
         if folder.is_dir():
             path = folder / (subfolder or "") / CONFIG_NAME
             if not path.is_file():
@@ -154,9 +166,15 @@ class KADConfig:
                     f"transformers-kad {version}, this is {__version__}."
                 )
         try:
-            return cls(**content)
+            config = cls(**content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"The settings in {str(path)!r} can't be used: {error}") from error
+        names: dict[str, Any] = config._models()
+        if folder.is_dir():
+            names = {name: resolve_name(value, path.parent) for name, value in names.items()}
+        elif not subfolder:  # a config that lies beside the proxy itself
+            names = {name: repo if value == "." else value for name, value in names.items()}
+        return replace(config, **names)
 
     def push_to_hub(self, repo_id: str, *, token: str | bool | None = None, private: bool | None = None) -> str:
         """Upload `kad_config.json` to a Hub repo, made if it is missing, and return the commit's address."""

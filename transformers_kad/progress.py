@@ -1,5 +1,6 @@
 """How far a long run is: a bar where a person watches, plain lines in a log file."""
 
+import math
 import sys
 from time import monotonic
 
@@ -18,6 +19,7 @@ class Progress:
         done: units of an earlier run, which this one goes on with.
         shown: False writes nothing, for all processes but the first.
         seconds_between_lines: least time between two lines, in seconds.
+        patient: no lines for what ends within that time; the first one comes after it.
 
     >>> with Progress(total=2, unit="answers", shown=False) as progress:
     ...     progress.update(note="accuracy 1.000")
@@ -25,7 +27,14 @@ class Progress:
     """
 
     def __init__(
-        self, total: int, unit: str, *, done: int = 0, shown: bool = True, seconds_between_lines: float = 30.0
+        self,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        shown: bool = True,
+        seconds_between_lines: float = 30.0,
+        patient: bool = False,
     ) -> None:
         self.total = total
         self.unit = unit
@@ -33,7 +42,8 @@ class Progress:
         self._first = done
         self._between = seconds_between_lines
         self._started = monotonic()
-        self._written: float | None = None
+        self._written = self._started if patient else -math.inf
+        self._silent = patient
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=done, unit=unit, disable=not (shown and terminal))
         self._writes_lines = shown and not terminal
@@ -50,9 +60,9 @@ class Progress:
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
         now = monotonic()
-        due = self._written is None or now - self._written >= self._between or self.done >= self.total
-        if self._writes_lines and due:
-            self._written = now
+        last = self.done >= self.total and not self._silent
+        if self._writes_lines and (last or now - self._written >= self._between):
+            self._written, self._silent = now, False
             print(self._line(now - self._started, note), file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -80,6 +80,25 @@ def test_trl_learns_from_the_templates_tokens(run):
 
 
 @pytest.mark.slow
+def test_trl_renders_tools_and_template_arguments_of_a_row(tmp_path):
+    rows = preferences(6)
+    rows[1] |= {"tools": [{"name": "add", "unit": 1}], "id": 7}
+    rows[4] |= {"tools": '[{"name": "sub", "unit": "m"}]'}
+    for row in rows:
+        row["chat_template_kwargs"] = {"style": len(row["prompt"])}
+    template = AutoTokenizer.from_pretrained(BASE).chat_template
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ style }}{% if tools %}{{ tools[0]['name'] }}{% endif %}" + template)
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    options = ["--max_steps", "1", "--eval_share", "0", "--chat_template", str(own)]
+    trainer, printed = align(align_dpo, data, tmp_path / "out", *options)
+    assert f"Fields of {data} that are not used: id\n" in printed
+    starts = [trainer.processing_class.decode(ids).split("<")[0] for ids in trainer.train_dataset["prompt_ids"]]
+    names = ["", "add", "", "", "sub", ""]
+    assert starts == [f"{len(row['prompt'])}{name}" for row, name in zip(rows, names, strict=True)]
+
+
+@pytest.mark.slow
 def test_the_result_reloads_and_is_described(run, data):
     out, trainer, printed = run
     assert torch.equal(logits(load_model(out, merge=False)), logits(trainer.model))
@@ -87,17 +106,21 @@ def test_the_result_reloads_and_is_described(run, data):
     assert config["base_model_name_or_path"] == PROXY
     assert KADConfig.from_pretrained(out).base == BASE
     card = (out / "README.md").read_text()
-    for shown in ("direct preference optimisation with beta 0.1", f"python align_dpo.py --proxy {PROXY}", data):
+    for shown in (
+        "direct preference optimisation with beta 0.1",
+        f"python {os.path.relpath(align_dpo.__file__)} --proxy {PROXY}",
+        data,
+    ):
         assert shown in card
     lines = printed.split("To use it:\n\n")[1].rstrip()
-    assert len(lines.splitlines()) == 6
+    assert len(lines.splitlines()) == 7
     assert lines in card
 
 
 @pytest.mark.slow
 def test_the_printed_lines_run(run, capsys):
     exec(run[2].split("To use it:\n\n")[1], names := {})
-    assert "Why is the sky blue?" in capsys.readouterr().out
+    assert "Why is the sky blue?" not in capsys.readouterr().out
     assert names["kad"].statistics.tokens > 0
 
 
@@ -155,7 +178,7 @@ def test_a_copied_file_works_on_messages_from_the_command_line(tmp_path):
 
 
 def test_wrong_pairs_are_found_before_weights_are_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     rows = preferences(30)
     del rows[4]["rejected"]
     rows[20]["chosen"] = ""
@@ -168,7 +191,7 @@ def test_wrong_pairs_are_found_before_weights_are_loaded(tmp_path, monkeypatch):
 
 
 def test_long_and_equal_pairs_are_skipped_and_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     rows = preferences(3)
     rows[0]["rejected"] = rows[0]["chosen"]
     rows[1]["rejected"] *= 30

@@ -56,7 +56,10 @@ def test_the_held_out_loss_falls(run):
     assert record["eval_loss"] == min(losses)
     assert losses[1] < losses[0]
     shown = [float(x) for x in re.findall(r"held-out loss ([\d.]+)$", printed, re.MULTILINE)]
-    assert shown == pytest.approx(losses[:-1], abs=5e-5)
+    assert shown == pytest.approx(losses, abs=5e-5)
+    measured = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert measured == [0, 8, 16, 24, 32, 40, 48]  # each once
+    torch.testing.assert_close(trainer.evaluate()["eval_loss"], record["eval_loss"])  # of the adapter that was kept
 
 
 @pytest.mark.slow
@@ -96,10 +99,14 @@ def test_the_model_card_says_what_made_it(run, data):
         f"| base, guided by this proxy | `{BASE}` |",
         f"| model below the adapter | `{REFERENCE}` |",
         f"| data | `{data}` |",
-        "| examples | 180 |",
+        "| rule in `kad_config.json` | dual, threshold 0.4 |",
+        "| examples to learn from | 180 |",
+        "| examples held out | 20 |",
+        "| rows skipped | none |",
         "| updates | 48 (4.00 epochs, 1 process) |",
         f"| held-out loss | {record['eval_loss']:.4f} (before training {record['eval_loss_before']:.4f}) |",
-        f"python align_sft.py --proxy {REFERENCE} --base {BASE} --data {data} --output_dir {out} --train_embeddings",
+        f"python {os.path.relpath(SCRIPT)} --proxy {REFERENCE} --base {BASE} --data {data} --output_dir {out} --train",
+        "https://arxiv.org/abs/2510.27017",
         f"`{EOS}`",
         *(f"{name} {version}" for name, version in record["environment"].items() if name != "device"),
     ):
@@ -112,12 +119,17 @@ def test_the_model_card_says_what_made_it(run, data):
 def test_the_printed_lines_run(run, capsys):
     out, _, printed = run
     lines = printed.split("To use it:\n\n")[1].rstrip().splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert "\n".join(lines) in (out / "README.md").read_text()
-    torch.manual_seed(0)
     names = {}
     exec("\n".join(lines), names)
-    assert "Why is the sky blue?" in capsys.readouterr().out
+    answer = capsys.readouterr().out
+    assert answer.strip()
+    assert "Why is the sky blue?" not in answer
+    for seed in (0, 1):  # nothing is drawn
+        torch.manual_seed(seed)
+        exec("\n".join(lines), {})
+        assert capsys.readouterr().out == answer
     assert names["kad"].rule == DualDeferral(0.4)
     assert names["kad"].statistics.accepted > 0
     assert names["ids"].shape[1] > 20
@@ -329,7 +341,7 @@ def no_weights(monkeypatch):
     def load(*arguments, **settings):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr(trainers, "load_model", load)
+    monkeypatch.setattr(trainers, "load_merged", load)
 
 
 def refused(data, out, *options, **settings):
@@ -381,7 +393,7 @@ def test_a_missing_chat_template(data, tmp_path):
 @pytest.mark.slow
 def test_a_folder_with_a_result_is_left_alone(short, data, monkeypatch):
     before = {path.name: path.read_bytes() for path in short.iterdir()}
-    monkeypatch.setattr(trainers, "load_model", None)
+    monkeypatch.setattr(trainers, "load_merged", None)
     message = refused(data, short, *SHORT, proxy=REFERENCE)
     assert "holds a result already. Go on with it by --resume_from_checkpoint, or choose another folder" in message
     again = [*SHORT, "--resume_from_checkpoint"]
@@ -538,6 +550,10 @@ def test_a_copied_file_works_with_relative_folders(elsewhere, tmp_path):
     lines = run.stdout.split("To use it:\n\n")[1]
     subprocess.run([sys.executable, "-c", lines], cwd=folder, env=ENVIRONMENT, capture_output=True, check=True)
     assert "it/s" not in run.stderr  # no progress bar without a terminal
+    assert [line.split(",")[0] for line in run.stderr.splitlines() if " steps " in line] == [
+        "1 of 2 steps (50%)",
+        "2 of 2 steps (100%)",
+    ]
 
 
 @pytest.mark.slow

@@ -162,6 +162,16 @@ def test_the_chat_template_is_the_files_then_the_bases_then_the_proxys(folder, t
         check_pair(base, proxy, "/no/file")
 
 
+def test_several_chat_templates_without_a_default(folder):
+    base = folder("base", template=False)
+    (Path(base) / "additional_chat_templates").mkdir()
+    (Path(base) / "additional_chat_templates" / "tool_use.jinja").write_text("with tools")
+    with pytest.raises(
+        AlignmentError, match=r"'.*base' has several chat templates, tool_use, .* --chat_template FILE"
+    ):
+        check_pair(base, folder("proxy"))
+
+
 def test_a_tokenizer_that_cannot_pad(folder):
     base = folder("base")
     settings = json.loads(Path(base, "tokenizer_config.json").read_text())

@@ -19,6 +19,7 @@ from transformers_kad.training.data import (
     load_examples,
     make_examples,
     read_rows,
+    template_settings,
 )
 
 USER, ASSISTANT = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -31,6 +32,11 @@ FORGETFUL = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}"
     "{% if loop.last and m['role'] == 'assistant' %}{{ 'think ' }}{% endif %}{{ m['content'] + '<|end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+FORGETFUL_MARKED = FORGETFUL.replace(
+    "{{ m['content'] + '<|end|>\n' }}",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<|end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m['content'] + '<|end|>\n' }}{% endif %}",
 )
 
 
@@ -89,7 +95,7 @@ def test_only_the_first_of_many_errors_are_shown(tmp_path):
     assert str(error.value).count("oops") == 5
 
 
-@pytest.mark.parametrize("name", ["missing.jsonl", "some/deep/path/file", "/no/such/thing"])
+@pytest.mark.parametrize("name", ["missing.jsonl", "some/deep/path/file", "/no/such/thing", "./thing"])
 def test_a_missing_file_is_told_from_a_hub_id(name):
     with pytest.raises(AlignmentError, match=f"There is no file '{name}'"):
         read_rows(name)
@@ -167,11 +173,25 @@ def test_one_row_cannot_be_split(tmp_path):
         ({"messages": {"role": "user"}}, "`messages` must be a string or a list"),
         ({"messages": [USER]}, "no assistant's turn"),
         ({"messages": [USER, {"role": "assistant"}]}, "message 2 of `messages` needs `role` and `content`"),
-        ({"messages": [USER, {"role": "assistant", "content": ["a"]}]}, "message 2 of `messages` needs"),
+        ({"messages": [USER, {"role": "assistant", "content": {"a": 1}}]}, "message 2 of `messages` needs"),
         ({"messages": [{"role": "user", "content": " \n"}, ASSISTANT]}, "message 1 of `messages` has an empty"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "message 2 of `messages` has an empty"),
         ({"prompt": "hi", "completion": ""}, "message 1 of `completion` has an empty"),
         ({"prompt": [USER, ASSISTANT, USER], "completion": [USER]}, "no assistant's turn"),
+        ({"prompt": "caf\ud83d", "completion": "So."}, "`prompt` holds \\ud83d, half of a character"),
+        ({"messages": [USER, {**ASSISTANT, "content": "\udc00"}]}, "`messages` holds \\udc00, half of a character"),
+        ({"prompt": "hi", "completion": "So.", "tools": [{"name": "\ud83d"}]}, "`tools` holds \\ud83d"),
+        (
+            {"messages": [{**USER, "content": [{"type": "image"}]}, ASSISTANT]},
+            "message 1 of `messages`: Only text can be read, got {'type': 'image'}",
+        ),
+        ({"messages": [{**USER, "content": []}, ASSISTANT]}, "message 1 of `messages` has an empty `content`"),
+        ({"messages": [{**USER, "content": [{"type": "text", "text": " "}]}, ASSISTANT]}, "has an empty `content`"),
+        ({"messages": [USER, {**ASSISTANT, "weight": 0.5}]}, "message 2 of `messages` has the `weight` 0.5: only 0"),
+        (
+            {"messages": [USER, {**ASSISTANT, "train": "no"}]},
+            "message 2 of `messages` has `train` 'no': true or false",
+        ),
     ],
 )
 def test_rows_that_cannot_be_learned(row, message):
@@ -196,6 +216,8 @@ def test_both_forms_of_a_row_are_one_chat():
         ({"prompt": "a", "chosen": [USER], "rejected": "b"}, "must be one assistant's message each"),
         ({"prompt": "a", "chosen": [ASSISTANT, USER, ASSISTANT], "rejected": "b"}, "one assistant's message each"),
         ({"prompt": "a", "chosen": [USER, ASSISTANT], "rejected": [USER, USER]}, "one assistant's message each"),
+        ({"prompt": "a", "chosen": "caf\ud83d", "rejected": "b"}, "`chosen` holds \\ud83d, half of a character"),
+        ({"prompt": "a", "chosen": [{**ASSISTANT, "weight": 0}], "rejected": "b"}, "can't have `weight` 0"),
     ],
 )
 def test_preferences_that_cannot_be_learned(row, message):
@@ -210,6 +232,27 @@ def test_forms_of_a_preference():
     assert as_preference(wanted) == wanted
     whole = {"prompt": "Why?", "chosen": [USER, ASSISTANT], "rejected": [USER, other]}  # as many Hub data sets are
     assert as_preference(whole) == wanted
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?", "image": None}]
+    assert as_chat({"messages": [{"role": "user", "content": parts}, ASSISTANT]}) == ([USER, ASSISTANT], 0)
+    row = {"prompt": [{"role": "user", "content": parts}], "chosen": "So.", "rejected": "No."}
+    assert as_preference(row)["prompt"] == [USER]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tools": "[{"}, "`tools` is text, but no JSON"),
+        ({"tools": {"name": "add"}}, "`tools` must be a list of JSON objects"),
+        ({"chat_template_kwargs": [1]}, "`chat_template_kwargs` must be a JSON object"),
+        ({"chat_template_kwargs": {"tokenize": True, "x": 1}}, "`chat_template_kwargs` can't set ['tokenize']"),
+    ],
+)
+def test_what_no_chat_template_takes(row, message):
+    with pytest.raises(AlignmentError, match=re.escape(message)):
+        template_settings(row)
 
 
 def test_equal_answers_teach_nothing():
@@ -238,6 +281,92 @@ def test_only_answers_are_learned_without_markers(tokenizer):
     assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(TALK, tokenize=False)
     (example,) = tokens.examples({"prompt": TALK[:3], "completion": TALK[3:]})
     assert learned(tokenizer, example) == ["Because 6.<|end|>\n"]
+
+
+@pytest.mark.parametrize("off", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [(None, "<|end|>"), (UNMARKED, "<|end|>\n"), (FORGETFUL, "<|end|>\n"), (FORGETFUL_MARKED, "<|end|>")],
+)
+def test_answers_that_are_switched_off_have_no_loss(tokenizer, off, template, end):
+    tokens = chat_tokenizer(tokenizer, template)
+    plain = tokens.examples({"messages": TALK})
+    both = [text for example in plain for text in learned(tokenizer, example)]
+    assert [text.removeprefix("think ").removesuffix(end) for text in both] == ["So it is.", "Because 6."]
+    for index, kept in ((1, 1), (3, 0)):
+        chat = [m | (off if i == index else {"weight": 1, "train": None}) for i, m in enumerate(TALK)]
+        (example,) = tokens.examples({"messages": chat})
+        assert learned(tokenizer, example) == [both[kept]]
+        assert example["input_ids"] in [one["input_ids"] for one in plain]
+    with pytest.raises(UnusableRow, match="answers all have `weight` 0 or `train` false"):
+        tokens.examples({"messages": [m | off for m in TALK]})
+
+
+USING = (  # a template that reads what a row and its messages give it
+    "{% if tools %}{{ tools[0]['name'] }} {% endif %}{% if short is defined %}{{ 'short ' ~ short }} {% endif %}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + (m['content'] or '') }}"
+    "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['name'] }}{% endif %}{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]'])
+def test_tools_and_template_arguments_of_a_row_reach_the_template(tokenizer, tools):
+    tokens = chat_tokenizer(tokenizer, USING)
+    row = {"messages": [USER, ASSISTANT], "tools": tools, "chat_template_kwargs": {"short": True, "other": None}}
+    (example,) = tokens.examples(row)
+    assert tokenizer.decode(example["input_ids"]).startswith("add short True <|user|>")
+    assert learned(tokenizer, example) == ["So.<|end|>\n"]
+    row = {"prompt": "Why?", "chosen": "So.", "rejected": "No.", **row}
+    (example,) = tokens.preference(row)
+    for text in tokens.preference_texts(example):
+        assert text.startswith("add short True <|user|>")
+
+
+def test_a_call_of_a_tool_is_an_answer_without_content(tokenizer):
+    tokens = chat_tokenizer(tokenizer, USING)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    (example,) = tokens.examples({"messages": [USER, call]})
+    assert learned(tokenizer, example) == ["add<|end|>\n"]
+
+
+def test_preferences_keep_what_their_template_is_to_be_told(tokenizer):
+    tokens = chat_tokenizer(tokenizer, USING)
+    pair = {"prompt": "Why?", "chosen": "So.", "rejected": "No."}
+    rows = [pair, pair | {"tools": [{"name": "add", "unit": 1}]}, pair | {"tools": [{"name": "sub", "unit": "m"}]}]
+    examples = [tokens.preference(row)[0] for row in rows]
+    starts = [tokens.preference_texts(example)[0].split("<")[0] for example in tokens.preference_dataset(examples)]
+    assert starts == ["", "add ", "sub "]
+    (example,) = tokens.preference(pair | {"chat_template_kwargs": {"short": 1}})
+    assert list(tokens.preference_dataset([example])) == [example]
+    with pytest.raises(AlignmentError, match="something else where a field is empty than where it is missing"):
+        tokens.preference_dataset([*examples, example])
+    chosen = [{**ASSISTANT, "weight": 1, "train": True}]
+    assert tokens.preference(pair | {"chosen": chosen})[0]["chosen"] == [ASSISTANT]
+
+
+@pytest.mark.parametrize("template", [None, UNMARKED, "system<|end|>\n" + UNMARKED, FORGETFUL])
+def test_a_chat_may_begin_with_the_assistant(tokenizer, template):
+    tokens = chat_tokenizer(tokenizer, template)
+    examples = tokens.examples({"messages": [ASSISTANT, *TALK[:2]]})
+    texts = [text for example in examples for text in learned(tokenizer, example)]
+    assert [re.sub(r"think |<\|end\|>\n?$", "", text) for text in texts] == ["So.", "So it is."]
+
+
+def test_a_template_that_does_not_tell_where_a_first_answer_begins(tokenizer):
+    for template in (UNMARKED.partition("{% if add")[0], UNMARKED.replace("'<|assistant|>\n'", "'<|assistant|>\n\n'")):
+        with pytest.raises(
+            AlignmentError, match="begins with an assistant's turn, and the chat template does not tell"
+        ):
+            chat_tokenizer(tokenizer, template).examples({"messages": [ASSISTANT, *TALK[:2]]})
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0]['content'] + 1 }}", "{{ messages[0]['content'] / 0 }}", "{{ nothing.x }}"]
+)
+def test_whatever_a_template_stumbles_over_is_no_crash(tokenizer, template):
+    with pytest.raises(AlignmentError, match="the chat template refuses it: "):
+        chat_tokenizer(tokenizer, template).examples({"messages": [USER, ASSISTANT]})
 
 
 def test_both_ways_agree_on_the_same_template():
@@ -376,6 +505,41 @@ def test_malformed_rows_are_named_with_their_lines(tmp_path, pair):
     assert lines[2] == f"  line 7: there is no assistant's turn to learn from: {start}..."
 
 
+def test_what_nothing_is_done_with_is_named_once(tmp_path, capsys, pair):
+    rows = chats(20)
+    rows[4] |= {"id": 4, "source": "mine", "prompt": "unused beside messages", "score": None}
+    rows[9] |= {"id": 9, "tools": [{"name": "add"}]}
+    rows[11]["messages"][0] |= {"name": "Ada", "weight": 1, "extra": None}
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    load_examples(arguments_for(data), pair)
+    out = capsys.readouterr().out
+    assert out.count(f"Fields of {data} that are not used: id, source, prompt\n") == 1
+    assert out.count(f"Fields of messages in {data} that the chat template does not use: name\n") == 1
+    load_examples(arguments_for(write_lines(tmp_path / "plain.jsonl", chats(20))), pair)
+    assert "not use" not in capsys.readouterr().out
+
+
+def test_every_bad_row_is_in_one_error_with_its_line(tmp_path, pair):
+    rows = chats(9)
+    rows[1]["messages"][0]["content"] = "caf\ud83d"
+    rows[3]["messages"][1]["content"] = [{"type": "image_url"}]
+    rows[5]["messages"][1]["weight"] = 7
+    rows[7]["chat_template_kwargs"] = {"messages": []}
+    data = write_lines(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(AlignmentError) as error:
+        load_examples(arguments_for(data, eval_share=0), pair)
+    assert re.findall(r"line (\d):", str(error.value)) == ["2", "4", "6", "8"]
+    str(error.value).encode()  # can be printed
+
+
+def test_rows_that_json_can_hide_something_in_are_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "b": 2, "b": 3}\n' + '{"a": ' + "[" * 20000 + "\n")
+    with pytest.raises(AlignmentError, match=r"line 1: an object has the key 'b' twice: .*\n  line 2: ") as error:
+        read_rows(str(path))
+    assert len(str(error.value)) < 500
+
+
 def test_held_out_data_may_be_a_share_a_file_or_a_split(tmp_path, pair):
     train = write_lines(tmp_path / "train.jsonl", chats(20))
     other = write_lines(tmp_path / "validation.jsonl", chats(7, seed=1))
@@ -410,7 +574,7 @@ def test_the_first_usable_row_is_given_back(tmp_path, tokenizer):
             raise UnusableRow("too small")
         return [row, row]
 
-    assert make_examples(rows, make) == ([{"a": 2}, {"a": 2}, {"a": 3}, {"a": 3}], {"a": 2})
+    assert make_examples(rows, make) == ([{"a": 2}, {"a": 2}, {"a": 3}, {"a": 3}], {"a": 2}, {"too small": 1})
 
 
 def test_rows_are_json_all_the_way(tmp_path):

@@ -15,6 +15,7 @@ from ..evaluation.decoding import as_text
 from ..logits_process import KADLogitsProcessor
 from ..pair import Pair, forget_generation_settings, pick_device
 from ..prompting import Prompt, encode
+from ..sources import check_source
 from ..word_problems import make_problems
 from .inflate import inflate
 
@@ -82,7 +83,7 @@ def load_subject(
         device, dtype = pick_device(models.device), models.dtype
         torch.manual_seed(seed)
         base, proxy = (
-            random_model(AutoConfig.from_pretrained(random_weights[name]), device=device, dtype=dtype)
+            random_model(AutoConfig.from_pretrained(check_source(random_weights[name])), device=device, dtype=dtype)
             for name in ("base", "proxy")
         )
         subject = Subject(base, proxy)

@@ -125,6 +125,12 @@ class AlignmentArguments:
         default=None, metadata={"metavar": "REPO", "help": "Upload the result to this Hub repo."}
     )
     hub_private: bool = field(default=False, metadata={"help": "Make that repo private if it is new."})
+    license: str | None = field(
+        default=None, metadata={"help": "Licence of the adapter for the model card, say apache-2.0."}
+    )
+    language: str | None = field(
+        default=None, metadata={"help": "Languages of the data for the model card, say en or en,fr."}
+    )
 
     def __post_init__(self) -> None:
         smallest = {

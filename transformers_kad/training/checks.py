@@ -123,7 +123,7 @@ def find_chat_template(
     """The chat template of a file, else the base's, else the proxy's.
 
     Raises:
-        AlignmentError: the file cannot be read, or there is none anywhere.
+        AlignmentError: the file cannot be read, there is none anywhere, or several and none is the default.
     """
     if path is not None:
         try:
@@ -132,6 +132,12 @@ def find_chat_template(
             raise AlignmentError(f"--chat_template {path!r} cannot be read: {error}") from error
     for candidate in (tokenizer, proxy_tokenizer):
         if candidate is not None and candidate.chat_template is not None:
+            if isinstance(candidate.chat_template, dict) and "default" not in candidate.chat_template:
+                raise AlignmentError(
+                    f"The tokenizer {candidate.name_or_path!r} has several chat templates, "
+                    f"{', '.join(sorted(candidate.chat_template))}, and none of them is called default. Give the one "
+                    "to train with by --chat_template FILE."
+                )
             return candidate.get_chat_template()
     raise AlignmentError(
         f"Neither the tokenizer of the base ({tokenizer.name_or_path!r}) nor the proxy's has a chat template. Give "

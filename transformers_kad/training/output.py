@@ -15,7 +15,10 @@ from .arguments import AlignmentArguments
 RECORD_NAME = "training.json"
 CHECKPOINTS = "checkpoints"
 # What may change when a run is taken up again.
-FREE_ARGUMENTS = ("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_private", "report_to", "threshold")
+FREE_ARGUMENTS = (
+    *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_private", "report_to"),
+    *("threshold", "license", "language"),
+)
 
 
 def read_record(output_dir: str | Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """The result of a run: adapter, tokenizer, KADConfig, model card, and the lines of code that use it."""
 
-import os
+import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from ..configuration import KADConfig
 from ..environment import describe_environment
+from ..loading import below_adapter
+from ..sources import looks_like_path, portable_name
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -30,7 +32,8 @@ CARD = """\
 # {{ name }}
 
 A small aligned proxy, a LoRA adapter, that guides the larger model `{{ base }}` inside `generate()` by knapsack
-approximation deferral (`pip install transformers-kad`).
+approximation deferral (`pip install transformers-kad`): Hammal, Zweigenbaum, Corro, *KAD: A Framework for Proxy-based
+Test-time Alignment with Knapsack Approximation Deferral*, EACL 2026 ([arXiv 2510.27017](https://arxiv.org/abs/2510.27017)).
 
 | | |
 |---|---|
@@ -38,6 +41,7 @@ approximation deferral (`pip install transformers-kad`).
 | model below the adapter | `{{ proxy }}` |
 | data | `{{ data }}` |
 | method | {{ method }} |
+| rule in `kad_config.json` | {{ rule }} |
 {%- for key, value in figures.items() %}
 | {{ key }} | {{ value }} |
 {%- endfor %}
@@ -77,22 +81,16 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
     tokenizer.save_pretrained(folder)
 
 
-def name_below(proxy: str, folder: str | Path) -> str:
-    """How an adapter in `folder` names the proxy: as given, but a relative folder relative to the adapter's own."""
-    if Path(proxy).is_dir() and not Path(proxy).is_absolute():
-        return Path(os.path.relpath(Path(proxy).resolve(), Path(folder).resolve())).as_posix()
-    return proxy
-
-
 def usage(base: str, proxy: str, eos_token_ids: list[int]) -> str:
-    """Six lines of Python that let an adapter guide a base."""
+    """Lines of Python that let an adapter guide a base and print its likeliest answer."""
     return f"""\
 from transformers_kad import KADConfig, KADLogitsProcessor, loading, prompting
 base, proxy, tokenizer = loading.load_model({base!r}), loading.load_model({proxy!r}), loading.load_tokenizer({proxy!r})
 kad = KADLogitsProcessor.from_config(proxy, KADConfig.from_pretrained({proxy!r}))
-call = {{"logits_processor": [kad], "assistant_model": proxy, "eos_token_id": {eos_token_ids}, "max_new_tokens": 100}}
-ids = base.generate(**prompting.encode(tokenizer, ["Why is the sky blue?"]), **prompting.PLAIN_SAMPLING, **call)
-print(tokenizer.decode(ids[0], skip_special_tokens=True))"""
+inputs = prompting.encode(tokenizer, ["Why is the sky blue?"])
+ids = base.generate(**inputs, logits_processor=[kad], assistant_model=proxy, eos_token_id={eos_token_ids},
+                    do_sample=False, max_new_tokens=100)
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 
 
 def publish(
@@ -125,13 +123,13 @@ def publish(
         return
     folder = Path(arguments.output_dir)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    save_adapter(model, pair.tokenizer, folder, name_below(arguments.proxy, folder))
+    save_adapter(model, pair.tokenizer, folder, portable_name(arguments.proxy, folder))
     name = arguments.push_to_hub or arguments.output_dir
     config = KADConfig("dual", {"threshold": arguments.threshold}, base=arguments.base, proxy=name)
     config.save_pretrained(folder)
     snippet = usage(arguments.base, name, sorted({*pair.eos_token_ids, examples.end_of_answer}))
     made = {**describe_environment(str(trainer.args.device)), "trl": trl.__version__, "datasets": datasets.__version__}
-    card = model_card(arguments, pair, result, method, command, snippet, examples.end_of_answer, made)
+    card = model_card(arguments, pair, examples, config, result, method, command, snippet, made)
     card.save(folder / "README.md")
     record = {"finished": True, "settings": settings_of(arguments), **asdict(result), "environment": made}
     write_record(folder, record)
@@ -145,29 +143,37 @@ def publish(
 def model_card(
     arguments: AlignmentArguments,
     pair: Pair,
+    examples: Examples,
+    config: KADConfig,
     result: TrainingResult,
     method: str,
     command: list[str],
     snippet: str,
-    end_of_answer: int,
     environment: dict[str, Any],
 ) -> ModelCard:
     """The model card: base, proxy, data, figures, and the command that made it."""
     data = {path for path in (arguments.data, arguments.eval_data) if path is not None}
+    languages = (arguments.language or "").replace(",", " ").split()
     metadata = ModelCardData(
-        base_model=None if Path(arguments.proxy).exists() else arguments.proxy,
+        base_model=hub_id(arguments.proxy),
+        language=languages or None,
+        license=arguments.license,
         datasets=sorted(path for path in data if not Path(path).exists()) or None,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["kad", "lora", "transformers-kad", "trl"],
+        tags=["arxiv:2510.27017", "kad", "lora", "transformers-kad", "trl"],
     )
     processes = f"{result.world_size} process{'es' if result.world_size > 1 else ''}"
+    skipped = ", ".join(f"{count} {reason}" for reason, count in examples.skipped.items())
     figures: dict[str, Any] = {
-        "examples": result.examples,
+        "examples to learn from": result.examples,
+        "examples held out": len(examples.evaluation or ()),
+        "rows skipped": skipped or "none",
         "updates": f"{result.steps} ({result.epochs:.2f} epochs, {processes})",
     }
     if result.eval_loss is not None:
         figures["held-out loss"] = f"{result.eval_loss:.4f} (before training {result.eval_loss_before:.4f})"
+    launcher = ["torchrun", "--nproc_per_node", str(result.world_size)] if result.world_size > 1 else ["python"]
     return ModelCard.from_template(
         metadata,
         template_str=CARD,
@@ -178,10 +184,22 @@ def model_card(
         method=method,
         figures=figures,
         snippet=snippet,
-        command=shlex.join(["python", *command]),
-        end_of_answer=pair.tokenizer.convert_ids_to_tokens(end_of_answer),
+        rule=", ".join([config.rule, *(f"{name} {value}" for name, value in config.parameters.items())]),
+        command=shlex.join([*launcher, *command]),
+        end_of_answer=pair.tokenizer.convert_ids_to_tokens(examples.end_of_answer),
         versions=", ".join(f"{name} {version}" for name, version in environment.items() if name != "device"),
     )
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id of a model, or the one that a local folder says it was made from; None if it says nothing."""
+    if not Path(name).is_dir():
+        return name
+    below = below_adapter(name)
+    if below is not None:
+        return hub_id(below)
+    origin = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    return origin if origin and not looks_like_path(origin) and not Path(origin).exists() else None
 
 
 def check_upload(arguments: AlignmentArguments) -> None:

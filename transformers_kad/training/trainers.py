@@ -20,7 +20,8 @@ from transformers import (
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from ..loading import load_model
+from ..loading import load_merged
+from ..progress import Progress
 from . import AlignmentError
 from .arguments import AlignmentArguments, say
 from .checks import Pair
@@ -123,7 +124,10 @@ def lora_config(arguments: AlignmentArguments, model: PreTrainedModel) -> LoraCo
 
 def _trainer_arguments(arguments: AlignmentArguments, settings: Any, pair: Pair, examples: Examples) -> dict[str, Any]:
     # An adapter is merged into the proxy, and the new one is trained on top of that.
-    model = load_model(arguments.proxy, dtype=weight_dtype(arguments))
+    try:
+        model = load_merged(arguments.proxy, dtype=weight_dtype(arguments))
+    except ValueError as error:
+        raise AlignmentError(f"--proxy {arguments.proxy!r} can't be trained: {error}") from error
     callbacks: list[TrainerCallback] = []
     if settings.load_best_model_at_end and arguments.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(arguments.early_stopping_patience))
@@ -138,7 +142,7 @@ def _trainer_arguments(arguments: AlignmentArguments, settings: Any, pair: Pair,
     }
 
 
-class Report(TrainerCallback):
+class MeasurementReport(TrainerCallback):
     """One line for each measurement."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -151,20 +155,42 @@ class Report(TrainerCallback):
         print(line, flush=True)
 
 
-class ReportWithBar(Report, ProgressCallback):
-    """The same above a progress bar, for terminals."""
+class Report(MeasurementReport):
+    """The same, and lines in between that say how far the run is, where there is no terminal."""
+
+    steps: Progress
+    measuring: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps = Progress(state.max_steps, "steps", done=state.global_step, shown=state.is_world_process_zero)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.update(state.global_step - self.steps.done)
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.measuring is None:
+            shown = state.is_world_process_zero
+            self.measuring = Progress(len(eval_dataloader), "held-out batches", shown=shown, patient=True)
+        self.measuring.update()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measuring = None
+
+
+class ReportWithBar(MeasurementReport, ProgressCallback):
+    """Measurements above a progress bar, for terminals."""
 
     def write(self, line: str) -> None:
         self.training_bar.write(line)
 
 
-def report_progress(trainer: Trainer) -> TrainerCallback:
-    """Let a trainer report in lines instead of dictionaries; the callback that does it."""
+def report_progress(trainer: Trainer) -> None:
+    """Let a trainer report in lines instead of dictionaries, above bars where somebody watches."""
     quiet = trainer.args.disable_tqdm
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
-    report = Report() if quiet else ReportWithBar()
-    trainer.add_callback(report)
-    return report
+    trainer.add_callback(Report() if quiet else ReportWithBar())
 
 
 @dataclass(frozen=True)
@@ -203,7 +229,7 @@ def fit(trainer: Trainer, arguments: AlignmentArguments, checkpoint: str | None)
             "The recipe trains a whole copy of the proxy in each process. Launch it with torchrun, or with an "
             "accelerate configuration without FSDP and DeepSpeed."
         )
-    report = report_progress(trainer)
+    report_progress(trainer)
     measured = trainer.eval_dataset is not None
     # Not by `trainer.evaluate()` before `train()`: that marks the model as prepared, so that it would not be wrapped
     # for distributed training, and several processes would each train a copy of their own.
@@ -217,8 +243,8 @@ def fit(trainer: Trainer, arguments: AlignmentArguments, checkpoint: str | None)
     steps, before, after = state.global_step, None, None
     if measured:
         before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-        trainer.remove_callback(report)
-        after = trainer.evaluate()["eval_loss"]
+        # The last step was measured too, and the best adapter is loaded; there is none where every loss is NaN.
+        after = state.best_metric if state.best_metric is not None else trainer.evaluate()["eval_loss"]
         best = state.best_global_step
         say(f"Kept: step {best} of {steps}, held-out loss {after:.4f} (before training {before:.4f})")
     return TrainingResult(
