@@ -175,3 +175,105 @@ def test_drafts_give_the_text_of_token_by_token(base, name):
     expected = base.generate(PROMPT, **settings)
     assert torch.equal(base.generate(PROMPT, assistant_model=proxy, **settings), expected)
     assert kad.statistics.drafted > 0
+
+
+# --- Inputs that a call passes for every token ----------------------------------------------------------------
+
+
+def given_inputs(rows):
+    """Left-padded prompts with token types and with positions of their own."""
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(1, 50, (rows, 9), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : 2 * row] = 0
+    types = torch.randint(1, 50, (rows, 9), generator=generator)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) * 2 + 3
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "position_ids": positions}
+
+
+@torch.no_grad()
+def log_r_with_inputs(base, proxy, inputs, text, row, rule):
+    """Log r behind a text `(L,)` of one row, without a cache."""
+    keep = inputs["attention_mask"][row].bool()
+    more = len(text) - len(keep)
+    values = {"input_ids": torch.cat([inputs["input_ids"][row][keep], text[len(keep) :]])[None]}
+    if "token_type_ids" in inputs:
+        types = inputs["token_type_ids"][row][keep]
+        values["token_type_ids"] = torch.cat([types, types[-1:].expand(more)])[None]
+    if "position_ids" in inputs:
+        positions = inputs["position_ids"][row][keep]
+        values["position_ids"] = torch.cat([positions, positions[-1:] + torch.arange(1, more + 1)])[None]
+    p, q = (model(**values).logits[0, -1].softmax(-1) for model in (base, proxy))
+    return rule(p, q).log()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("names", [("token_type_ids",), ("position_ids",), ("token_type_ids", "position_ids")])
+@pytest.mark.parametrize("path", ["token by token", "speculative", "prompt lookup", "several sequences", "chunks"])
+def test_token_types_and_positions_of_the_call_reach_the_proxy(path, names, rows):
+    base, proxy = tiny_model("gpt2", hidden=32, seed=1), tiny_model("gpt2", seed=3)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9), drafter="prompt_lookup" if path == "prompt lookup" else "proxy")
+    inputs = given_inputs(rows)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", *names)}
+    settings = {"do_sample": False, "max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
+    settings["logits_processor"] = [kad]
+    if path in ("speculative", "prompt lookup", "several sequences"):
+        settings["assistant_model"] = proxy
+    if path == "several sequences":
+        settings |= {"num_return_sequences": 2, "do_sample": True, "top_k": 0}
+    if path == "chunks":
+        settings["prefill_chunk_size"] = 4
+    plain = base.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+    out = base.generate(**inputs, **settings)
+    assert (torch.cat(plain.scores) - torch.cat(out.scores)).abs().nan_to_num(0, 0, 0).max() > 0.5  # they matter
+    per_prompt = len(out.sequences) // rows
+    for row in range(len(out.sequences)):
+        for step, scores in enumerate(out.scores):
+            text = out.sequences[row, : 9 + step]
+            expected = log_r_with_inputs(base, proxy, inputs, text, row // per_prompt, kad.rule)
+            torch.testing.assert_close(scores[row].exp(), expected.exp(), atol=1e-3, rtol=1e-3)
+    again = base.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
+    if not settings["do_sample"]:  # nothing of it is left for the next call
+        assert torch.equal(again.sequences, plain.sequences)
+        torch.testing.assert_close(torch.cat(again.scores), torch.cat(plain.scores), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_token_types_of_a_prompt_of_the_proxys_own(base, speculative):
+    proxy = tiny_model("gpt2", seed=3)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9))
+    own = given_inputs(1)
+    settings = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_scores": True}
+    settings |= {"logits_processor": [kad]} | ({"assistant_model": proxy} if speculative else {})
+    with kad.proxy_prompt(own):
+        out = base.generate(PROMPT, **settings)
+    for step, scores in enumerate(out.scores):
+        more = out.sequences[0, PROMPT.shape[1] : PROMPT.shape[1] + step]
+        types, positions = own["token_type_ids"][0], own["position_ids"][0]
+        with torch.no_grad():
+            q = proxy(
+                torch.cat([own["input_ids"][0], more])[None],
+                token_type_ids=torch.cat([types, types[-1:].expand(step)])[None],
+                position_ids=torch.cat([positions, positions[-1:] + torch.arange(1, step + 1)])[None],
+            ).logits[0, -1]
+            p = base(out.sequences[:, : PROMPT.shape[1] + step]).logits[0, -1]
+        expected = DualDeferral(0.9)(p.softmax(-1), q.softmax(-1))
+        torch.testing.assert_close(scores[0].exp(), expected, atol=1e-3, rtol=1e-3)
+    with (
+        pytest.raises(ValueError, match=r"got \['inputs_embeds'\] as well"),
+        kad.proxy_prompt({**own, "inputs_embeds": torch.zeros(1, 9, 16)}),
+    ):
+        pass
+
+
+def test_inputs_that_the_proxy_could_take_and_does_not_get_are_named_once(caplog):
+    base, proxy = make("qwen2_5_vl"), make("qwen2_5_vl")
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9))
+    with caplog.at_level("WARNING", logger="transformers_kad.hooks"):
+        for _ in range(2):
+            types = torch.zeros_like(PROMPT)
+            base.generate(PROMPT, mm_token_type_ids=types, logits_processor=[kad], do_sample=False, max_new_tokens=2)
+    messages = [record.message for record in caplog.records if "could take as well" in record.message]
+    assert len(messages) == 1
+    assert "['mm_token_type_ids']" in messages[0]

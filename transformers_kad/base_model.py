@@ -8,7 +8,7 @@ from transformers import Cache, PreTrainedModel
 
 from .adapters import activated, columns_since, prompt_activation
 from .cache import can_crop, record_past
-from .proxy import CachedModel, describe
+from .proxy import PER_TOKEN, CachedModel, describe
 
 
 class PreparedBase(CachedModel):
@@ -45,14 +45,11 @@ class PreparedBase(CachedModel):
             )
         super().__init__(model, "base")
         self.context_length = None  # `generate` warns of a text that is too long
-        self._given_positions: torch.Tensor | None = model_kwargs.pop("position_ids", None)
-        self._token_types: torch.Tensor | None = model_kwargs.pop("token_type_ids", None)
-        self._shift: torch.Tensor | None = None
-        self._kwargs = model_kwargs
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        given = {name: model_kwargs.pop(name) for name in PER_TOKEN if model_kwargs.get(name) is not None}
+        self.give(given, mask)
+        self._kwargs = model_kwargs
         self._inactive = prompt_activation(model, mask)
-        if self._given_positions is not None:  # a row's next position, less the number of its tokens
-            self._shift = self._given_positions[..., -1:] - mask.sum(dim=-1, keepdim=True) + 1
         cache.activate_past_recording()
         self._cache, self._ids, self._mask = cache, input_ids[:, :held], mask[:, :held]
         if len(input_ids) > 1:
@@ -80,10 +77,6 @@ class PreparedBase(CachedModel):
             if torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self._ids):
                 self._kwargs[name] = value[rows]
         super().select(rows)
-        for name in ("_given_positions", "_shift", "_token_types"):
-            value = getattr(self, name)
-            if value is not None and value.shape[-2] > 1:
-                setattr(self, name, value[..., rows, :])
 
     def _activate(self, prompt: torch.Tensor, mask: torch.Tensor) -> None:
         """See `CachedModel._activate`; peft looked for the invocation when the call began."""
@@ -95,12 +88,7 @@ class PreparedBase(CachedModel):
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
         """See `CachedModel._call`; the inputs are those that came with the call, carried on."""
-        further = dict(self._kwargs)
-        if self._token_types is not None:
-            given = self._of_prompt(self._token_types, mask, new)
-            last = self._token_types[..., -1:].expand(*given.shape[:-1], new - given.shape[-1])
-            further["token_type_ids"] = torch.cat([given, last], dim=-1)
-        inputs = self._inputs(ids, mask, new, keep, **further)
+        inputs = self._inputs(ids, mask, new, keep, **self._kwargs)
         with activated(self.model, None if self._inactive is None else columns_since(self._inactive, mask)):
             output = self.model(**inputs, return_dict=True)
         cache = getattr(output, "past_key_values", None)
@@ -116,19 +104,5 @@ class PreparedBase(CachedModel):
         return torch.is_inference_mode_enabled()  # the cache is the call's own
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
-        """See `CachedModel._positions`: what `generate` gave the prompt, and one more for each token after it."""
-        if self._given_positions is None or self._shift is None:
-            return None
-        given = self._of_prompt(self._given_positions, mask, new)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, mask.shape[1] - new + given.shape[-1] :] + self._shift
-        if self._last_position is not None and positions.shape[-1]:
-            # Drafts of a row may lie beyond the context, and nobody reads what comes of them. What stands before the
-            # draft, the prompt or the last token, is read where it is, beyond the context too: as token by token.
-            read = given[..., -1:] if given.shape[-1] else positions[..., :1]
-            positions = torch.minimum(positions, read.clamp(min=self._last_position))
-        return torch.cat([given.expand(*positions.shape[:-1], -1), positions], dim=-1)
-
-    def _of_prompt(self, values: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
-        """Of values of the prompt's columns those among the last `new` columns; none after the first round."""
-        end = mask.shape[1]
-        return values[..., end - new : end] if self.forwards == 0 else values[..., :0]
+        """See `CachedModel._positions`; none where `generate` passes none."""
+        return super()._positions(ids, mask, new) if "position_ids" in self._given else None

@@ -37,7 +37,7 @@ from transformers.utils import logging
 from .adapters import check_speculative_base, remove_injections
 from .ended_rows import EndedRows
 from .generation import kad_generate
-from .proxy import describe
+from .proxy import PER_TOKEN, describe
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
 
@@ -60,6 +60,8 @@ class OpenCall:
         pad_token_id: what finished rows are filled up with.
         chunk_size: prompts are forwarded at most so many tokens at a time.
         rows_stay: every step continues the texts of the step before, row by row.
+        prompt_inputs: what the call passes for every token of the prompts besides, for the proxy too: `position_ids`
+            and `token_type_ids`, `(..., B, P)` each.
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
         finished: the call returned, so that the caches are as it left them.
@@ -77,6 +79,7 @@ class OpenCall:
     pad_token_id: int | None = None
     chunk_size: int | None = None
     rows_stay: bool = True
+    prompt_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
     finished: bool = False
@@ -256,6 +259,7 @@ def _generate_with_kad(
     _refuse(model, kad, settings, speculative)
     call = _describe_call(kad, settings, speculative)
     _warn_about_eos(kad, call)
+    _warn_about_inputs(kad, settings, call)
     if speculative:
         arguments = _bind_loop(settings)
     else:
@@ -402,6 +406,8 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
         )
     if not speculative:
         return
+    if kad.compile and settings.arguments.get("position_ids") is not None:
+        raise ValueError("`compile=True` counts positions itself, got `position_ids`: leave out one of them.")
     if beams > 1:
         raise ValueError(f"Beams and `assistant_model` can't be combined, got num_beams={beams}.")
     for name in NOT_SPECULATIVE:
@@ -507,7 +513,7 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
         vocabulary_alignment=kad.vocabulary_alignment,
     )
     if kad.proxy_inputs is not None:
-        prompt, mask = kad.proxy_inputs
+        prompt, mask, call.prompt_inputs = kad.proxy_inputs
         if len(prompt) != call.batch_size:
             raise ValueError(
                 f"`proxy_prompt` has {len(prompt)} prompts, the call has {call.batch_size}: give one for each."
@@ -519,7 +525,32 @@ def _describe_call(kad: Any, settings: _Settings, speculative: bool) -> OpenCall
             torch.as_tensor(start, device="cpu").view(call.batch_size, -1), call.attention_mask
         )
         call.attention_mask = None
+    else:
+        given = settings.arguments
+        call.prompt_inputs = {name: given[name] for name in PER_TOKEN if given.get(name) is not None}
     return call
+
+
+def _warn_about_inputs(kad: Any, settings: _Settings, call: OpenCall) -> None:
+    """Warn once of inputs that the call gives the base, and that the proxy would take and does not get."""
+    if kad.proxy_inputs is not None:
+        return
+    handled = {"input_ids", "inputs", "attention_mask", "inputs_embeds", "past_key_values", "labels"}
+    unseen = frozenset(
+        name
+        for name, value in settings.arguments.items()
+        if torch.is_tensor(value)
+        and name in kad.cached_proxy.accepted_inputs
+        and name not in handled
+        and name not in call.prompt_inputs
+    )
+    if unseen and unseen not in kad.inputs_warned:
+        kad.inputs_warned.add(unseen)
+        logger.warning(
+            f"The call passes {sorted(unseen)} to the base, which the proxy could take as well and does not get: it "
+            "reads the tokens of the prompt alone. Give it a prompt of its own if they mean something else to it: "
+            "`with kad.proxy_prompt(inputs):`."
+        )
 
 
 def _warn_about_eos(kad: Any, call: OpenCall) -> None:

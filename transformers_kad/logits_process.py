@@ -17,7 +17,7 @@ from .configuration import KADConfig, check_drafter, check_settings
 from .deferral import DeferralRule, DualDeferral
 from .hooks import OpenCall
 from .lazy import draw_again, draw_from_base, force
-from .proxy import CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
+from .proxy import PER_TOKEN, CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
 from .reader import Reader, tempered
 from .statistics import KADStatistics, KADTrace, StepRecorder
 from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
@@ -148,8 +148,9 @@ class KADLogitsProcessor(LogitsProcessor):
 
         self.statistics: KADStatistics | None = None
         self.trace: KADTrace | None = None
-        self.proxy_inputs: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.proxy_inputs: tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]] | None = None
         self.eos_warned: set[frozenset[int]] = set()
+        self.inputs_warned: set[frozenset[str]] = set()
         self._open_call: weakref.ref[OpenCall] | None = None
         self._lock = threading.Lock()
         self._intact = True  # whether the caches hold what they say
@@ -207,12 +208,21 @@ class KADLogitsProcessor(LogitsProcessor):
 
         Args:
             proxy_inputs: `input_ids` `(B, L)`, padded on the left, one row a prompt of the call; or a mapping
-                with `input_ids` and `attention_mask`, as tokenizers return it.
+                with `input_ids` and `attention_mask`, as tokenizers return it, and if the proxy takes them
+                `token_type_ids` and `position_ids`.
+
+        Raises:
+            TypeError: ids that are no tensor.
+            ValueError: shapes that do not fit, padding on the right, or other inputs that the proxy would take.
         """
-        if torch.is_tensor(proxy_inputs):
-            ids, mask = proxy_inputs, None
-        else:
-            ids, mask = proxy_inputs["input_ids"], proxy_inputs.get("attention_mask")
+        given = {"input_ids": proxy_inputs} if torch.is_tensor(proxy_inputs) else dict(proxy_inputs)
+        ids, mask = given.pop("input_ids"), given.pop("attention_mask", None)
+        further = {name: given.pop(name) for name in PER_TOKEN if given.get(name) is not None}
+        unknown = sorted(given.keys() & self.cached_proxy.accepted_inputs)
+        if unknown:
+            raise ValueError(
+                f"`proxy_prompt` takes a prompt of tokens, got {unknown} as well, which can't be passed on."
+            )
         if not torch.is_tensor(ids):
             raise TypeError(
                 f"`proxy_prompt` takes tensors, got ids of type {type(ids).__name__}: tokenize with "
@@ -228,7 +238,7 @@ class KADLogitsProcessor(LogitsProcessor):
                 "`proxy_prompt` takes prompts padded on the left, got padding at the end. Set "
                 '`tokenizer.padding_side = "left"`.'
             )
-        before, self.proxy_inputs = self.proxy_inputs, (ids, mask)
+        before, self.proxy_inputs = self.proxy_inputs, (ids, mask, further)
         try:
             yield
         finally:
@@ -262,25 +272,29 @@ class KADLogitsProcessor(LogitsProcessor):
                 )
             self._open_call = weakref.ref(call)
         self._last_shape = self._forced = None
-        self._refresh()
+        self._refresh(call)
 
     def close(self, call: OpenCall) -> None:
         """Close a call of `generate` if it is the open one. Caches that it did not leave in order are not used."""
         if self._call is not call:
             return
-        self._intact = call.finished
+        # What was read with inputs of the call's own is not what other calls would read.
+        self._intact = call.finished and not call.prompt_inputs
         if self._reset_wanted:
             self._reset_wanted = False
             self._drop_caches()
         self._open_call = None
 
-    def _refresh(self) -> None:
+    def _refresh(self, call: OpenCall | None = None) -> None:
         """Before a call: forget caches that an exception or an interrupt left in the middle, or of other weights."""
-        if not self._intact:
+        given = {} if call is None else call.prompt_inputs
+        mask = None if call is None else call.attention_mask if call.proxy_prompt is None else call.proxy_prompt[1]
+        if given or not self._intact:
             for cached in (*self._cached, *self._compiled.values()):
                 cached.reset()
         self._intact = False  # until the call is finished
         for cached in self._cached:
+            cached.give(given, mask)
             cached.refresh()
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

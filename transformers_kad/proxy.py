@@ -6,7 +6,7 @@ refused, beams that are reordered, and chats that continue in a later call.
 """
 
 import inspect
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ from .fingerprint import fingerprint
 # A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
 # more than this share.
 LARGEST_SHARE_OF_HOLES = 0.05
+
+# What `generate` passes for every token of the text, and goes on with behind the prompt.
+PER_TOKEN = ("position_ids", "token_type_ids")
 
 
 class ContextLengthError(ValueError):
@@ -54,9 +57,9 @@ class CachedModel:
         self._last_position = None if self.context_length is None else self.context_length - 1
         # The model below an adapter prepares the inputs, as in `generate`.
         self._below: Any = getattr(model, "get_base_model", lambda: model)()
-        accepted = inspect.signature(self._below.forward).parameters
-        self._takes_position_ids = "position_ids" in accepted
-        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        self.accepted_inputs = frozenset(inspect.signature(self._below.forward).parameters)
+        self._takes_position_ids = "position_ids" in self.accepted_inputs
+        self._takes_logits_to_keep = "logits_to_keep" in self.accepted_inputs
         self._positions_of_its_own = (
             type(self._below)._prepare_position_ids_for_generation
             is not GenerationMixin._prepare_position_ids_for_generation
@@ -67,6 +70,7 @@ class CachedModel:
         self._stand_in = next((i for i in candidates if isinstance(i, int) and 0 <= i < self._readable), 0)
         self._inactive: torch.Tensor | None = None  # (B,): tokens before the activated LoRA of each row
         self._now: Hashable = None
+        self.give({})
         self.reset()
 
     def reset(self) -> None:
@@ -77,6 +81,24 @@ class CachedModel:
         self._padded = False
         self._tokens: torch.Tensor | None = None  # (B,), on the CPU: how many tokens of each row are no padding
         self._state: Hashable = None
+
+    def give(self, inputs: Mapping[str, torch.Tensor], attention_mask: torch.Tensor | None = None) -> None:
+        """For a call, take inputs that it passes for every token of its prompts; those that the model knows.
+
+        Args:
+            inputs: `position_ids` and `token_type_ids` of the prompts, `(..., B, P)` each. Tokens after the prompt are
+                counted on from the last position, and have the last type, as in `generate`.
+            attention_mask: of the prompts, `(B, P)`; no padding by default.
+        """
+        device = self.model.device
+        self._given = {name: value.to(device) for name, value in inputs.items() if name in self.accepted_inputs}
+        self._given_columns = max((value.shape[-1] for value in self._given.values()), default=0)
+        self._shift: torch.Tensor | None = None  # a row's next position, less the number of its tokens
+        if (positions := self._given.get("position_ids")) is not None:
+            count = positions.new_tensor([positions.shape[-1]])
+            if attention_mask is not None:
+                count = (attention_mask != 0).sum(dim=-1, keepdim=True).to(positions)
+            self._shift = positions[..., -1:] - count + 1
 
     def refresh(self) -> None:
         """Before a call: drop the cache if the model changed since it was filled, see `fingerprint`.
@@ -153,6 +175,7 @@ class CachedModel:
         columns = self._mask.argsort(dim=-1, stable=True)[:, self._mask.shape[1] - length :]
         if self._cache is not None:
             gather_columns(self._cache, columns)
+        self._given_columns = 0  # the prompt is no longer where it was, and was read
         self._ids, self._mask = self._ids.gather(1, columns), self._mask.gather(1, columns)
 
     def select(self, rows: list[int]) -> None:
@@ -162,6 +185,8 @@ class CachedModel:
         if self._ids is None or self._mask is None:
             return
         index = torch.tensor(rows, device=self._ids.device)
+        self._given = {name: self._of_rows(value)[..., index, :] for name, value in self._given.items()}
+        self._shift = None if self._shift is None else self._of_rows(self._shift)[..., index, :]
         if self._cache is not None:
             self._cache.batch_select_indices(index)
         self._ids, self._mask = self._ids[index], self._mask[index]
@@ -228,9 +253,9 @@ class CachedModel:
         if length == 0:
             raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
         if self.context_length is not None and length > self.context_length:
-            lengths = torch.full((len(input_ids),), length)
+            lengths = torch.full((len(input_ids),), length, device=input_ids.device)
             if attention_mask is not None:
-                lengths = attention_mask.sum(dim=-1)
+                lengths = (attention_mask != 0).sum(dim=-1)
             if ended is not None:
                 lengths = lengths.masked_fill(ended.to(lengths.device), 0)
             self.check_length(int(lengths.max()))
@@ -353,6 +378,10 @@ class CachedModel:
         positions = self._positions(ids, mask, new) if self._takes_position_ids else None
         if positions is not None:
             further["position_ids"] = positions
+        if (types := self._given.get("token_type_ids")) is not None:
+            of_prompt = self._of_prompt(types, ids, new)
+            last = self._of_rows(types[..., -1:], len(ids)).expand(*of_prompt.shape[:-1], new - of_prompt.shape[-1])
+            further["token_type_ids"] = torch.cat([of_prompt, last], dim=-1)
         if self._takes_logits_to_keep:
             further["logits_to_keep"] = keep
         inputs = self._below.prepare_inputs_for_generation(
@@ -367,6 +396,8 @@ class CachedModel:
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
         """The positions of the last `new` columns, as `generate` counts them for these texts, `(..., B, new)`."""
+        if "position_ids" in self._given:
+            return self._positions_from_given(ids, mask, new)
         if self._positions_of_its_own:
             positions = self._below._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
             return None if positions is None else positions[..., -new:]
@@ -375,6 +406,31 @@ class CachedModel:
             return torch.arange(length - new, length, device=ids.device).expand(len(ids), -1)
         # Drafts of a row that ends with the context may lie beyond it; nobody reads what comes of them.
         return (mask.cumsum(-1) - 1).clamp(min=0, max=self._last_position)[:, -new:]
+
+    def _positions_from_given(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
+        """What was given for the prompt, and one more for each token after it."""
+        assert self._shift is not None
+        of_prompt = self._of_prompt(self._given["position_ids"], ids, new)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, ids.shape[1] - new + of_prompt.shape[-1] :]
+        positions = positions + self._of_rows(self._shift, len(ids))
+        if self._last_position is not None and positions.shape[-1]:
+            # Drafts of a row may lie beyond the context, and nobody reads what comes of them. What stands before the
+            # draft, the prompt or the last token, is read where it is, beyond the context too: as token by token.
+            read = of_prompt[..., -1:] if of_prompt.shape[-1] else positions[..., :1]
+            positions = torch.minimum(positions, read.clamp(min=self._last_position))
+        return torch.cat([of_prompt.expand(*positions.shape[:-1], -1), positions], dim=-1)
+
+    def _of_prompt(self, values: torch.Tensor, ids: torch.Tensor, new: int) -> torch.Tensor:
+        """Of values of the prompt's columns `(..., B, P)` those among the last `new` columns of texts `(B, S)`."""
+        end = ids.shape[1]
+        return self._of_rows(values[..., : self._given_columns][..., end - new : end], len(ids))
+
+    def _of_rows(self, values: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        """Values of the prompts `(..., B, n)`, each repeated for its beams or return sequences."""
+        if rows is None:
+            assert self._ids is not None
+            rows = len(self._ids)
+        return values if values.shape[-2] == rows else values.repeat_interleave(rows // values.shape[-2], dim=-2)
 
     def _in_inference_mode(self) -> bool:
         return False
