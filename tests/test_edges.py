@@ -12,6 +12,7 @@ from test_batches import padded
 from test_compiled import uncompiled  # noqa: F401, a fixture
 from test_proxy_inputs import make
 from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
 from transformers_kad.proxy import CachedModel
@@ -176,6 +177,7 @@ import torch
 from test_batches import padded
 from test_units import ALIGNMENT, make_base, make_proxy, prompts
 from tiny_models import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor, PrimalDeferral
 
 base, proxy, reference = tiny_model(hidden=32, seed=1), tiny_model(seed=2), tiny_model(seed=9)
@@ -224,6 +226,40 @@ def test_a_default_device_that_is_not_that_of_the_models():
         [sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
     )
     assert run.stdout == "same texts\n", run.stderr[-3000:]
+
+
+def of_type(model_type, **settings):
+    sizes = {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **sizes, hidden_size=32, num_hidden_layers=2, **settings)
+    torch.manual_seed(3)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("model_type", ["openai-gpt", "codegen", "xlm"])
+def test_bases_that_read_their_whole_text_again_or_have_no_padding_id(proxy, model_type):
+    base = of_type(model_type, **({"rotary_dim": 4} if model_type == "codegen" else {}), num_attention_heads=4)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.3))
+    settings = {"logits_processor": [kad], "pad_token_id": 0, **GREEDY, **padded(3)}
+    expected = base.generate(**settings)
+    assert torch.equal(base.generate(assistant_model=proxy, **settings), expected)
+
+
+def test_models_without_a_padding_id_of_their_own_as_proxy(base):
+    kad = KADLogitsProcessor(of_type("codegen", rotary_dim=4), DualDeferral(0.3))
+    settings = {"logits_processor": [kad], **GREEDY, **padded(3)}
+    expected = base.generate(**settings)
+    assert torch.equal(base.generate(assistant_model=kad.proxy, **settings), expected)
+    rwkv = of_type("rwkv", attention_hidden_size=32)
+    with pytest.raises(ValueError, match="returned no `Cache`"):
+        base.generate(torch.tensor([[3, 4]]), logits_processor=[KADLogitsProcessor(rwkv)], **GREEDY)
+
+
+def test_a_base_that_reads_in_both_directions_verifies_no_drafts(proxy):
+    base = of_type("bert", num_attention_heads=4, intermediate_size=64)
+    settings = {"logits_processor": [KADLogitsProcessor(proxy)], "pad_token_id": 0, **GREEDY}
+    base.generate(torch.tensor([[3, 4]]), **settings)
+    with pytest.raises(ValueError, match="reads in both directions"):
+        base.generate(torch.tensor([[3, 4]]), assistant_model=proxy, **settings)
 
 
 def test_a_proxy_without_generate_is_refused():

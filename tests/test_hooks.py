@@ -246,6 +246,28 @@ def test_a_custom_decoding_method_of_the_users_gets_the_processor(base, proxy):
     assert kad.statistics.tokens == 1
 
 
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_decoding_method_that_skips_the_processor_keeps_its_text_and_is_named(base, proxy, caplog, asked, trace):
+    kad = KADLogitsProcessor(proxy, trace=trace)
+
+    def decode(model, input_ids, logits_processor, **kwargs):
+        for step in range(5):
+            scores = model(input_ids).logits[:, -1]
+            if step < asked:
+                scores = logits_processor(input_ids, scores)
+            input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
+        return input_ids
+
+    with caplog.at_level("WARNING", logger="transformers_kad.statistics"):
+        ids = base.generate(PROMPT, logits_processor=[kad], custom_generate=decode, **GREEDY)
+    assert ids.shape[1] == PROMPT.shape[1] + 5
+    assert f"for {5 - asked} of the 5 tokens" in caplog.text
+    assert kad.statistics.tokens == 5
+    assert kad.statistics.deferral_mass is None
+    assert kad.trace is None
+
+
 WHAT_TO_DO = "transformers changed what the wrapper of generate rests on: "
 
 

@@ -37,6 +37,12 @@ class PreparedBase(CachedModel):
                 "Speculative decoding needs `input_ids`, got `inputs_embeds`. Leave out `assistant_model` to "
                 "decode token by token."
             )
+        if getattr(model.config, "is_decoder", True) is False:
+            raise ValueError(
+                f"Speculative decoding needs a base that reads from left to right, and {describe(model)} reads in "
+                "both directions, so that a draft would change what it says before it. Load it with `is_decoder=True` "
+                "if it was trained so, or leave out `assistant_model`."
+            )
         held = cache.get_seq_length()
         if held > input_ids.shape[1]:
             raise ValueError(
@@ -106,3 +112,10 @@ class PreparedBase(CachedModel):
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
         """See `CachedModel._positions`; none where `generate` passes none."""
         return super()._positions(ids, mask, new) if "position_ids" in self._given else None
+
+    def _within_context(self, positions: torch.Tensor, before_draft: int) -> torch.Tensor:
+        """See `CachedModel._within_context`. The prompt and the last token are read where they are, beyond it too."""
+        if self._last_position is None:
+            return positions
+        read, draft = positions[..., : before_draft + 1], positions[..., before_draft + 1 :]
+        return torch.cat([read, torch.minimum(draft, read[..., -1:].clamp(min=self._last_position))], dim=-1)

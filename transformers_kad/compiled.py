@@ -105,7 +105,7 @@ class CompiledModel(CachedModel):
         tensors = {"input_ids": ids[:, -new:]}
         positions = self._positions(ids, torch.ones_like(ids), new) if self._takes_position_ids else None
         if positions is not None:
-            tensors["position_ids"] = positions
+            tensors["position_ids"] = positions[..., -new:]
         # Copies: compiled code is made for strides, and a view has those of the text that it is a part of.
         copies = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
         return {**copies, "past_key_values": self._static, "use_cache": True}

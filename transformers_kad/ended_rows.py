@@ -28,7 +28,7 @@ class EndedRows(StoppingCriteria):
         self, criteria: Iterable[StoppingCriteria], eos_token_ids: Collection[int], *, fills_up: bool
     ) -> None:
         self._criteria = list(criteria)
-        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device="cpu")
         self._fills_up = fills_up
         self.flags: torch.Tensor | None = None
         self.lengths: torch.Tensor | None = None

@@ -65,6 +65,7 @@ class OpenCall:
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
         finished: the call returned, so that the caches are as it left them.
+        closed: the processor is free for another call.
         ended_rows: knows which rows have ended, token by token; None where that is not told row by row, as with beams.
     """
 
@@ -83,6 +84,7 @@ class OpenCall:
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
     finished: bool = False
+    closed: bool = False
     ended_rows: EndedRows | None = None
     _spelled: tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]] | None = None
     _texts_before: torch.Tensor | None = None  # (rows, L): of the step before, where rows do not stay

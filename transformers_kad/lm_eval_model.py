@@ -314,7 +314,7 @@ class KADLM(HFLM):
         """Values of the continuations that end one token after each text, a list for each text."""
         kept = [text[-self.max_length :] for text in texts]
         # Padded on the right, where nothing that counts can see it.
-        ids = pad_sequence([torch.tensor(text) for text in kept], batch_first=True).to(self.device)
+        ids = pad_sequence([torch.tensor(text, device="cpu") for text in kept], batch_first=True).to(self.device)
         spans = [max(map(len, group)) for group in groups]
         keep = max(ids.shape[1] - len(text) + span for text, span in zip(kept, spans, strict=True))
         logits = self._logits(ids, keep)

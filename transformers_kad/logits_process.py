@@ -151,8 +151,7 @@ class KADLogitsProcessor(LogitsProcessor):
         self.proxy_inputs: tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]] | None = None
         self.eos_warned: set[frozenset[int]] = set()
         self.inputs_warned: set[frozenset[str]] = set()
-        self._open_call: weakref.ref[OpenCall] | None = None
-        self._lock = threading.Lock()
+        self._claims: list[weakref.ref[OpenCall]] = []  # of calls, in order; the first that is not closed is open
         self._intact = True  # whether the caches hold what they say
         self._reset_wanted = False
         self._last_shape: tuple[int, int] | None = None  # of the call's texts when the proxy last read them
@@ -246,8 +245,7 @@ class KADLogitsProcessor(LogitsProcessor):
 
     @property
     def _call(self) -> OpenCall | None:
-        # Weakly: a call whose frames are gone is over, even if an interrupt came before it could be closed.
-        return None if self._open_call is None else self._open_call()
+        return next((call for claim in list(self._claims) if (call := _unclosed(claim)) is not None), None)
 
     @property
     def open_call(self) -> OpenCall:
@@ -263,27 +261,32 @@ class KADLogitsProcessor(LogitsProcessor):
         Raises:
             RuntimeError: another call is open.
         """
-        with self._lock:
-            if self._call is not None:
-                raise RuntimeError(
-                    "This KAD processor is in use by another call of `generate`. One processor serves one call at a "
-                    "time: build a processor for each thread. They may share the proxy, unless one of them switches "
-                    "its adapter off (`ImplicitReward` without `reference`)."
-                )
-            self._open_call = weakref.ref(call)
+        # Without a lock, which an interrupt could leave locked: the order of a list decides, and appending to it and
+        # closing a call are one step each.
+        claim = weakref.ref(call)
+        self._claims.append(claim)
+        if self._call is not call:
+            call.closed = True
+            raise RuntimeError(
+                "This KAD processor is in use by another call of `generate`. One processor serves one call at a time: "
+                "build a processor for each thread. They may share the proxy, unless one of them switches its adapter "
+                "off (`ImplicitReward` without `reference`)."
+            )
+        del self._claims[: self._claims.index(claim)]  # by the open call alone
         self._last_shape = self._forced = None
         self._refresh(call)
 
     def close(self, call: OpenCall) -> None:
         """Close a call of `generate` if it is the open one. Caches that it did not leave in order are not used."""
         if self._call is not call:
+            call.closed = True
             return
         # What was read with inputs of the call's own is not what other calls would read.
         self._intact = call.finished and not call.prompt_inputs
         if self._reset_wanted:
             self._reset_wanted = False
             self._drop_caches()
-        self._open_call = None
+        call.closed = True
 
     def _refresh(self, call: OpenCall | None = None) -> None:
         """Before a call: forget caches that an exception or an interrupt left in the middle, or of other weights."""
@@ -483,6 +486,12 @@ class KADLogitsProcessor(LogitsProcessor):
             f"{self.rule!r} needs the proxy before alignment: pass `reference=`, or a `PeftModel` as proxy, whose "
             "adapter is then switched off."
         )
+
+
+def _unclosed(claim: "weakref.ref[OpenCall]") -> OpenCall | None:
+    """A call that is not over. One whose frames are gone is over, even if an interrupt kept it from being closed."""
+    call = claim()
+    return None if call is None or call.closed else call
 
 
 class _Text(NamedTuple):

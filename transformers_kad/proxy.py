@@ -94,7 +94,9 @@ class CachedModel:
         self._given = {name: value.to(device) for name, value in inputs.items() if name in self.accepted_inputs}
         self._given_columns = max((value.shape[-1] for value in self._given.values()), default=0)
         self._shift: torch.Tensor | None = None  # a row's next position, less the number of its tokens
+        self._goes_beyond_context = False
         if (positions := self._given.get("position_ids")) is not None:
+            self._goes_beyond_context = bool((positions > (self._last_position or 0)).any())
             count = positions.new_tensor([positions.shape[-1]])
             if attention_mask is not None:
                 count = (attention_mask != 0).sum(dim=-1, keepdim=True).to(positions)
@@ -185,8 +187,9 @@ class CachedModel:
         if self._ids is None or self._mask is None:
             return
         index = torch.tensor(rows, device=self._ids.device)
-        self._given = {name: self._of_rows(value)[..., index, :] for name, value in self._given.items()}
-        self._shift = None if self._shift is None else self._of_rows(self._shift)[..., index, :]
+        before = len(self._ids)
+        self._given = {name: self._of_rows(value, before)[..., index, :] for name, value in self._given.items()}
+        self._shift = None if self._shift is None else self._of_rows(self._shift, before)[..., index, :]
         if self._cache is not None:
             self._cache.batch_select_indices(index)
         self._ids, self._mask = self._ids[index], self._mask[index]
@@ -379,9 +382,7 @@ class CachedModel:
         if positions is not None:
             further["position_ids"] = positions
         if (types := self._given.get("token_type_ids")) is not None:
-            of_prompt = self._of_prompt(types, ids, new)
-            last = self._of_rows(types[..., -1:], len(ids)).expand(*of_prompt.shape[:-1], new - of_prompt.shape[-1])
-            further["token_type_ids"] = torch.cat([of_prompt, last], dim=-1)
+            further["token_type_ids"] = self._of_prompt_and_behind(types, types[..., -1:], ids)
         if self._takes_logits_to_keep:
             further["logits_to_keep"] = keep
         inputs = self._below.prepare_inputs_for_generation(
@@ -395,41 +396,46 @@ class CachedModel:
         return self._cache is None
 
     def _positions(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor | None:
-        """The positions of the last `new` columns, as `generate` counts them for these texts, `(..., B, new)`."""
-        if "position_ids" in self._given:
-            return self._positions_from_given(ids, mask, new)
-        if self._positions_of_its_own:
-            positions = self._below._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
-            return None if positions is None else positions[..., -new:]
-        length = ids.shape[1]
-        if not self._padded:
-            return torch.arange(length - new, length, device=ids.device).expand(len(ids), -1)
-        # Drafts of a row that ends with the context may lie beyond it; nobody reads what comes of them.
-        return (mask.cumsum(-1) - 1).clamp(min=0, max=self._last_position)[:, -new:]
+        """Positions of texts `(B, S)`, of which the last `new` columns are to be read, as `generate` counts them.
 
-    def _positions_from_given(self, ids: torch.Tensor, mask: torch.Tensor, new: int) -> torch.Tensor:
-        """What was given for the prompt, and one more for each token after it."""
-        assert self._shift is not None
-        of_prompt = self._of_prompt(self._given["position_ids"], ids, new)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, ids.shape[1] - new + of_prompt.shape[-1] :]
-        positions = positions + self._of_rows(self._shift, len(ids))
-        if self._last_position is not None and positions.shape[-1]:
-            # Drafts of a row may lie beyond the context, and nobody reads what comes of them. What stands before the
-            # draft, the prompt or the last token, is read where it is, beyond the context too: as token by token.
-            read = of_prompt[..., -1:] if of_prompt.shape[-1] else positions[..., :1]
-            positions = torch.minimum(positions, read.clamp(min=self._last_position))
-        return torch.cat([of_prompt.expand(*positions.shape[:-1], -1), positions], dim=-1)
+        `(..., B, S)`, which the model itself cuts to what it reads.
+        """
+        if "position_ids" not in self._given:
+            if self._positions_of_its_own:
+                return self._below._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
+            if not self._padded:
+                return torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        before_draft = ids.shape[1] - new  # the first column to be read is no draft
+        if self._shift is not None:
+            positions = self._of_prompt_and_behind(
+                self._given["position_ids"], positions + self._of_rows(self._shift, len(ids)), ids
+            )
+            before_draft = max(before_draft, self._given_columns - 1)
+        return self._within_context(positions, before_draft)
 
-    def _of_prompt(self, values: torch.Tensor, ids: torch.Tensor, new: int) -> torch.Tensor:
-        """Of values of the prompt's columns `(..., B, P)` those among the last `new` columns of texts `(B, S)`."""
-        end = ids.shape[1]
-        return self._of_rows(values[..., : self._given_columns][..., end - new : end], len(ids))
+    def _within_context(self, positions: torch.Tensor, before_draft: int) -> torch.Tensor:
+        """Positions `(..., B, S)` that the model has: drafts of a row that ends with the context may lie beyond it.
 
-    def _of_rows(self, values: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        Nobody reads what comes of such drafts. `before_draft` is the last column that is no draft.
+        """
+        if self._last_position is None or self._goes_beyond_context:
+            return positions
+        return positions.clamp(max=self._last_position)  # longer texts are refused
+
+    def _of_prompt_and_behind(self, given: torch.Tensor, behind: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """Values for texts `(B, S)`: of the prompt's columns those given `(..., B, P)`, then those for behind it.
+
+        `behind` has one value for each column of the texts, or one for all.
+        """
+        columns = ids.shape[1]
+        given = self._of_rows(given[..., : min(self._given_columns, columns)], len(ids))
+        behind = self._of_rows(behind, len(ids)) if behind.shape[-1] == 1 else behind
+        behind = behind.expand(*behind.shape[:-1], columns)[..., given.shape[-1] :]
+        return torch.cat([given.expand(*behind.shape[:-1], -1), behind], dim=-1)
+
+    def _of_rows(self, values: torch.Tensor, rows: int) -> torch.Tensor:
         """Values of the prompts `(..., B, n)`, each repeated for its beams or return sequences."""
-        if rows is None:
-            assert self._ids is not None
-            rows = len(self._ids)
         return values if values.shape[-2] == rows else values.repeat_interleave(rows // values.shape[-2], dim=-2)
 
     def _in_inference_mode(self) -> bool:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from transformers.utils import logging
 
 from .composition import Composition
 from .resumable import write_whole
 from .trace_page import render_page
+
+logger = logging.get_logger(__name__)
 
 Alternatives: TypeAlias = tuple[tuple[int, float], ...]
 ALTERNATIVES = 5  # how many of each model a record keeps
@@ -259,9 +262,18 @@ class StepRecorder:
             prompt_length: where the generated part begins.
             lengths: how many tokens each sequence emitted.
             rows: the row of the first step that each sequence started from.
+
+        A decoding method of the user's may emit tokens for which the processor was never asked: a warning says so,
+        their deferral mass is unknown, and there is no trace.
         """
         if self.trace:
             self._settle(sequences)
+        unasked = [at for at in range(max(lengths, default=0)) if prompt_length + at not in self.steps]
+        if unasked:
+            logger.warning(
+                f"The decoding method did not run the KAD processor for {len(unasked)} of the {max(lengths)} tokens "
+                "that it emitted: these are not guided by the proxy. Let it call `logits_processor` at every step."
+            )
         masses = self._masses(sequences, prompt_length, lengths, rows)
         statistics = [
             SequenceStatistics(
@@ -273,7 +285,7 @@ class StepRecorder:
             )
             for length, mass in zip(lengths, masses, strict=True)
         ]
-        if not self.trace:
+        if not self.trace or unasked:
             return statistics, None
         traced = {length: _read([step]) for length, step in self.traced.items()}
         records = []
@@ -299,12 +311,10 @@ class StepRecorder:
         self, sequences: torch.Tensor, prompt_length: int, lengths: list[int], rows: list[int]
     ) -> list[list[float | None]]:
         """D of every emitted position."""
-        table = {
-            at: None if step.deferral_mass is None else step.deferral_mass.tolist() for at, step in self.steps.items()
-        }
+        table = {at: step.deferral_mass.tolist() for at, step in self.steps.items() if step.deferral_mass is not None}
         result = []
         for path in self._paths(sequences, prompt_length, lengths, rows):
-            masses = [table[at] for at in range(prompt_length, prompt_length + len(path))]
+            masses = [table.get(at) for at in range(prompt_length, prompt_length + len(path))]
             result.append([None if mass is None else mass[row] for mass, row in zip(masses, path, strict=True)])
         return result
 
@@ -318,7 +328,8 @@ class StepRecorder:
         for sequence, (length, start) in enumerate(zip(lengths, rows, strict=True)):
             row, path = start, list[int]()
             for at in range(prompt_length, prompt_length + length):
-                parents = self.steps[at].parents
+                step = self.steps.get(at)
+                parents = None if step is None else step.parents
                 if parents is not None and at > prompt_length:
                     token = ids[sequence][at - 1]
                     row = next(

@@ -56,14 +56,26 @@ def test_the_same_seed_gives_the_same_tokens_as_the_direct_call(repo, models, to
     assert sampled(base, inputs, seed) != direct
 
 
-def test_batches_without_drafts(repo, models, tokenizer):
+@pytest.mark.parametrize("speculative", [False, True])
+def test_batches_and_several_sequences(repo, models, tokenizer, speculative):
     base, proxy = models
     inputs = encode(tokenizer, QUESTIONS)
     kad = KADLogitsProcessor.from_config(proxy, CONFIG)
-    direct = sampled(base, inputs, 0, logits_processor=[kad])
-    assert sampled(base, inputs, 0, assistant_model=proxy, **custom(repo, speculative=False)) == direct
-    with pytest.raises(ValueError, match="pass `speculative=False`"):
-        sampled(base, inputs, 0, assistant_model=proxy, **custom(repo))
+    settings = {"num_return_sequences": 2, "pad_token_id": 0}
+    drafts = {"assistant_model": proxy} if speculative else {}
+    direct = sampled(base, inputs, 0, logits_processor=[kad], **drafts, **settings)
+    made = custom(repo, speculative=speculative, **settings)
+    assert sampled(base, inputs, 0, assistant_model=proxy, **made) == direct
+
+
+def test_beams_are_not_drafted(repo, models, tokenizer):
+    base, proxy = models
+    inputs = encode(tokenizer, QUESTIONS[:1])
+    settings = {"num_beams": 2, "do_sample": False, "max_new_tokens": 8, "assistant_model": proxy}
+    with pytest.raises(ValueError, match="got num_beams=2: pass `speculative=False`"):
+        base.generate(**inputs, **settings, **custom(repo))
+    ids = base.generate(**inputs, **settings, **custom(repo, speculative=False))
+    assert ids.shape[1] > inputs["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("form", ["config", "mapping", "folder", "none"])

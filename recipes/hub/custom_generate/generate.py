@@ -26,7 +26,7 @@ def generate(
         assistant_model: the aligned proxy, a causal LM or a `PeftModel`.
         kad_config: a `KADConfig`, a mapping of its fields, or a folder or Hub repo that holds one. Default: the dual
             rule with its default threshold.
-        speculative: let the proxy draft. Batches, beams and several return sequences need False.
+        speculative: let the proxy draft. Beams need False.
         logits_processor: processors that see the base's scores before KAD.
         tokenizer: the base's, for `stop_strings`.
         assistant_tokenizer: the proxy's; given both, their token ids are compared.
@@ -45,10 +45,8 @@ def generate(
         config = kad_config if isinstance(kad_config, KADConfig) else KADConfig(**kad_config)
     compared = {} if assistant_tokenizer is None else {"tokenizer": tokenizer, "proxy_tokenizer": assistant_tokenizer}
     kad = KADLogitsProcessor.from_config(assistant_model, config, **compared)
-    inputs = kwargs.get("inputs") if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    several = inputs is not None and len(inputs) > 1
-    if speculative and (several or max(kwargs.get("num_return_sequences", 1), kwargs.get("num_beams", 1)) > 1):
-        raise ValueError("Batches, beams and several return sequences are not drafted: pass `speculative=False`.")
+    if speculative and kwargs.get("num_beams", 1) > 1:
+        raise ValueError(f"Beams are not drafted, got num_beams={kwargs['num_beams']}: pass `speculative=False`.")
     return model.generate(
         logits_processor=[*(logits_processor or []), kad],
         assistant_model=assistant_model if speculative else None,
