@@ -1,5 +1,6 @@
 """A model in a static cache, whose short forwards are compiled once for their shape."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ class CompiledModel(CachedModel):
         self._on_cuda = model.device.type == "cuda"
         self._compiled = torch.compile(model, dynamic=False, mode="reduce-overhead" if self._on_cuda else None)
 
-    def refresh(self) -> None:
+    def refresh(self, state: Hashable = None) -> None:
         """See `CachedModel.refresh`."""
-        super().refresh()
+        super().refresh(state)
         reason = why_not_compilable(self.model)
         if reason is not None:
             raise ValueError(f"The {self.role} {describe(self.model)} {reason}: leave out `compile`.")

@@ -373,7 +373,7 @@ class _Output:
 
 def _place_of_kad(logits_processor: LogitsProcessorList) -> int:
     for place, processor in enumerate(logits_processor):
-        if hasattr(processor, "kad"):
+        if getattr(processor, "is_kad_processor", False) and hasattr(processor, "kad"):
             return place
     raise ValueError(
         "`kad_generate` needs a `KADLogitsProcessor` in `logits_processor`, got none. It is called by "

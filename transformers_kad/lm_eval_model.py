@@ -188,6 +188,8 @@ class KADLM(HFLM):
         if self.kad.rule.needs_reference:
             before = proxy_model if reference is None else reference
             self._cached.append(CachedModel(before, "reference", without_adapter=reference is None))
+        for cached in self._cached:
+            cached.refresh()  # once: nothing changes the models while the harness runs
 
         ends = {*eos_token_ids(self._model, proxy_model), self.tokenizer.eos_token_id, proxy_tokenizer.eos_token_id}
         self.eos_token_ids = sorted(ends - {None}) or None

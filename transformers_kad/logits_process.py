@@ -2,7 +2,7 @@
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -296,9 +296,11 @@ class KADLogitsProcessor(LogitsProcessor):
             for cached in (*self._cached, *self._compiled.values()):
                 cached.reset()
         self._intact = False  # until the call is finished
+        states: dict[int, Hashable] = {}  # a reference may be the proxy with its adapter switched off
         for cached in self._cached:
             cached.give(given, mask)
-            cached.refresh()
+            cached.refresh(states.get(id(cached.model)))
+            states[id(cached.model)] = cached.state
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Turn the base's scores for the next token into log r, or with `lazy` into scores that force a draw from r.

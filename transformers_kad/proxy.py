@@ -73,6 +73,11 @@ class CachedModel:
         self.give({})
         self.reset()
 
+    @property
+    def state(self) -> Hashable:
+        """The model's `fingerprint` when it was last refreshed."""
+        return self._now
+
     def reset(self) -> None:
         """Drop the cache."""
         self._cache: Cache | None = None
@@ -102,8 +107,11 @@ class CachedModel:
                 count = (attention_mask != 0).sum(dim=-1, keepdim=True).to(positions)
             self._shift = positions[..., -1:] - count + 1
 
-    def refresh(self) -> None:
-        """Before a call: drop the cache if the model changed since it was filled, see `fingerprint`.
+    def refresh(self, state: Hashable = None) -> None:
+        """Before a call: drop the cache if the model changed since it was filled.
+
+        Args:
+            state: the model's `fingerprint`, where it is known already.
 
         Raises:
             ValueError: the model is in training mode, or its adapters can't serve (any longer).
@@ -113,7 +121,7 @@ class CachedModel:
                 f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
             )
         check_adapters(self.model, self.role, without_adapter=self.without_adapter)
-        self._now = fingerprint(self.model)
+        self._now = fingerprint(self.model) if state is None else state
         if self._cache is not None and self._now != self._state:
             self.reset()
 
