@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -205,6 +205,8 @@ def test_q_is_restricted_to_the_shared_tokens_and_renormalised():
 def test_any_text_round_trips(base, proxy, text):
     """As a prompt, and token by token as generated text, whatever tokens the base cut it into."""
     alignment = align_cached(base, proxy)
+    # The name of a special token is read as that token, which the other tokenizer calls by its own name.
+    assume(not any(name in text for name in TOKENIZERS[base].all_special_tokens))
     text = "x" + text.replace("▁", "_")  # SentencePiece can't tell its mark from a space
     ids = TOKENIZERS[base](text, add_special_tokens=False)["input_ids"]
     text = decode(base, ids)

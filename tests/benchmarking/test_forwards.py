@@ -76,7 +76,7 @@ def test_forwards_behind_a_text_find_it_in_the_cache(base):
     held = []
 
     def look(model, args, kwargs):
-        cache = kwargs["past_key_values"]
+        cache = kwargs.get("past_key_values")
         held.append((kwargs["input_ids"].shape[1], 0 if cache is None else cache.get_seq_length()))
 
     handle = base.register_forward_pre_hook(look, with_kwargs=True)
