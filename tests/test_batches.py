@@ -250,6 +250,25 @@ def test_a_watermark_with_a_state_of_the_whole_batch(base, proxy):
     assert not torch.equal(drafted, base.generate(**padded(3), logits_processor=[KADLogitsProcessor(proxy)], **GREEDY))
 
 
+@pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_the_next_turn_of_a_batch_of_chats_is_as_without_the_turn_before(base, proxy, rows, drafter):
+    """What the caches keep of the turn before, the number of its tokens among it, is not taken for the next one's."""
+    inputs = padded(rows)
+    settings = {"assistant_model": proxy, "pad_token_id": 0, **GREEDY}
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9), num_assistant_tokens=3, drafter=drafter)
+    for turn in range(4):
+        width = inputs["input_ids"].shape[1]
+        fresh = KADLogitsProcessor(proxy, DualDeferral(0.9))
+        expected = base.generate(**inputs, logits_processor=[fresh], pad_token_id=0, **GREEDY)
+        text = base.generate(**inputs, logits_processor=[kad], **settings)
+        assert torch.equal(text, expected), turn
+        more = torch.full((rows, 2), 5 + turn)
+        mask = inputs["attention_mask"]
+        mask = torch.cat([mask, mask.new_ones(rows, text.shape[1] + 2 - width)], dim=1)
+        inputs = {"input_ids": torch.cat([text, more], dim=1), "attention_mask": mask}
+
+
 @pytest.mark.parametrize("role", ["base", "proxy"])
 def test_layers_that_count_refused_tokens_are_refused_with_the_reason(base, proxy, role):
     sliding = tiny_model("mistral", hidden=32, seed=3)

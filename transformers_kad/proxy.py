@@ -276,6 +276,7 @@ class CachedModel:
         mask = torch.ones_like(input_ids)
         if attention_mask is not None:
             mask = (attention_mask != 0).to(mask)  # a mask may be of any type
+        self._tokens = None  # it was of the texts of the last call
         try:
             self._align(input_ids, mask, upto=length - keep, continues=continues)
             self._activate(input_ids[:, :prompt_length], mask)
