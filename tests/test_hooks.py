@@ -215,6 +215,22 @@ def test_nothing_is_left_open_after_a_refusal(base, proxy):
     assert torch.equal(base.generate(PROMPT, logits_processor=[kad], **GREEDY), expected)
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_call_after_one_whose_exception_is_kept(base, proxy, speculative):
+    """As `sys.last_value` keeps it in a notebook, with the frames of the call and all that they hold."""
+    kad, ids = KADLogitsProcessor(proxy, DualDeferral(0.5)), torch.tensor([[0, 5, 9], [3, 7, 7]])
+    settings = {"logits_processor": [kad], "attention_mask": (ids != 0).long(), **GREEDY}
+    settings |= {"assistant_model": proxy} if speculative else {}
+    expected, kept = base.generate(ids, **settings), []
+    for _ in range(2):
+        try:
+            base.generate(ids, min_new_tokens="many", **settings)
+        except Exception as exception:
+            kept.append(exception)
+    assert len(kept) == 2
+    assert torch.equal(base.generate(ids, **settings), expected)
+
+
 def test_a_proxy_that_ends_its_turns_otherwise_is_warned_about_once(base, caplog):
     proxy = tiny_model(seed=2)
     proxy.generation_config.eos_token_id = [7, 9]

@@ -44,7 +44,7 @@ from .vocabulary import VocabularyAlignment
 logger = logging.get_logger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class OpenCall:
     """One running call of `generate` as a processor needs to know it.
 
