@@ -102,6 +102,22 @@ def test_stop_strings_where_the_padding_is_the_end_of_sequence(speculative):
     assert all(record.target_prob > 0 for records in kad.trace.sequences for record in records)
 
 
+def test_a_padding_id_beyond_the_vocabulary_costs_no_finished_work(base, proxy, free):
+    """As after `tokenizer.add_special_tokens({"pad_token": ...})` without resizing the base; drafts never read it."""
+    kad, settings = make_kad(proxy), {"eos_token_id": 47, "return_dict_in_generate": True, "output_scores": True}
+    out = base.generate(
+        **padded(5), logits_processor=[kad], assistant_model=proxy, pad_token_id=50, **settings, **GREEDY
+    )
+    expected = [trimmed(row, [47]) for row in free]
+    assert len({len(row) for row in expected}) > 1
+    assert [[token for token in row if token != 50] for row in out.sequences[:, BEGIN:].tolist()] == expected
+    for row, text in enumerate(expected):
+        assert [bool(step[row].amax() > -torch.inf) for step in out.scores[len(text) - 1 : len(text) + 1]] in (
+            [True, False],
+            [True],
+        )
+
+
 def test_without_an_end_of_sequence_rows_go_on_and_count(base, proxy, free):
     kad = make_kad(proxy)
     ids = base.generate(

@@ -286,6 +286,11 @@ def test_stop_strings(base, proxy, speculative):
     ids = base.generate(PROMPT, generation_config=config, **settings)
     assert new_tokens(ids) == text[:end]
     assert config.stop_strings == [stop]
+    other = tokenizer.decode(text[7:9])
+    end_of_other = next(i for i in range(len(text)) if tokenizer.decode(text[i : i + 2]) == other) + 2
+    for with_other in (config, GenerationConfig(pad_token_id=0, **GREEDY)):
+        ids = base.generate(PROMPT, generation_config=with_other, stop_strings=[other], **settings)
+        assert new_tokens(ids) == text[:end_of_other]
     own = copy.deepcopy(base)
     own.generation_config.stop_strings = [stop]
     assert new_tokens(own.generate(PROMPT, **settings, **GREEDY)) == text[:end]

@@ -100,6 +100,33 @@ def test_ids_of_one_dimension_are_refused(base, proxy, speculative):
     refused(base, r"shape \(B, L\).*got \(5,\)", inputs=PROMPT[0], logits_processor=[kad], **assistant)
 
 
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["inputs", "attention_mask"])
+@pytest.mark.parametrize("value", [PROMPT.tolist(), {"input_ids": PROMPT}])
+def test_inputs_that_are_no_tensors_are_refused(base, proxy, name, value, speculative):
+    assistant = {"assistant_model": proxy} if speculative else {}
+    settings = {"logits_processor": [KADLogitsProcessor(proxy)], **assistant, name: value}
+    refused(base, rf"must be a tensor, got {type(value).__name__}.*\*\*inputs", TypeError, **settings)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
+@pytest.mark.parametrize("value", [torch.arange(3)[None], torch.arange(5)])
+def test_inputs_for_every_token_must_be_for_every_token(name, value, speculative):
+    base, proxy = tiny_model("gpt2", seed=1), tiny_model("gpt2", seed=2)
+    assistant = {"assistant_model": proxy} if speculative else {}
+    settings = {"logits_processor": [KADLogitsProcessor(proxy)], **assistant, name: value}
+    refused(base, f"`{name}` .* one value for each token of `input_ids` \\(1, 5\\)", **settings)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_ids_that_the_base_can_not_read_are_an_error(base, proxy, speculative):
+    """Of a tokenizer that is not the base's; the proxy may have fewer rows than the base, the base may not."""
+    assistant = {"assistant_model": proxy} if speculative else {}
+    kad = KADLogitsProcessor(proxy)
+    refused(base, "out of range", IndexError, inputs=PROMPT + 40, logits_processor=[kad], **assistant)
+
+
 def test_an_encoder_decoder_base_is_refused(proxy):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}

@@ -364,6 +364,19 @@ def test_a_proxy_prompt_padded_on_the_right_is_refused(proxy):
         pass
 
 
+@pytest.mark.parametrize("given", ["Hello", None, [[1, 2]], {"attention_mask": torch.ones(1, 2)}])
+def test_a_proxy_prompt_that_is_none_is_refused(proxy, given):
+    kad = KADLogitsProcessor(proxy)
+    with pytest.raises(TypeError, match="takes a tensor of ids, or a mapping"), kad.proxy_prompt(given):
+        pass
+
+
+def test_a_proxy_prompt_with_a_mask_of_lists_is_refused(proxy):
+    kad, given = KADLogitsProcessor(proxy), {"input_ids": torch.tensor([[1, 2]]), "attention_mask": [[1, 1]]}
+    with pytest.raises(TypeError, match="got a mask of type list"), kad.proxy_prompt(given):
+        pass
+
+
 def test_a_proxy_prompt_of_lists_is_refused(proxy):
     kad = KADLogitsProcessor(proxy)
     with pytest.raises(TypeError, match="got ids of type list"), kad.proxy_prompt({"input_ids": [[1, 2]]}):

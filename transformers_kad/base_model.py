@@ -103,6 +103,10 @@ class PreparedBase(CachedModel):
             self._cache = self._kwargs["past_key_values"] = cache
         return output.logits
 
+    def _legible(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `CachedModel._legible`; what the base can't read is an error of the prompt."""
+        return ids
+
     def _is_first_forward(self) -> bool:
         return self.forwards == 0
 

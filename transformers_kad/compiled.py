@@ -71,6 +71,10 @@ class CompiledModel(CachedModel):
         self._ids, self._mask = self._ids[:, :length], self._mask[:, :length]
         self._write_length(self.cached_length)
 
+    def _legible(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `CachedModel._legible`; what the base can't read is an error of the prompt."""
+        return ids if self.role == "base" else super()._legible(ids)
+
     def _write_length(self, length: int) -> None:
         assert self._static is not None
         for layer in self._static.layers:

@@ -367,7 +367,8 @@ class _Output:
 
     def _scores_of_padding(self, like: torch.Tensor) -> torch.Tensor:
         scores = torch.full_like(like, -torch.inf)
-        scores[self.padding] = 0.0
+        if 0 <= self.padding < len(scores):  # an id added to the tokenizer alone has no score
+            scores[self.padding] = 0.0
         return scores
 
 

@@ -393,6 +393,13 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
     if beams > 1 and kad.record_trace:
         raise ValueError(f"`trace=True` is not available with beams, got num_beams={beams}.")
     ids = settings.input_ids
+    mask = settings.arguments.get("attention_mask")
+    for name, given in (("input_ids", ids), ("attention_mask", mask)):
+        if given is not None and not torch.is_tensor(given):
+            raise TypeError(
+                f"`{name}` must be a tensor, got {type(given).__name__}: tokenize with `return_tensors='pt'`, and "
+                "pass what the tokenizer returns as `generate(**inputs, ...)`."
+            )
     if ids is not None and ids.dim() != 2:
         raise ValueError(f"`input_ids` must have the shape (B, L), one row a prompt, got {tuple(ids.shape)}.")
     if ids is None and settings.arguments.get("inputs_embeds") is not None and kad.proxy_inputs is None:
@@ -400,12 +407,19 @@ def _refuse(model: PreTrainedModel, kad: Any, settings: _Settings, speculative: 
             "`inputs_embeds` without `input_ids`: the proxy needs a prompt of tokens. Pass its own with "
             "`with kad.proxy_prompt(inputs):`."
         )
-    mask = settings.arguments.get("attention_mask")
     if mask is not None and ids is not None and mask.shape != ids.shape and kad.proxy_inputs is None:
         raise ValueError(
             f"`attention_mask` {tuple(mask.shape)} and `input_ids` {tuple(ids.shape)} must have the same shape: "
             "the proxy needs the whole text, also where a cache for its beginning is passed."
         )
+    for name in PER_TOKEN:
+        value = settings.arguments.get(name)
+        is_read = speculative or kad.proxy_inputs is None
+        if is_read and value is not None and ids is not None and (value.dim() < 2 or value.shape[-1] != ids.shape[1]):
+            raise ValueError(
+                f"`{name}` {tuple(value.shape)} must have one value for each token of `input_ids` {tuple(ids.shape)}, "
+                "also where a cache for the beginning of the text is passed."
+            )
     if not speculative:
         return
     if kad.compile and settings.arguments.get("position_ids") is not None:
@@ -617,6 +631,7 @@ def _with_stop_strings_as_criterion(settings: _Settings) -> dict[str, Any]:
     if settings.config is not None:
         arguments["generation_config"] = copy.deepcopy(settings.config)
         arguments["generation_config"].stop_strings = None
-    if settings.config is None or settings.model.generation_config.stop_strings is not None:
+    own = settings.model.generation_config.stop_strings  # counts where the config passed names none
+    if settings.config is None or "stop_strings" in arguments or own is not None:
         arguments["stop_strings"] = None
     return arguments

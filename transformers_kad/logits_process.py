@@ -211,10 +211,17 @@ class KADLogitsProcessor(LogitsProcessor):
                 `token_type_ids` and `position_ids`.
 
         Raises:
-            TypeError: ids that are no tensor.
+            TypeError: no ids, or ids or a mask that are no tensors.
             ValueError: shapes that do not fit, padding on the right, or other inputs that the proxy would take.
         """
-        given = {"input_ids": proxy_inputs} if torch.is_tensor(proxy_inputs) else dict(proxy_inputs)
+        if torch.is_tensor(proxy_inputs):
+            proxy_inputs = {"input_ids": proxy_inputs}
+        if not isinstance(proxy_inputs, Mapping) or "input_ids" not in proxy_inputs:
+            raise TypeError(
+                "`proxy_prompt` takes a tensor of ids, or a mapping with `input_ids` as tokenizers return it, got "
+                f"{proxy_inputs!r}."
+            )
+        given = dict(proxy_inputs)
         ids, mask = given.pop("input_ids"), given.pop("attention_mask", None)
         further = {name: given.pop(name) for name in PER_TOKEN if given.get(name) is not None}
         unknown = sorted(given.keys() & self.cached_proxy.accepted_inputs)
@@ -222,11 +229,12 @@ class KADLogitsProcessor(LogitsProcessor):
             raise ValueError(
                 f"`proxy_prompt` takes a prompt of tokens, got {unknown} as well, which can't be passed on."
             )
-        if not torch.is_tensor(ids):
-            raise TypeError(
-                f"`proxy_prompt` takes tensors, got ids of type {type(ids).__name__}: tokenize with "
-                '`return_tensors="pt"`.'
-            )
+        for name, value in (("ids", ids), ("a mask", ids if mask is None else mask)):
+            if not torch.is_tensor(value):
+                raise TypeError(
+                    f"`proxy_prompt` takes tensors, got {name} of type {type(value).__name__}: tokenize with "
+                    '`return_tensors="pt"`.'
+                )
         if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
             raise ValueError(
                 f"`proxy_prompt` takes ids (B, L) and a mask of that shape, got {tuple(ids.shape)} and "

@@ -114,10 +114,11 @@ class Reader:
         limit = self.model.context_length
         if limit is None:
             return [None] * len(self._lengths)
-        lengths = list(self._lengths)
+        lengths = self._lengths
         if tokens is not None:
-            for row, token in enumerate(tokens[:, 0].tolist()):
-                lengths[row] += self._width(token)
+            known = self.vocabulary_alignment is None  # then nothing is to be read from the device
+            widths = [1] * len(lengths) if known else map(self._width, tokens[:, 0].tolist())
+            lengths = [length + width for length, width in zip(lengths, widths, strict=True)]
         self.model.check_length(max(lengths))
         return [limit - length for length in lengths]
 
