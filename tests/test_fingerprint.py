@@ -84,6 +84,15 @@ def layer_replaced(model):
     model.model.layers[1] = copy.deepcopy(model.model.layers[0])
 
 
+def activation_replaced(model):
+    model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+
+
+def forward_replaced(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda hidden: 3 * hidden
+
+
 def configured(model):
     model.config.sliding_window = 4
 
@@ -104,6 +113,8 @@ CHANGES = [
     attention_scaled,
     hooked,
     layer_replaced,
+    activation_replaced,
+    forward_replaced,
     configured,
 ]
 # These change the logits by less than is seen in a short text, or only with other settings.

@@ -19,8 +19,8 @@ def fingerprint(model: nn.Module) -> Hashable:
     and back raise no version counter. So every weight and buffer is read once, which takes at most about as long as
     one step of the model. Weights that lie on the disk (the meta device) are told apart by their identity alone.
 
-    Also seen: plain settings of the modules (numbers, booleans, strings), the model's configuration, and which forward
-    hooks are registered; not seen is what a hook computes.
+    Also seen: the modules' classes, replaced `forward` methods and plain settings (numbers, booleans, strings), the
+    model's configuration, and which forward hooks are registered; not seen is what a hook computes.
     """
     tensors = [*chain(model.named_parameters(), model.named_buffers())]
     kinds = tuple((name, id(t), t.dtype, tuple(t.shape), str(t.device)) for name, t in tensors)
@@ -31,6 +31,8 @@ def _settings(model: nn.Module) -> Hashable:
     """What decides a model's outputs besides its tensors."""
     modules = tuple(
         (
+            type(module),
+            id(vars(module).get("forward")),  # of one that took the place of its class's
             tuple((name, value) for name, value in vars(module).items() if _is_setting(name, value)),
             tuple(module._forward_hooks),
             tuple(module._forward_pre_hooks),
