@@ -227,3 +227,19 @@ def test_a_processor_asked_by_hand_sees_a_change(base):
     kad(PROMPT, scores)
     fused_step(proxy)
     torch.testing.assert_close(kad(PROMPT, scores), KADLogitsProcessor(proxy, DualDeferral(0.9))(PROMPT, scores))
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_call_after_one_under_autocast_is_that_of_a_new_processor(base, speculative):
+    """And the other way round: a cache that was filled in another precision is not gone on with."""
+    proxy = tiny_model(seed=2)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9))
+    settings = {"do_sample": False, "max_new_tokens": 12, "return_dict_in_generate": True, "output_scores": True}
+    settings |= {"assistant_model": proxy} if speculative else {}
+    for enabled in (True, False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            got = base.generate(PROMPT, logits_processor=[kad], **settings)
+            fresh = KADLogitsProcessor(proxy, DualDeferral(0.9))
+            expected = base.generate(PROMPT, logits_processor=[fresh], **settings)
+        assert torch.equal(got.sequences, expected.sequences)
+        torch.testing.assert_close(torch.cat(got.scores), torch.cat(expected.scores), atol=1e-4, rtol=1e-4)

@@ -20,11 +20,18 @@ def fingerprint(model: nn.Module) -> Hashable:
     one step of the model. Weights that lie on the disk (the meta device) are told apart by their identity alone.
 
     Also seen: the modules' classes, replaced `forward` methods and plain settings (numbers, booleans, strings), the
-    model's configuration, and which forward hooks are registered; not seen is what a hook computes.
+    model's configuration, whether `torch.autocast` is on, and which forward hooks are registered; not seen is what a
+    hook computes.
     """
     tensors = [*chain(model.named_parameters(), model.named_buffers())]
     kinds = tuple((name, id(t), t.dtype, tuple(t.shape), str(t.device)) for name, t in tensors)
-    return hash((kinds, _checksums([t for _, t in tensors]), _settings(model)))
+    device_types = sorted({t.device.type for _, t in tensors} - {"meta"})
+    return hash((kinds, _checksums([t for _, t in tensors]), _settings(model), *map(_autocast, device_types)))
+
+
+def _autocast(device_type: str) -> Hashable:
+    """The precision that `torch.autocast` computes in now, if it is on."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def _settings(model: nn.Module) -> Hashable:
