@@ -483,6 +483,19 @@ def test_an_interrupted_call_leaves_no_names_of_adapters_behind() -> None:
     assert torch.equal(base.generate(**settings), before)
 
 
+@pytest.mark.parametrize("processors", ["no list", "two", "an unknown argument"])
+def test_a_refused_call_leaves_no_names_of_adapters_behind(processors: str) -> None:
+    """Whatever refuses it, and however early."""
+    base, kad, ids = two_adapters(), KADLogitsProcessor(tiny_model(seed=9)), random_ids(2, 6)
+    before = base.generate(input_ids=ids, logits_processor=[kad], **GREEDY)
+    given = {"no list": kad, "two": [kad, kad]}.get(processors, [kad])
+    settings = {"input_ids": ids, "logits_processor": given, **GREEDY}
+    settings |= {"max_new_tokns": 3} if processors == "an unknown argument" else {}
+    with pytest.raises((TypeError, ValueError), match=r"must be a list|one KAD processor|not used by the model"):
+        base.generate(adapter_names=["other", "__base__"], **settings)
+    assert torch.equal(base.generate(input_ids=ids, logits_processor=[kad], **GREEDY), before)
+
+
 @pytest.mark.parametrize("merged", [["default"], ["default", "other"]])
 def test_what_the_user_merged_stays_merged(merged: list[str]) -> None:
     """Of two active adapters one or both are merged: with a reference q stays what it is; else one is asked for."""

@@ -231,19 +231,20 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         # `logits_processor` is the third argument.
         processors = kwargs.get("logits_processor") or (args[2] if len(args) > 2 else None) or []
-        if getattr(processors, "is_kad_processor", False):
-            raise TypeError("`logits_processor` must be a list: pass `logits_processor=[kad]`.")
-        found = [p for p in processors if getattr(p, "is_kad_processor", False)]
+        is_kad = getattr(processors, "is_kad_processor", False)
+        found = [processors] if is_kad else [p for p in processors if getattr(p, "is_kad_processor", False)]
         if not found:
             return original(self, *args, **kwargs)
         if isinstance(found[0], StepProcessor):  # a decoding method of the call that is open calls generate in turn
             return original(self, *args, **kwargs)
-        if len(found) > 1:
-            raise ValueError(f"Pass one KAD processor to a call of generate, got {len(found)}.")
-        bound = signature.bind(self, *args, **kwargs).arguments
-        bound.pop("self")
-        extra = bound.pop("kwargs", {})
         try:
+            if is_kad:
+                raise TypeError("`logits_processor` must be a list: pass `logits_processor=[kad]`.")
+            if len(found) > 1:
+                raise ValueError(f"Pass one KAD processor to a call of generate, got {len(found)}.")
+            bound = signature.bind(self, *args, **kwargs).arguments
+            bound.pop("self")
+            extra = bound.pop("kwargs", {})
             return _generate_with_kad(original, self, found[0], {**bound, **extra})
         except BaseException:
             remove_injections(self)
