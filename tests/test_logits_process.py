@@ -371,6 +371,15 @@ def test_a_proxy_prompt_that_is_none_is_refused(proxy, given):
         pass
 
 
+def test_a_proxy_prompt_of_another_vocabulary_is_refused(proxy):
+    """Its ids are the proxy's own: those beyond its vocabulary would be read as padding."""
+    kad, ids = KADLogitsProcessor(proxy), torch.tensor([[7, 49]])
+    with kad.proxy_prompt(ids):
+        pass
+    with pytest.raises(ValueError, match=r"id 50, .* ends at 50"), kad.proxy_prompt(ids + 1):
+        pass
+
+
 def test_a_proxy_prompt_with_a_mask_of_lists_is_refused(proxy):
     kad, given = KADLogitsProcessor(proxy), {"input_ids": torch.tensor([[1, 2]]), "attention_mask": [[1, 1]]}
     with pytest.raises(TypeError, match="got a mask of type list"), kad.proxy_prompt(given):

@@ -212,7 +212,8 @@ class KADLogitsProcessor(LogitsProcessor):
 
         Raises:
             TypeError: no ids, or ids or a mask that are no tensors.
-            ValueError: shapes that do not fit, padding on the right, or other inputs that the proxy would take.
+            ValueError: shapes that do not fit, padding on the right, ids beyond the proxy's vocabulary, or other
+                inputs that the proxy would take.
         """
         if torch.is_tensor(proxy_inputs):
             proxy_inputs = {"input_ids": proxy_inputs}
@@ -244,6 +245,12 @@ class KADLogitsProcessor(LogitsProcessor):
             raise ValueError(
                 "`proxy_prompt` takes prompts padded on the left, got padding at the end. Set "
                 '`tokenizer.padding_side = "left"`.'
+            )
+        largest, vocabulary = int(ids.max()) if ids.numel() else 0, self.cached_proxy.vocabulary
+        if largest >= vocabulary:
+            raise ValueError(
+                f"`proxy_prompt` takes ids of the proxy, got the id {largest}, and the vocabulary of "
+                f"{describe(self.proxy)} ends at {vocabulary}: tokenize with the proxy's own tokenizer."
             )
         before, self.proxy_inputs = self.proxy_inputs, (ids, mask, further)
         try:

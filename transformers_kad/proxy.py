@@ -64,10 +64,10 @@ class CachedModel:
             type(self._below)._prepare_position_ids_for_generation
             is not GenerationMixin._prepare_position_ids_for_generation
         )
-        self._readable = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]  # the ids that it can read
         config = model.config.get_text_config(decoder=True)
         candidates = (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None))
-        self._stand_in = next((i for i in candidates if isinstance(i, int) and 0 <= i < self._readable), 0)
+        self._stand_in = next((i for i in candidates if isinstance(i, int) and 0 <= i < self.vocabulary), 0)
         self._inactive: torch.Tensor | None = None  # (B,): tokens before the activated LoRA of each row
         self._now: Hashable = None
         self.give({})
@@ -361,7 +361,7 @@ class CachedModel:
 
     def _legible(self, ids: torch.Tensor) -> torch.Tensor:
         """An id beyond the model's vocabulary can be emitted by the base, but not be read here."""
-        return ids.masked_fill(ids >= self._readable, self._stand_in)
+        return ids.masked_fill(ids >= self.vocabulary, self._stand_in)
 
     def _call(self, ids: torch.Tensor, mask: torch.Tensor, new: int, keep: int) -> torch.Tensor:
         """One forward over the last `new` columns, `(B, S)` all in all; the logits of the last `keep` are needed."""
