@@ -277,3 +277,21 @@ def test_inputs_that_the_proxy_could_take_and_does_not_get_are_named_once(caplog
     messages = [record.message for record in caplog.records if "could take as well" in record.message]
     assert len(messages) == 1
     assert "['mm_token_type_ids']" in messages[0]
+
+
+@pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
+@pytest.mark.parametrize("first", [3, 30])
+def test_positions_that_run_ahead_of_the_tokens_are_read_as_given(first, drafter):
+    """A context is counted in tokens; what lies beyond it by its position alone is no draft that nobody reads."""
+    base = tiny_model(hidden=32, seed=1, max_position_embeddings=24)
+    proxy = tiny_model(seed=2, max_position_embeddings=24)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.9), num_assistant_tokens=4, drafter=drafter)
+    ids = PROMPT[:, :4].repeat(1, 2)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(8)[None] * 2 + first}
+    settings = {"do_sample": False, "max_new_tokens": 16, "return_dict_in_generate": True, "output_scores": True}
+    out = base.generate(**inputs, logits_processor=[kad], assistant_model=proxy, **settings)
+    inputs["attention_mask"] = torch.ones_like(ids)
+    for step, scores in enumerate(out.scores):
+        expected = log_r_with_inputs(base, proxy, inputs, out.sequences[0, : 8 + step], 0, kad.rule)
+        torch.testing.assert_close(scores[0].exp(), expected.exp(), atol=1e-3, rtol=1e-3)
+    assert kad.statistics.drafted > 0

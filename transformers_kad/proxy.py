@@ -99,9 +99,7 @@ class CachedModel:
         self._given = {name: value.to(device) for name, value in inputs.items() if name in self.accepted_inputs}
         self._given_columns = max((value.shape[-1] for value in self._given.values()), default=0)
         self._shift: torch.Tensor | None = None  # a row's next position, less the number of its tokens
-        self._goes_beyond_context = False
         if (positions := self._given.get("position_ids")) is not None:
-            self._goes_beyond_context = bool((positions > (self._last_position or 0)).any())
             count = positions.new_tensor([positions.shape[-1]])
             if attention_mask is not None:
                 count = (attention_mask != 0).sum(dim=-1, keepdim=True).to(positions)
@@ -414,21 +412,20 @@ class CachedModel:
                 return self._below._prepare_position_ids_for_generation(ids, {"attention_mask": mask})
             if not self._padded:
                 return torch.arange(ids.shape[1], device=ids.device).expand(len(ids), -1)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
         before_draft = ids.shape[1] - new  # the first column to be read is no draft
-        if self._shift is not None:
-            positions = self._of_prompt_and_behind(
-                self._given["position_ids"], positions + self._of_rows(self._shift, len(ids)), ids
-            )
-            before_draft = max(before_draft, self._given_columns - 1)
-        return self._within_context(positions, before_draft)
+        if self._shift is None:
+            return self._within_context(counted, before_draft)
+        counted = self._within_context(counted, max(before_draft, self._given_columns - 1))
+        behind = counted + self._of_rows(self._shift, len(ids))
+        return self._of_prompt_and_behind(self._given["position_ids"], behind, ids)
 
     def _within_context(self, positions: torch.Tensor, before_draft: int) -> torch.Tensor:
-        """Positions `(..., B, S)` that the model has: drafts of a row that ends with the context may lie beyond it.
+        """Positions `(B, S)`, counted in tokens, within the context: drafts of a row that ends with it may lie beyond.
 
         Nobody reads what comes of such drafts. `before_draft` is the last column that is no draft.
         """
-        if self._last_position is None or self._goes_beyond_context:
+        if self._last_position is None:
             return positions
         return positions.clamp(max=self._last_position)  # longer texts are refused
 
