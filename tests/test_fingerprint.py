@@ -51,6 +51,14 @@ def rows_swapped(model):
     weight[[3, 9]] = weight[[9, 3]]
 
 
+def norm_permuted(model):
+    weight = model.model.norm.weight.data
+    weight[:4] = torch.tensor([3.0, 1.0, 2.0, 5.0])
+    before = fingerprint(model)
+    weight[:4] = weight[[2, 0, 3, 1]]
+    assert fingerprint(model) != before
+
+
 def weights_exchanged(model):
     """Two tensors of one shape change places: the sum over all stays."""
     first, second = (layer.mlp.down_proj.weight.data for layer in model.model.layers)
@@ -106,6 +114,7 @@ CHANGES = [
     one_weight,
     one_bit,
     rows_swapped,
+    norm_permuted,
     weights_exchanged,
     from_a_vector,
     pruned,
@@ -160,6 +169,18 @@ def test_adapters_count(change):
     before = fingerprint(model)
     change(model)
     assert fingerprint(model) != before
+
+
+def test_places_count_in_large_tensors_too():
+    module = torch.nn.Module()
+    module.register_buffer("large", torch.randn(300, 401, generator=torch.Generator().manual_seed(0)))
+    before = fingerprint(module)
+    flat = module.large.view(-1)
+    for first, second in ((0, 1024), (7, len(flat) - 1), (len(flat) - 2, 5000)):
+        flat[[first, second]] = flat[[second, first]].clone()
+        assert fingerprint(module) != before
+        flat[[first, second]] = flat[[second, first]].clone()
+        assert fingerprint(module) == before
 
 
 def test_forwards_and_gradients_change_nothing():

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 # An odd number far from small multiples of powers of two: 2^64 / golden ratio, as a signed integer.
-ROW_FACTOR = -7046029254386353131
+FACTOR = -7046029254386353131
+CHUNK = 512  # words that are added up before a factor tells their place
+SMALL = 2**14  # elements of a tensor in which the place of each one counts
 WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
@@ -20,8 +22,8 @@ def fingerprint(model: nn.Module) -> Hashable:
     one step of the model. Weights that lie on the disk (the meta device) are told apart by their identity alone.
 
     Also seen: the modules' classes, replaced `forward` methods and plain settings (numbers, booleans, strings), the
-    model's configuration, whether `torch.autocast` is on, and which forward hooks are registered; not seen is what a
-    hook computes.
+    model's configuration, whether `torch.autocast` is on, and which forward hooks are registered. Not seen is what a
+    hook computes, and an exchange of weights within 4 KiB of a large tensor.
     """
     tensors = [*chain(model.named_parameters(), model.named_buffers())]
     kinds = tuple((name, id(t), t.dtype, tuple(t.shape), str(t.device)) for name, t in tensors)
@@ -87,12 +89,22 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit sum of a tensor's bits, each row (of its first dimension) with a factor of its own; a scalar."""
-    rows = tensor.reshape(len(tensor), -1) if tensor.dim() > 1 else tensor.reshape(1, -1)
-    rows = rows.contiguous()
-    size = rows.element_size()
-    bounds = (rows.shape[1] * size, rows.storage_offset() * size)  # in bytes
-    word = next(word for word in WORDS if not any(bound % word.itemsize for bound in bounds))
-    sums = rows.view(word).sum(dim=1, dtype=torch.int64)
-    factors = torch.arange(1, len(sums) + 1, device=sums.device) * ROW_FACTOR
+    """A 64-bit sum of a tensor's bits, a scalar.
+
+    Every chunk has a factor of its own; in a small tensor every element.
+    """
+    flat = tensor.reshape(-1).contiguous()
+    bounds = (flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size())  # in bytes
+    small = flat.numel() <= SMALL
+    word = next(
+        word
+        for word in WORDS
+        if not any(bound % word.itemsize for bound in bounds) and not (small and word.itemsize > flat.element_size())
+    )
+    words = flat.view(word)
+    size = 1 if small else CHUNK
+    whole = len(words) // size * size
+    sums = words[:whole].view(-1, size).sum(dim=1, dtype=torch.int64)
+    sums = torch.cat([sums, words[whole:].sum(dtype=torch.int64).view(1)])
+    factors = torch.arange(1, len(sums) + 1, device=sums.device) * FACTOR
     return (sums * (factors | 1)).sum()
