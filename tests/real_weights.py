@@ -266,22 +266,12 @@ def align(run: Run) -> Outcome:
     config = KADConfig.from_pretrained(run.folder / PROXY)
     check((config.rule, config.parameters) == ("dual", {"threshold": THRESHOLD}), f"kad_config.json says {config}.")
     training = json.loads((run.folder / PROXY / "training.json").read_text())
-    losses = [entry["eval_loss"] for entry in find_all(training, "eval_loss")]
-    check(len(losses) > 0, f"training.json names no loss on held-out chats: {training!r:.500}")
-    return Outcome(f"LoRA on {len(chats)} chats; loss on those held out: {', '.join(f'{x:.3f}' for x in losses)}")
-
-
-def find_all(value: Any, key: str) -> list[dict[str, Any]]:
-    """Every object of a JSON value that has a key, in order.
-
-    >>> find_all({"log": [{"loss": 2}, {"step": 1}, {"loss": 1}]}, "loss")
-    [{'loss': 2}, {'loss': 1}]
-    """
-    if isinstance(value, list):
-        return [found for each in value for found in find_all(each, key)]
-    if not isinstance(value, dict):
-        return []
-    return ([value] if key in value else []) + [found for each in value.values() for found in find_all(each, key)]
+    before, after = training["eval_loss_before"], training["eval_loss"]
+    check(after < before, f"The loss on held-out chats went from {before} to {after}.")
+    return Outcome(
+        f"LoRA on {training['examples']} chats; loss on {len(chats) - training['examples']} held out from "
+        f"{before:.3f} to {after:.3f}"
+    )
 
 
 def generate(run: Run) -> Outcome:
