@@ -632,6 +632,7 @@ def run(tmp_path, *words, launcher=()):
         command, capture_output=True, text=True, env={**os.environ, **own}, check=False, cwd=tmp_path, timeout=500
     )
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr  # nothing that the person at the terminal can do something about
     (results,) = tmp_path.glob("results_*.json")
     answers = {}
     for path in tmp_path.glob("samples_*.jsonl"):

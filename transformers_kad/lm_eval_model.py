@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from ._version import __version__
 from .arguments import ModelArguments, RuleArguments, RuleParameters
+from .command_line import quieten
 from .composition import RULES, compose, unknown_name_message
 from .configuration import KADConfig
 from .evaluation.answers import thought_opened_by, without_thoughts
@@ -402,4 +403,5 @@ def _name_models(
 
 
 if __name__ == "__main__":
+    quieten()
     cli_evaluate()
