@@ -14,6 +14,7 @@ from real_weights import (
     RealWeightsArguments,
     distance_of_choice,
     harness_task,
+    judged_alike,
     report,
     run_steps,
     split_rows,
@@ -48,10 +49,28 @@ def test_weights_and_questions_stay_outside_the_repository(tmp_path):
         ("The answer is -4", "-4"),
         ("It is 12.", None),
         ("The answer is twelve.", None),
+        ("The answer is 20/2 = 10.", None),
+        ("The answer is 16 - 3.", None),
+        ("The answer is 18.\n- that is all", "18"),
     ],
 )
 def test_the_number_that_is_stated(text, number):
     assert stated_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "filtered, right, prediction, correct, alike",
+    [
+        ("1,072.00", 1.0, "1072", True, True),
+        ("12", 0.0, "12", False, True),
+        ("12", 0.0, "15", False, False),  # both wrong, but not for the same number
+        ("12", 1.0, "12", False, False),
+        ("[invalid]", 0.0, None, False, False),
+    ],
+)
+def test_verdicts_are_compared_with_the_numbers_they_are_about(filtered, right, prediction, correct, alike):
+    sample = {"filtered_resps": [filtered], "exact_match": right}
+    assert judged_alike(sample, {"prediction": prediction, "correct": correct}) is alike
 
 
 def test_the_harness_reads_the_task_as_it_is_meant(tmp_path):
