@@ -54,6 +54,7 @@ from transformers_kad.command_line import parse_arguments, quieten
 from transformers_kad.pair import Pair
 from transformers_kad.prompting import Prompt, check_template_arguments, encode, normalize_prompt
 from transformers_kad.resumable import JsonLinesStore, json_line
+from transformers_kad.sources import shown_name
 from transformers_kad.statistics import add_up
 from transformers_kad.strict_json import parse_json_object
 
@@ -293,7 +294,8 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
     print(summary([generator.kad.statistics], time.perf_counter() - started), file=sys.stderr)
     if arguments.trace and generator.kad.trace is not None:
         models = generator.pair.models
-        trace = replace(generator.kad.trace, base=models.base, proxy=models.proxy)  # as they were asked for
+        names = {"base": shown_name(models.base), "proxy": shown_name(models.proxy)}  # an adapter has its own
+        trace = replace(generator.kad.trace, **names)
         page = trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
         print(f"Trace: {page}", file=sys.stderr)
 

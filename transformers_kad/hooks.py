@@ -37,7 +37,8 @@ from transformers.utils import logging
 from .adapters import check_speculative_base, remove_injections
 from .ended_rows import EndedRows
 from .generation import kad_generate
-from .proxy import PER_TOKEN, describe
+from .proxy import PER_TOKEN, source_of
+from .sources import shown_name
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
 
@@ -288,7 +289,11 @@ def _described(kad: Any, model: PreTrainedModel) -> dict[str, Any]:
     rule = repr(kad.rule)
     if kad.component_temperature != 1:
         rule += f", component temperature {kad.component_temperature:g}"
-    return {"tokenizer": kad.tokenizer, "base": describe(model), "proxy": describe(kad.proxy), "rule": rule}
+
+    def shown(model: PreTrainedModel) -> str:
+        return f"{type(model).__name__} ({shown_name(source_of(model))})"
+
+    return {"tokenizer": kad.tokenizer, "base": shown(model), "proxy": shown(kad.proxy), "rule": rule}
 
 
 class _Settings:

@@ -480,8 +480,12 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def describe(model: PreTrainedModel) -> str:
     """A model's class and where it was loaded from, for error messages."""
-    path = getattr(model.config, "_name_or_path", "") or "unnamed"
-    return f"{type(model).__name__} ({path})"
+    return f"{type(model).__name__} ({source_of(model)})"
+
+
+def source_of(model: PreTrainedModel) -> str:
+    """The folder or Hub id that a model was loaded from; of a `PeftModel` that of the model below the adapter."""
+    return getattr(model.config, "_name_or_path", "") or "unnamed"
 
 
 def is_unusable(logits: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,15 @@ def check_source(name: str | Path) -> str:
     return text
 
 
+def shown_name(name: str) -> str:
+    """A model's name on a page that is passed on: a folder's own name, not where it lies; a Hub id as it is.
+
+    >>> shown_name("owner/name")
+    'owner/name'
+    """
+    return Path(name).resolve().name if looks_like_path(name) or Path(name).is_dir() else name
+
+
 def portable_name(name: str, folder: str | Path) -> str:
     """How a file in `folder` is to name a model, so that it is found from every working directory.
 
