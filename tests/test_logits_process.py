@@ -535,6 +535,29 @@ class Wait(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+class Inside(LogitsProcessor):
+    """A processor of the user's that asks KAD by hand."""
+
+    def __init__(self, kad):
+        self.kad = kad
+
+    def __call__(self, input_ids, scores):
+        return self.kad(input_ids, scores)
+
+
+def test_inside_another_processor_it_serves_texts_without_padding_and_refuses_others(base, proxy):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.4))
+    expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    assert torch.equal(base.generate(PROMPT, logits_processor=[Inside(kad)], **GREEDY), expected)
+    ids = torch.cat([PROMPT, PROMPT])
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    for settings in ({}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises(RuntimeError, match=r"asked by hand about texts \(.*whose prompts are padded"):
+            base.generate(ids, attention_mask=mask, logits_processor=[Inside(kad)], **{**GREEDY, **settings})
+    assert torch.equal(base.generate(PROMPT, logits_processor=[kad], **GREEDY), expected)
+
+
 def test_a_second_thread_is_refused_while_a_call_is_open(base, proxy):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.4))
     expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)

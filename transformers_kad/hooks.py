@@ -213,16 +213,39 @@ class StepProcessor(LogitsProcessor):
         return self.kad.step(input_ids, scores)
 
 
-def in_list_of_unwrapped_generate(kad: Any) -> bool:
-    """Whether a `generate` that the wrapper knows nothing of has a processor in its list and is running it."""
+def refuse_by_hand(kad: Any, input_ids: torch.Tensor) -> None:
+    """Raise if a processor that is asked by hand about texts `(rows, L)` would take padding for text.
+
+    Raises:
+        RuntimeError: a `generate` that the wrapper knows nothing of has the processor in its list and is running it,
+            or a running `generate` has padded texts of this shape, as where another processor asks this one.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "generate" and isinstance(frame.f_locals.get("self"), GenerationMixin):
             processors = frame.f_locals.get("logits_processor")
             if isinstance(processors, list | tuple) and any(processor is kad for processor in processors):
-                return True
+                raise RuntimeError(
+                    "This KAD processor is in the list of a `generate` that was looked up before transformers_kad was "
+                    "imported, or that a model defines without calling `super().generate`. Such a call would take "
+                    "padding for text and know nothing of drafts: import transformers_kad first, and call "
+                    "`model.generate` of `GenerationMixin`."
+                )
+            if _is_padded(input_ids, (frame.f_locals.get("model_kwargs") or {}).get("attention_mask")):
+                raise RuntimeError(
+                    f"This KAD processor was asked by hand about texts {tuple(input_ids.shape)} within a `generate` "
+                    "whose prompts are padded, and would take the padding for text. Put the processor itself into "
+                    "`logits_processor`, or ask it about texts without padding."
+                )
         frame = frame.f_back
-    return False
+
+
+def _is_padded(input_ids: torch.Tensor, mask: object) -> bool:
+    """Whether texts `(rows, L)` may be those of prompts with this mask `(B, P)`, and it has padding."""
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or not len(mask):
+        return False
+    fits = len(input_ids) % len(mask) == 0 and input_ids.shape[1] >= mask.shape[1]
+    return fits and not bool((mask != 0).all())
 
 
 def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:

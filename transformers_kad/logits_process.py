@@ -330,7 +330,7 @@ class KADLogitsProcessor(LogitsProcessor):
         Raises:
             ValueError: logits of either model that are NaN, +inf or all -inf.
             RuntimeError: a call of `generate` is open; a `generate` that was looked up before this library was
-                imported; with `lazy`, a token was emitted that was not drawn.
+                imported, or whose texts are padded; with `lazy`, a token was emitted that was not drawn.
 
         This is for use by hand, in a decoding loop of your own: it works on the ids it gets, assumes no padding, and
         takes no row for finished. `generate` itself runs `step`.
@@ -342,13 +342,7 @@ class KADLogitsProcessor(LogitsProcessor):
                 f"This KAD processor is in use by a call of `generate` in {whose} thread, whose text would change if "
                 "the processor were asked by hand. Build another processor; they may share the proxy."
             )
-        if hooks.in_list_of_unwrapped_generate(self):
-            raise RuntimeError(
-                "This KAD processor is in the list of a `generate` that was looked up before transformers_kad was "
-                "imported, or that a model defines without calling `super().generate`. Such a call would take padding "
-                "for text and know nothing of drafts: import transformers_kad first, and call `model.generate` of "
-                "`GenerationMixin`."
-            )
+        hooks.refuse_by_hand(self, input_ids)
         self._refresh()
         result = self.step(input_ids, scores)
         self._intact = True
