@@ -37,7 +37,7 @@ from transformers.utils import logging
 from .adapters import check_speculative_base, remove_injections
 from .ended_rows import EndedRows
 from .generation import kad_generate
-from .proxy import PER_TOKEN, source_of
+from .proxy import PER_TOKEN, repeat_rows, source_of
 from .sources import shown_name
 from .statistics import BatchRecorder, KADStatistics, KADTrace, StepRecorder, add_up
 from .vocabulary import VocabularyAlignment
@@ -117,12 +117,12 @@ class OpenCall:
         generated, mask = input_ids[:, self.prompt_length :], None
         if self.vocabulary_alignment is not None:
             generated, mask = self._spell(generated)
-        ids = torch.cat([_repeat_rows(prompt, like=generated), generated], dim=-1)
+        ids = torch.cat([repeat_rows(prompt, len(generated)).to(generated), generated], dim=-1)
         if prompt_mask is None and mask is None:
             return ids, None
         prompt_mask = torch.ones_like(prompt) if prompt_mask is None else prompt_mask
         mask = torch.ones_like(generated) if mask is None else mask
-        return ids, torch.cat([_repeat_rows(prompt_mask, like=mask), mask], dim=-1)
+        return ids, torch.cat([repeat_rows(prompt_mask, len(mask)).to(mask), mask], dim=-1)
 
     def _spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Generated tokens as the proxy reads them, and their mask. Only what is new since last time is spelled."""
@@ -175,11 +175,6 @@ class OpenCall:
         while self.eos_token_ids and length and ids[length - 1] == self.pad_token_id:
             length -= 1
         return length
-
-
-def _repeat_rows(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Rows of prompts, each repeated for its beams or return sequences, on another tensor's device and of its type."""
-    return values.repeat_interleave(len(like) // len(values), dim=0).to(like)
 
 
 _installing = threading.Lock()

@@ -194,8 +194,8 @@ class CachedModel:
             return
         index = torch.tensor(rows, device=self._ids.device)
         before = len(self._ids)
-        self._given = {name: self._of_rows(value, before)[..., index, :] for name, value in self._given.items()}
-        self._shift = None if self._shift is None else self._of_rows(self._shift, before)[..., index, :]
+        self._given = {name: repeat_rows(value, before)[..., index, :] for name, value in self._given.items()}
+        self._shift = None if self._shift is None else repeat_rows(self._shift, before)[..., index, :]
         if self._cache is not None:
             self._cache.batch_select_indices(index)
         self._ids, self._mask = self._ids[index], self._mask[index]
@@ -417,7 +417,7 @@ class CachedModel:
         if self._shift is None:
             return self._within_context(counted, before_draft)
         counted = self._within_context(counted, max(before_draft, self._given_columns - 1))
-        behind = counted + self._of_rows(self._shift, len(ids))
+        behind = counted + repeat_rows(self._shift, len(ids))
         return self._of_prompt_and_behind(self._given["position_ids"], behind, ids)
 
     def _within_context(self, positions: torch.Tensor, before_draft: int) -> torch.Tensor:
@@ -435,14 +435,10 @@ class CachedModel:
         `behind` has one value for each column of the texts, or one for all.
         """
         columns = ids.shape[1]
-        given = self._of_rows(given[..., : min(self._given_columns, columns)], len(ids))
-        behind = self._of_rows(behind, len(ids)) if behind.shape[-1] == 1 else behind
+        given = repeat_rows(given[..., : min(self._given_columns, columns)], len(ids))
+        behind = repeat_rows(behind, len(ids)) if behind.shape[-1] == 1 else behind
         behind = behind.expand(*behind.shape[:-1], columns)[..., given.shape[-1] :]
         return torch.cat([given.expand(*behind.shape[:-1], -1), behind], dim=-1)
-
-    def _of_rows(self, values: torch.Tensor, rows: int) -> torch.Tensor:
-        """Values of the prompts `(..., B, n)`, each repeated for its beams or return sequences."""
-        return values if values.shape[-2] == rows else values.repeat_interleave(rows // values.shape[-2], dim=-2)
 
     def _in_inference_mode(self) -> bool:
         return False
@@ -470,6 +466,11 @@ def check_adapters(model: PreTrainedModel, role: str, *, without_adapter: bool =
             f"{describe(model)} with its adapter switched off is not the proxy before alignment: {reason}. Pass that "
             "model as `reference=`."
         )
+
+
+def repeat_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
+    """Values of the prompts `(..., B, n)`, each repeated for its beams or return sequences: `(..., rows, n)`."""
+    return values if values.shape[-2] == rows else values.repeat_interleave(rows // values.shape[-2], dim=-2)
 
 
 def context_length(model: PreTrainedModel) -> int | None:
