@@ -35,6 +35,11 @@ ADAPTED_ATTENTION = (AdaptedAttention, AdaptedAttentionGPT)  # of adaption promp
 NEVER = torch.iinfo(torch.long).max
 
 
+def model_below(model: Any) -> Any:
+    """The model below an adapter of peft; a model without one itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def adapter_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """The configurations of all adapters in a model, by name, whether peft or transformers put them there."""
     # `vars`, since a module without the attribute would look for it through all that it wraps.

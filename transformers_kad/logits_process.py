@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
 from . import hooks
+from .adapters import model_below
 from .compiled import CompiledModel
 from .composition import RULES, Rule, compose, make_rule, unknown_name_message, with_bans
 from .configuration import KADConfig, check_drafter, check_settings
@@ -575,7 +576,7 @@ def _checked(model: PreTrainedModel, role: str) -> PreTrainedModel:
     """Raise unless the model can serve as proxy or reference."""
     if not isinstance(model, PreTrainedModel | PeftModel):
         raise TypeError(f"`{role}` must be a causal LM or a PeftModel, got {type(model).__name__}.")
-    if not isinstance(getattr(model, "get_base_model", lambda: model)(), GenerationMixin):
+    if not isinstance(model_below(model), GenerationMixin):
         raise TypeError(f"`{role}` must be a causal LM, which has a head and `generate`, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only {role}, got the encoder-decoder model {describe(model)}.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from .adapters import model_below
 from .arguments import ModelArguments
 from .composition import RULES
 from .configuration import KADConfig
@@ -110,7 +111,7 @@ class Pair:
 
 def forget_generation_settings(model: PreTrainedModel) -> None:
     """Empty a model's own generation settings, also those of the model below an adapter."""
-    getattr(model, "get_base_model", lambda: model)().generation_config = GenerationConfig()
+    model_below(model).generation_config = GenerationConfig()
 
 
 def free_memory(gpu: int) -> int:

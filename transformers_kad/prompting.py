@@ -10,6 +10,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import model_below
+
 # The law of the paper: nothing warps the target after KAD. For `generate(**PLAIN_SAMPLING)`.
 PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
     {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -104,8 +106,7 @@ def _tensors(
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
     """Whether a model's forward has an input of that name; an adapter's model decides for the adapter."""
-    below = getattr(model, "get_base_model", lambda: model)()
-    return name in inspect.signature(below.forward).parameters
+    return name in inspect.signature(model_below(model).forward).parameters
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -16,6 +16,7 @@ from .adapters import (
     columns_since,
     first_difference,
     forward_without_adapter,
+    model_below,
     tokens_before_activation,
     why_not_before_alignment,
     why_not_followable,
@@ -56,7 +57,7 @@ class CachedModel:
         self.context_length = context_length(model)
         self._last_position = None if self.context_length is None else self.context_length - 1
         # The model below an adapter prepares the inputs, as in `generate`.
-        self._below: Any = getattr(model, "get_base_model", lambda: model)()
+        self._below: Any = model_below(model)
         self.accepted_inputs = frozenset(inspect.signature(self._below.forward).parameters)
         self._takes_position_ids = "position_ids" in self.accepted_inputs
         self._takes_logits_to_keep = "logits_to_keep" in self.accepted_inputs

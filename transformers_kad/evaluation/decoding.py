@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from ..adapters import model_below
 from ..composition import RULES
 from ..configuration import KADConfig
 from ..loading import load_tokenizer
@@ -278,7 +279,7 @@ def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
 
 def draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
     """Make stock speculative decoding draft a fixed number of tokens, whatever the proxy thinks of them."""
-    settings = getattr(proxy, "get_base_model", lambda: proxy)().generation_config
+    settings = model_below(proxy).generation_config
     settings.num_assistant_tokens = num_assistant_tokens
     settings.num_assistant_tokens_schedule = "constant"
     settings.assistant_confidence_threshold = 0.0
