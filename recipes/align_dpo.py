@@ -27,14 +27,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from transformers_kad.command_line import parse_arguments
-from transformers_kad.training import AlignmentError
-from transformers_kad.training.arguments import AlignmentArguments, hush, say, start_processes
-from transformers_kad.training.checks import check_pair
-from transformers_kad.training.data import load_examples
-from transformers_kad.training.output import check_output, checkpoint_to_resume
-from transformers_kad.training.publishing import check_upload, publish
-from transformers_kad.training.trainers import dpo_trainer, fit
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.training import AlignmentError
+from transformers_kad.recipes.training.arguments import AlignmentArguments, hush, say, start_processes
+from transformers_kad.recipes.training.checks import check_pair
+from transformers_kad.recipes.training.data import load_examples
+from transformers_kad.recipes.training.output import check_output, checkpoint_to_resume
+from transformers_kad.recipes.training.publishing import check_upload, publish
+from transformers_kad.recipes.training.trainers import dpo_trainer, fit
 
 
 @dataclass(kw_only=True)

@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from transformers_kad.command_line import parse_arguments, quieten
-from transformers_kad.environment import describe_environment
-from transformers_kad.proxy import CachedModel
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.environment import describe_environment
 
 # isort: split
 # Only now: transformers_kad imports torchao without what it prints.

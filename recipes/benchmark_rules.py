@@ -44,12 +44,12 @@ from transformers_kad import (
     NudgingDeferral,
     PrimalDeferral,
 )
-from transformers_kad.benchmarking.bounds import quartiles
-from transformers_kad.command_line import parse_arguments
-from transformers_kad.composition import Rule, compose
-from transformers_kad.environment import describe_environment
-from transformers_kad.proxy import is_unusable
-from transformers_kad.verification import count_accepted, draw, draw_next
+from transformers_kad.decoding.verification import count_accepted, draw, draw_next
+from transformers_kad.models.cached_model import is_unusable
+from transformers_kad.recipes.benchmarking.bounds import quartiles
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.rules.composition import Rule, compose
 
 DISTRIBUTIONS = ("peaked", "flat", "equal")
 PEAKS = 20

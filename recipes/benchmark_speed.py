@@ -59,8 +59,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers_kad.arguments import ModelArguments, RuleArguments
-from transformers_kad.benchmarking.growth import (
+from transformers_kad.configuration import KADConfig
+from transformers_kad.integrations.loading.arguments import ModelArguments, RuleArguments
+from transformers_kad.integrations.loading.devices import pick_device
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.recipes.benchmarking.growth import (
     AXES,
     GrowthSettings,
     growth_to_markdown,
@@ -69,18 +72,17 @@ from transformers_kad.benchmarking.growth import (
     measure_growth,
     plot_axes,
 )
-from transformers_kad.benchmarking.inflate import parse_by_model, parse_count
-from transformers_kad.benchmarking.methods import KINDS, expand
-from transformers_kad.benchmarking.plots import plot_batch_sizes, plot_draft_lengths
-from transformers_kad.benchmarking.report import findings, make_rows, to_markdown
-from transformers_kad.benchmarking.speed import Workload, measure_batch_size
-from transformers_kad.benchmarking.subjects import TASKS, load_subject, threshold_that_defers
-from transformers_kad.command_line import exit_status, parse_arguments, quieten
-from transformers_kad.configuration import KADConfig
-from transformers_kad.environment import describe_environment
-from transformers_kad.evaluation.session import say
-from transformers_kad.pair import pick_device
-from transformers_kad.resumable import JsonLinesStore, write_whole
+from transformers_kad.recipes.benchmarking.inflate import parse_by_model, parse_count
+from transformers_kad.recipes.benchmarking.methods import KINDS, expand
+from transformers_kad.recipes.benchmarking.plots import plot_batch_sizes, plot_draft_lengths
+from transformers_kad.recipes.benchmarking.report import findings, make_rows, to_markdown
+from transformers_kad.recipes.benchmarking.speed import Workload, measure_batch_size
+from transformers_kad.recipes.benchmarking.subjects import TASKS, load_subject, threshold_that_defers
+from transformers_kad.recipes.command_line import exit_status, parse_arguments
+from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.recipes.evaluation.session import say
+from transformers_kad.recipes.resumable import JsonLinesStore
+from transformers_kad.utils.files import write_whole
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
 DEFERRAL_MASS = 0.8

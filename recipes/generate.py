@@ -49,14 +49,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers_kad import KADConfig, KADStatistics
-from transformers_kad.arguments import ModelArguments, RuleArguments, SamplingArguments, template_arguments
-from transformers_kad.command_line import parse_arguments, quieten
-from transformers_kad.pair import Pair
-from transformers_kad.prompting import Prompt, check_template_arguments, encode, normalize_prompt
-from transformers_kad.resumable import JsonLinesStore, json_line
-from transformers_kad.sources import shown_name
-from transformers_kad.statistics import add_up
-from transformers_kad.strict_json import parse_json_object
+from transformers_kad.integrations.loading.arguments import (
+    ModelArguments,
+    RuleArguments,
+    SamplingArguments,
+    template_arguments,
+)
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.prompts import Prompt, check_template_arguments, encode, normalize_prompt
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.pair import Pair
+from transformers_kad.recipes.resumable import JsonLinesStore, json_line
+from transformers_kad.records.statistics import add_up
+from transformers_kad.utils.sources import shown_name
+from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
 # Only now: transformers_kad imports torchao without what it prints.

@@ -27,12 +27,13 @@ import torch
 from tqdm.auto import tqdm
 
 from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
-from transformers_kad.command_line import parse_arguments, quieten
-from transformers_kad.intervals import wilson_interval
-from transformers_kad.loading import below_adapter, load_model, load_tokenizer
-from transformers_kad.prompting import PLAIN_SAMPLING, encode, eos_token_ids, pad_token_id
-from transformers_kad.statistics import add_up
-from transformers_kad.word_problems import is_correct, is_correct_lenient, make_problems
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.models import below_adapter, load_model, load_tokenizer
+from transformers_kad.integrations.loading.prompts import PLAIN_SAMPLING, encode, eos_token_ids, pad_token_id
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.intervals import wilson_interval
+from transformers_kad.recipes.word_problems import is_correct, is_correct_lenient, make_problems
+from transformers_kad.records.statistics import add_up
 
 # isort: split
 # Only now: transformers_kad imports torchao without what it prints.

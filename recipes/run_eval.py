@@ -32,10 +32,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers_kad.arguments import ModelArguments
-from transformers_kad.command_line import exit_status, parse_arguments, quieten
-from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
-from transformers_kad.evaluation.session import evaluate
+from transformers_kad.integrations.loading.arguments import ModelArguments
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.recipes.command_line import exit_status, parse_arguments
+from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
+from transformers_kad.recipes.evaluation.session import evaluate
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
 

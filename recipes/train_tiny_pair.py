@@ -76,14 +76,14 @@ from pathlib import Path
 
 import torch
 
-from transformers_kad.command_line import parse_arguments
-from transformers_kad.training.arguments import AlignmentArguments, hush
-from transformers_kad.training.checks import check_pair
-from transformers_kad.training.data import load_examples
-from transformers_kad.training.output import checkpoint_to_resume, newest_checkpoint
-from transformers_kad.training.publishing import save_adapter
-from transformers_kad.training.trainers import fit, report_progress, sft_trainer
-from transformers_kad.word_problems import (
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.training.arguments import AlignmentArguments, hush
+from transformers_kad.recipes.training.checks import check_pair
+from transformers_kad.recipes.training.data import load_examples
+from transformers_kad.recipes.training.output import checkpoint_to_resume, newest_checkpoint
+from transformers_kad.recipes.training.publishing import save_adapter
+from transformers_kad.recipes.training.trainers import fit, report_progress, sft_trainer
+from transformers_kad.recipes.word_problems import (
     ASSISTANT,
     EOS,
     NAMES,

@@ -32,16 +32,17 @@ import optuna
 import torch
 from accelerate import PartialState
 
-from transformers_kad.arguments import ModelArguments
-from transformers_kad.command_line import exit_status, parse_arguments, quieten
-from transformers_kad.environment import describe_environment
-from transformers_kad.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
-from transformers_kad.evaluation.figures import points_of
-from transformers_kad.evaluation.plots import plot_accuracy_parameter, plot_accuracy_speed
-from transformers_kad.evaluation.results import ResultsFolder
-from transformers_kad.evaluation.session import say
-from transformers_kad.evaluation.tuning import SEARCH_RANGES, Goal, Tuner, feasible, finished, front, method_of
-from transformers_kad.intervals import wilson_interval
+from transformers_kad.integrations.loading.arguments import ModelArguments
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.recipes.command_line import exit_status, parse_arguments
+from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
+from transformers_kad.recipes.evaluation.figures import points_of
+from transformers_kad.recipes.evaluation.plots import plot_accuracy_parameter, plot_accuracy_speed
+from transformers_kad.recipes.evaluation.results import ResultsFolder
+from transformers_kad.recipes.evaluation.session import say
+from transformers_kad.recipes.evaluation.tuning import SEARCH_RANGES, Goal, Tuner, feasible, finished, front, method_of
+from transformers_kad.recipes.intervals import wilson_interval
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
 

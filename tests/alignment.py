@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from transformers_kad.training import publishing
-from transformers_kad.word_problems import make_problems
+from transformers_kad.recipes.training import publishing
+from transformers_kad.recipes.word_problems import make_problems
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 PAIR = RECIPES / "tiny_pair"

@@ -33,18 +33,20 @@ from pathlib import Path
 from typing import Any
 
 from transformers_kad import KADConfig, KADLogitsProcessor
-from transformers_kad.arguments import ModelArguments
-from transformers_kad.command_line import parse_arguments, quieten
-from transformers_kad.composition import compose
-from transformers_kad.environment import describe_environment
-from transformers_kad.evaluation.answers import number_value
-from transformers_kad.evaluation.decoding import draft_like_kad
-from transformers_kad.evaluation.report import current_commit
-from transformers_kad.evaluation.tasks import STATE_NUMBER, Instance, get_task
-from transformers_kad.pair import Pair
-from transformers_kad.prompting import encode
-from transformers_kad.proxy import CachedModel
-from transformers_kad.resumable import JsonLinesStore, write_whole
+from transformers_kad.integrations.loading.arguments import ModelArguments
+from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.prompts import encode
+from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.recipes.evaluation.answers import number_value
+from transformers_kad.recipes.evaluation.decoding import draft_like_kad
+from transformers_kad.recipes.evaluation.report import current_commit
+from transformers_kad.recipes.evaluation.tasks import STATE_NUMBER, Instance, get_task
+from transformers_kad.recipes.pair import Pair
+from transformers_kad.recipes.resumable import JsonLinesStore
+from transformers_kad.rules.composition import compose
+from transformers_kad.utils.files import write_whole
 
 # isort: split
 # Only now: transformers_kad imports torchao without what it prints.
@@ -411,7 +413,7 @@ def harness(run: Run) -> Outcome:
     write_whole(tasks / "gsm8k_stated.yaml", harness_task(run.data))
     models = f"base={BASE},proxy={PROXY},rule=dual,threshold={THRESHOLD},dtype=float32,device=cpu"
     out, _ = run.call(
-        *("-m", "transformers_kad.lm_eval_model", "--model", "kad", "--model_args", models),
+        *("-m", "transformers_kad.integrations.lm_eval", "--model", "kad", "--model_args", models),
         *("--include_path", tasks, "--tasks", "gsm8k_stated", "--apply_chat_template", "--batch_size", str(limit)),
         *("--limit", str(limit), "--gen_kwargs", f"max_gen_toks={arguments.max_new_tokens}"),
         *("--output_path", "harness", "--log_samples"),
@@ -506,8 +508,8 @@ def cached_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         keep = min(step % DRAFT + 1, ids.shape[1] - end)
         end, step = end + keep, step + 1
         with torch.no_grad():
-            found.append(reader.logits(ids[:, :end], keep=keep)[0].float())
-            reader.logits(torch.cat([ids[:, :end], ids[:, :3]], dim=-1), keep=3)
+            found.append(reader.logits(ids[:, :end], logits_to_keep=keep)[0].float())
+            reader.logits(torch.cat([ids[:, :end], ids[:, :3]], dim=-1), logits_to_keep=3)
     return torch.cat(found)
 
 

@@ -62,8 +62,9 @@ SINGLE = {
     "custom_generate=kad_generate": "from transformers_kad import kad_generate\n"
     f"ids = base.generate(**one, logits_processor=[kad := KADLogitsProcessor(proxy)], {GREEDY}, "
     "custom_generate=kad_generate)\nassert kad.statistics.drafted",
-    "kad_generate of a reloaded module": "import importlib, transformers_kad.generation\n"
-    "importlib.reload(transformers_kad.generation)\nfrom transformers_kad.generation import kad_generate\n"
+    "kad_generate of a reloaded module": "import importlib, transformers_kad.decoding.speculative\n"
+    "importlib.reload(transformers_kad.decoding.speculative)\n"
+    "from transformers_kad.decoding.speculative import kad_generate\n"
     f"ids = base.generate(**one, logits_processor=[kad := KADLogitsProcessor(proxy)], {GREEDY}, "
     "custom_generate=kad_generate)\nassert kad.statistics.drafted",
     "prompt lookup": f"ids = base.generate(**one, logits_processor=[kad := KADLogitsProcessor(proxy, "

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import transformers_kad
-from transformers_kad.evaluation.tasks import TASKS
+from transformers_kad.recipes.evaluation.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

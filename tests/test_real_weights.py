@@ -22,8 +22,8 @@ from real_weights import (
 )
 
 from transformers_kad import DualDeferral
-from transformers_kad.composition import compose
-from transformers_kad.resumable import JsonLinesStore
+from transformers_kad.recipes.resumable import JsonLinesStore
+from transformers_kad.rules.composition import compose
 
 ROOT = Path(__file__).resolve().parents[1]
 

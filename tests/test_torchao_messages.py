@@ -1,6 +1,6 @@
 """What importing torchao prints is kept from those who did not ask for it, and nothing else is.
 
-All recipes: tests/recipes/test_every_recipe.py.
+All recipes: tests/recipes/scripts/test_every_recipe.py.
 """
 
 import logging
@@ -17,7 +17,7 @@ from transformers_kad._torchao import known_messages_dropped
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
     **{name: [str(ROOT / "recipes" / f"{name}.py"), "--help"] for name in ("generate", "train_tiny_pair")},
-    "lm_eval_model": ["-m", "transformers_kad.lm_eval_model", "--help"],
+    "lm_eval_model": ["-m", "transformers_kad.integrations.lm_eval", "--help"],
     "the library": ["-c", "import transformers_kad"],
 }
 

@@ -5,15 +5,18 @@
 DualDeferral(threshold=0.4)
 """
 
-from . import (
-    _torchao,  # noqa: F401 (before anything that imports transformers' models)
-    hooks,
-)
+from . import _torchao  # noqa: F401 (before anything that imports transformers' models)
 from ._version import __version__
-from .candidate_generator import KADCandidateGenerator
-from .composition import RULES, BlendIn, Ensemble, ImplicitReward, make_rule, mix
 from .configuration import KADConfig
-from .deferral import (
+from .decoding import generate_wrapper
+from .decoding.candidate_generator import KADCandidateGenerator
+from .decoding.speculative import kad_generate
+from .decoding.verification import verify
+from .logits_process import KADLogitsProcessor
+from .models.vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
+from .records.statistics import KADStatistics, KADTrace, SequenceStatistics, TokenRecord
+from .rules.composition import RULES, BlendIn, Ensemble, ImplicitReward, make_rule, mix
+from .rules.deferral import (
     CascadeDeferral,
     ConfidenceBetDeferral,
     DeferralRule,
@@ -22,14 +25,9 @@ from .deferral import (
     NudgingDeferral,
     PrimalDeferral,
 )
-from .generation import kad_generate
-from .logits_process import KADLogitsProcessor
-from .statistics import KADStatistics, KADTrace, SequenceStatistics, TokenRecord
-from .verification import verify
-from .vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
 
 # `generate` must know of KAD before the first `base.generate` is looked up.
-hooks.install()
+generate_wrapper.install()
 
 __all__ = [
     "RULES",

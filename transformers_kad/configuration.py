@@ -11,11 +11,11 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from ._version import __version__
-from .composition import Rule, make_rule, unknown_name_message
-from .deferral import as_float
-from .resumable import write_whole
-from .sources import check_source, portable_name, resolve_name
-from .strict_json import parse_json
+from .rules.composition import Rule, make_rule, unknown_name_message
+from .rules.deferral import as_float
+from .utils.files import write_whole
+from .utils.sources import check_source, portable_name, resolve_name
+from .utils.strict_json import parse_json
 
 CONFIG_NAME = "kad_config.json"
 

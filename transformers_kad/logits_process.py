@@ -10,18 +10,18 @@ import torch
 from peft import PeftModel
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
-from . import hooks
-from .adapters import model_below
-from .compiled import CompiledModel
-from .composition import RULES, Rule, compose, make_rule, unknown_name_message, with_bans
 from .configuration import KADConfig, check_drafter, check_settings
-from .deferral import DeferralRule, DualDeferral
-from .hooks import OpenCall
-from .lazy import draw_again, draw_from_base, force
-from .proxy import PER_TOKEN, CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
-from .reader import Reader, tempered
-from .statistics import KADStatistics, KADTrace, StepRecorder
-from .vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
+from .decoding import generate_wrapper
+from .decoding.generate_wrapper import OpenCall
+from .decoding.lazy import draw_again, draw_from_base, force
+from .models.adapters import model_below
+from .models.cached_model import PER_TOKEN, CachedModel, check_adapters, describe, is_unusable, unusable_logits_error
+from .models.static_model import StaticCacheModel
+from .models.text_reader import TextReader, tempered
+from .models.vocabulary import VocabularyAlignment, align_vocabulary, check_tokenizers
+from .records.statistics import KADStatistics, KADTrace, StepRecorder
+from .rules.composition import RULES, Rule, compose, make_rule, unknown_name_message, with_bans
+from .rules.deferral import DeferralRule, DualDeferral
 
 
 class KADLogitsProcessor(LogitsProcessor):
@@ -127,7 +127,7 @@ class KADLogitsProcessor(LogitsProcessor):
         self.compile = compile
         if compile and num_assistant_tokens == "auto":
             raise ValueError('`compile=True` compiles for one draft length, got num_assistant_tokens="auto".')
-        self._compiled: dict[str, CompiledModel] = {}
+        self._compiled: dict[str, StaticCacheModel] = {}
         self.lazy, self.record_trace = lazy, trace
         if lazy:
             _check_lazy(self.rule, trace)
@@ -314,7 +314,7 @@ class KADLogitsProcessor(LogitsProcessor):
         self._intact = False  # until the call is finished
         states: dict[int, Hashable] = {}  # a reference may be the proxy with its adapter switched off
         for cached in self._cached:
-            cached.give(given, mask)
+            cached.use_prompt_inputs(given, mask)
             cached.refresh(states.get(id(cached.model)))
             states[id(cached.model)] = cached.state
 
@@ -343,7 +343,7 @@ class KADLogitsProcessor(LogitsProcessor):
                 f"This KAD processor is in use by a call of `generate` in {whose} thread, whose text would change if "
                 "the processor were asked by hand. Build another processor; they may share the proxy."
             )
-        hooks.refuse_by_hand(self, input_ids)
+        generate_wrapper.refuse_by_hand(self, input_ids)
         self._refresh()
         result = self.step(input_ids, scores)
         self._intact = True
@@ -371,19 +371,19 @@ class KADLogitsProcessor(LogitsProcessor):
         compiled = self._compiled.get("proxy")
         return self.cached_proxy.forwards + (0 if compiled is None else compiled.forwards)
 
-    def compiled(self, model: PreTrainedModel, role: str, width: int) -> CompiledModel:
+    def compiled(self, model: PreTrainedModel, role: str, width: int) -> StaticCacheModel:
         """A model with its static cache, the same as in the last call if it is the same model."""
         known = self._compiled.get(role)
         if known is None or known.model is not model or known.width != width:
-            known = self._compiled[role] = CompiledModel(model, role, width=width)
+            known = self._compiled[role] = StaticCacheModel(model, role, width=width)
         known.refresh()
         return known
 
-    def reference_reader(self, vocabulary: int, chunk_size: int | None) -> Reader | None:
+    def reference_reader(self, vocabulary: int, chunk_size: int | None) -> TextReader | None:
         """The reference as it follows texts in rounds; None for rules that need none."""
         if self._cached_reference is None:
             return None
-        return Reader(
+        return TextReader(
             self._cached_reference,
             vocabulary=vocabulary,
             component_temperature=self.component_temperature,
@@ -472,7 +472,7 @@ class KADLogitsProcessor(LogitsProcessor):
 
     def _settle(self, text: "_Text") -> None:
         for cached in self._cached:
-            cached.settle(text.ids.shape[1])
+            cached.crop(text.ids.shape[1])
 
     def _align_and_temper(self, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
         """Logits of the proxy or the reference in the base's vocabulary, tempered: `(rows, V)` float32."""

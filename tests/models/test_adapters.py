@@ -1,0 +1,587 @@
+"""Adapters of peft, every type of them: behind a cache, switched off, inside a base that verifies drafts."""
+
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig, VeloraConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from test_cached_model import plain, random_ids
+from tiny_models import tiny_model
+from transformers import PreTrainedModel
+
+from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
+from transformers_kad.models.adapters import forward_without_adapter
+from transformers_kad.models.cached_model import CachedModel, check_adapters
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+INVOCATION = [7, 8]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter: its configuration, the model below, and what has to be done to that before."""
+
+    config: type[PeftConfig] = LoraConfig
+    settings: dict[str, Any] = field(default_factory=dict)
+    below: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[PreTrainedModel, PeftConfig], None] | None = None
+
+
+def run_some_text(model: PreTrainedModel) -> None:
+    model(input_ids=random_ids(1, 60, seed=8))  # CorDA takes one text at a time
+
+
+def prepare_corda(model: PreTrainedModel, config: PeftConfig) -> None:
+    preprocess_corda(model, config, run_model=lambda: run_some_text(model))
+
+
+def prepare_loraga(model: PreTrainedModel, config: PeftConfig) -> None:
+    def backward() -> None:
+        ids = random_ids(4, 24, seed=8)
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    preprocess_loraga(model, config, backward)
+
+
+# Settings that a type needs on a model this small. Of every type that is not named here the defaults are tried.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "ADAPTION_PROMPT": {"adapter_len": 3, "adapter_layers": 2},
+    "C3A": {"target_modules": TARGETS, "block_size": 8},
+    "CARTRIDGE": {"num_virtual_tokens": 3},
+    "CPT": {"cpt_token_ids": [1, 2], "cpt_mask": [1, 1], "cpt_tokens_type_mask": [1, 1]},
+    "FOURIERFT": {"target_modules": TARGETS, "n_frequency": 8},
+    "IA3": {"target_modules": TARGETS, "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
+    "MISS": {"target_modules": TARGETS, "r": 4},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "PREFIX_TUNING": {"num_virtual_tokens": 3},
+    "PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "PSOFT": {"target_modules": TARGETS, "r": 4},
+    "P_TUNING": {"num_virtual_tokens": 3},
+    "ROAD": {"target_modules": TARGETS, "group_size": 8},
+    "SHADOW": {},
+    "SHIRA": {"target_modules": TARGETS, "r": 2},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [7, 8, 9, 10]},
+    "VBLORA": {"target_modules": TARGETS, "vector_length": 8},
+    "WAVEFT": {"target_modules": TARGETS, "n_frequency": 8},
+}
+KINDS = {
+    peft_type.value: Kind(config, SETTINGS.get(peft_type.value, {"target_modules": TARGETS}))
+    for peft_type, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()
+    if peft_type.value != "XLORA"  # is made of adapters on the disk
+}
+
+
+def lora(below: dict[str, Any] | None = None, prepare: Any = None, **settings: Any) -> Kind:
+    return Kind(LoraConfig, {"target_modules": TARGETS, "r": 4, **settings}, below or {}, prepare)
+
+
+WITH_BIASES = {"attention_bias": True}
+TIED = {"tie_word_embeddings": True}
+KINDS |= {
+    f"init {name}": lora(init_lora_weights=name)
+    for name in ("gaussian", "orthogonal", "eva", "mica", "olora", "pissa", "pissa_niter_4")
+}
+KINDS |= {
+    "init corda": lora(prepare=prepare_corda, init_lora_weights="corda", corda_config=CordaConfig()),
+    "init lora_ga": lora(prepare=prepare_loraga, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()),
+    "kasa": lora(kasa_config=KasaConfig()),
+    "dora": lora(use_dora=True),
+    "rslora": lora(use_rslora=True),
+    "velora": lora(velora_config=VeloraConfig(num_groups=4)),
+    "activated LoRA": lora(alora_invocation_tokens=INVOCATION),
+    "lora_bias": lora(WITH_BIASES, lora_bias=True),
+    "target_parameters": lora(target_modules=[], target_parameters=["q_proj.weight"]),
+    "layer_replication": lora(layer_replication=[[0, 2], [1, 2]]),
+    "trainable tokens": lora(trainable_token_indices=[1, 2, 3]),
+    "modules_to_save": lora(modules_to_save=["lm_head", "embed_tokens"]),
+    "modules_to_save, tied": lora(TIED, modules_to_save=["lm_head"]),
+    "tied embeddings": lora(TIED, target_modules=[*TARGETS, "embed_tokens", "lm_head"]),
+    "bias all": lora(WITH_BIASES, bias="all"),
+    "bias lora_only": lora(WITH_BIASES, bias="lora_only"),
+    "bias all, none there": lora(bias="all"),
+    "bias lora_only, none there": lora(bias="lora_only"),
+    "bias lora_only, none in its layers": lora(WITH_BIASES, target_modules=["down_proj"], bias="lora_only"),
+    "OFT with biases": Kind(
+        PEFT_TYPE_TO_CONFIG_MAPPING["OFT"], {"target_modules": TARGETS, "bias": "oft_only"}, WITH_BIASES
+    ),
+    "PVERA that samples": Kind(
+        PEFT_TYPE_TO_CONFIG_MAPPING["PVERA"], {"target_modules": TARGETS, "sample_at_inference": True}
+    ),
+}
+
+NOT_FOLLOWABLE = {
+    "CARTRIDGE",
+    "CPT",
+    "LILY",
+    "MULTITASK_PROMPT_TUNING",
+    "POLY",
+    "PREFIX_TUNING",
+    "PROMPT_TUNING",
+    "PVERA that samples",
+    "P_TUNING",
+}
+ANOTHER_MODEL_BELOW = {
+    "OFT with biases",
+    "bias all",
+    "bias lora_only",
+    "init corda",
+    "init lora_ga",
+    "init olora",
+    "init pissa",
+    "init pissa_niter_4",
+    "kasa",
+    "layer_replication",
+}
+
+
+def adapted(name: str, seed: int = 3) -> PeftModel:
+    """A model with an adapter of a kind, all that peft would train changed at random."""
+    kind = KINDS[name]
+    below = tiny_model(seed=seed, **kind.below)
+    config = kind.config(task_type="CAUSAL_LM", **kind.settings)
+    if kind.prepare is not None:
+        kind.prepare(below, config)
+    torch.manual_seed(0)
+    model = get_peft_model(below, config).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return model
+
+
+def invoking_ids(rows: int, length: int, seed: int = 0, at: int = 3) -> torch.Tensor:
+    ids = random_ids(rows, length, seed).clamp(min=9)
+    for row in range(rows):
+        ids[row, at + row : at + row + 2] = torch.tensor(INVOCATION)
+    return ids
+
+
+def accepted(model: PeftModel, *, without_adapter: bool = False) -> bool:
+    try:
+        check_adapters(model, "proxy", without_adapter=without_adapter)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_adapter_behind_a_cache_is_refused_or_right(name: str) -> None:
+    """As on whole texts: token by token, and in drafts of which every row keeps another part until one leaves."""
+    model = adapted(name)
+    assert accepted(model) == (name not in NOT_FOLLOWABLE)
+    if name in NOT_FOLLOWABLE:
+        with pytest.raises(ValueError, match="adapter"):
+            KADLogitsProcessor(model)
+        return
+    ids = invoking_ids(3, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :4], mask[2, :2] = 0, 0
+    whole = [plain(model, ids[row : row + 1, int((mask[row] == 0).sum()) :], 11)[0] for row in range(3)]
+    expected = torch.stack(whole)  # the last 11 positions
+    close = {"atol": 2e-4, "rtol": 1e-4}
+
+    tokens = CachedModel(model)
+    for length in range(10, 21):
+        got = tokens.logits(ids[:, :length], mask[:, :length], continues=length > 10, prompt_length=10)
+        torch.testing.assert_close(got[:, 0], expected[:, length - 10], **close)
+
+    drafts = CachedModel(model)
+    drafts.logits(ids[:, :10], mask[:, :10], prompt_length=10, chunk_size=3)
+    wrong = torch.cat([ids[:, 10:13], random_ids(3, 2, seed=2)], dim=1)
+    wrong[1, 1] = 49
+    got = drafts.extend(wrong, logits_to_keep=5)
+    torch.testing.assert_close(got[0, :3], expected[0, 1:4], **close)
+    kept = torch.tensor([[True, True, True, False, False], [True] + [False] * 4, [True, True, True, False, False]])
+    drafts.keep_columns(kept)
+    drafts.select_rows([0, 1])
+    got = drafts.extend(torch.stack([ids[0, 13:15], ids[1, 11:13]]), logits_to_keep=2)
+    torch.testing.assert_close(got[0], expected[0, 4:6], **close)
+    torch.testing.assert_close(got[1], expected[1, 2:4], **close)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(KINDS) - NOT_FOLLOWABLE))
+def test_every_kind_of_adapter_switched_off_is_the_model_before_or_is_refused(name: str) -> None:
+    model, ids = adapted(name), invoking_ids(1, 8)
+    before = plain(tiny_model(seed=3, **KINDS[name].below), ids, 8)
+    with torch.no_grad():
+        on = model(input_ids=ids).logits
+        assert (on - before).abs().max() > 0.1
+        off = forward_without_adapter(model, input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=0, atol=0)
+        with model.disable_adapter():
+            torch.testing.assert_close(off, model(input_ids=ids).logits)
+    same = torch.allclose(off, before, atol=1e-4)
+    assert accepted(model, without_adapter=True) == same == (name not in ANOTHER_MODEL_BELOW)
+    if not same:
+        with pytest.raises(ValueError, match=r"not the proxy before alignment: .*reference="):
+            KADLogitsProcessor(model, ImplicitReward(1.0))
+        KADLogitsProcessor(model, ImplicitReward(1.0), reference=tiny_model(seed=3))
+
+
+def test_loftq_is_known_by_its_configuration() -> None:
+    """It needs a quantization library, so that it can't be tried."""
+    model = adapted("init gaussian")
+    model.peft_config["default"].init_lora_weights = "loftq"
+    assert not accepted(model, without_adapter=True)
+
+
+def test_an_adapter_that_transformers_loaded_is_seen() -> None:
+    model = tiny_model(seed=3)
+    model.add_adapter(KINDS["LILY"].config(target_modules=TARGETS))
+    with pytest.raises(ValueError, match="LILY"):
+        KADLogitsProcessor(model)
+
+
+def test_a_mixture_of_adapters_on_the_disk_is_refused(tmp_path) -> None:
+    adapted("LORA").save_pretrained(tmp_path)
+    below = tiny_model(seed=3)
+    below.config.use_cache = False
+    config = PEFT_TYPE_TO_CONFIG_MAPPING["XLORA"](
+        task_type="CAUSAL_LM", hidden_size=16, adapters={"0": str(tmp_path), "1": str(tmp_path)}
+    )
+    with pytest.raises(ValueError, match="XLORA"):
+        KADLogitsProcessor(get_peft_model(below, config).eval())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
+def test_texts_that_change_at_will_behind_a_cache(name: str, architecture: str) -> None:
+    """A walk of growing, shrinking, reordered and other texts, in which the invocation comes, moves and goes."""
+    kind = KINDS[name]
+    torch.manual_seed(0)
+    model = get_peft_model(
+        tiny_model(architecture, seed=3), kind.config(task_type="CAUSAL_LM", **kind.settings)
+    ).eval()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    cached, ids, reused, found = CachedModel(model), invoking_ids(2, 12), 0, set()
+    for step in range(60):
+        move = int(torch.randint(0, 5, (), generator=generator))
+        if move == 0:
+            ids = torch.cat([ids, random_ids(len(ids), 1 + step % 4, seed=step)], dim=1)
+        elif move == 1:
+            ids = ids[:, : max(6, ids.shape[1] - 3)]
+        elif move == 2:
+            ids = ids[torch.randint(0, len(ids), (1 + step % 3,), generator=generator)]
+        elif move == 3:  # invoked once more in some rows, or at another place
+            place = int(torch.randint(0, ids.shape[1] - 1, (), generator=generator))
+            ids = ids.clone()
+            ids[:: 1 + step % 2, place : place + 2] = torch.tensor(INVOCATION)
+        else:
+            ids = invoking_ids(1 + step % 3, 10, seed=step, at=step % 5)
+        keep, before = 1 + step % 3, cached.cached_length
+        got = cached.logits(ids, logits_to_keep=keep)
+        torch.testing.assert_close(got, plain(model, ids, keep), atol=5e-4, rtol=5e-4)
+        reused += before > 0
+        found |= set() if cached._inactive is None else set(cached._inactive.tolist())
+        cached.crop(ids.shape[1] - step % 2)
+    assert reused > 20
+    assert len(found) > 5 or name == "SHADOW"
+
+
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": 0}
+ENDS = list(range(11, 17))
+
+
+def q_by_hand(proxy: PeftModel, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
+    """The distribution of an aLoRA behind a text `(1, L)`, activated by its prompt as in peft's `generate`."""
+    prompt = ids[0, :prompt_length].tolist()
+    starts = [at for at in range(prompt_length - 1) if prompt[at : at + 2] == INVOCATION]
+    offsets = [ids.shape[1] - starts[-1]] if starts else [0]
+    with torch.no_grad():
+        return proxy(input_ids=ids, alora_offsets=offsets, use_cache=False).logits[:, -1].softmax(-1)
+
+
+def greedy_by_hand(base: PreTrainedModel, proxy: PeftModel, prompt: torch.Tensor, rule: Any) -> list[int]:
+    ids, length = prompt[None], len(prompt)
+    while ids.shape[1] < length + GREEDY["max_new_tokens"] and (ids.shape[1] == length or int(ids[0, -1]) not in ENDS):
+        with torch.no_grad():
+            p = base(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
+        token = rule(p, q_by_hand(proxy, ids, length)).argmax(-1)
+        ids = torch.cat([ids, token[None]], dim=-1)
+    return ids[0, length:].tolist()
+
+
+def generated(ids: torch.Tensor, prompt_length: int) -> list[list[int]]:
+    """The new tokens of each row, up to its end."""
+    rows = []
+    for row in ids[:, prompt_length:].tolist():
+        ends = [at for at, token in enumerate(row) if token in ENDS]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows
+
+
+def padded_prompts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts with the invocation once, twice, and not at all, and one that begins with it."""
+    ids = invoking_ids(4, 12)
+    ids[1, 9:11] = torch.tensor(INVOCATION)
+    ids[2] = ids[2].clamp(min=9)
+    ids[3] = ids[3].clamp(min=9)
+    ids[3, 2:4] = torch.tensor(INVOCATION)
+    mask = torch.ones_like(ids)
+    mask[0, :2], mask[3, :2] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+@pytest.mark.parametrize("drafter", [None, "proxy", "prompt_lookup"])
+def test_an_activated_lora_as_proxy(drafter: str | None, chunk: int | None) -> None:
+    """A padded batch, then a chat that continues its first text, invoked once more, on both paths."""
+    proxy, base, rule = adapted("activated LoRA"), tiny_model(seed=1), DualDeferral(0.6)
+    kad = KADLogitsProcessor(proxy, rule, drafter=drafter or "proxy")
+    settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS, "prefill_chunk_size": chunk}
+    if drafter is not None:
+        settings["assistant_model"] = proxy
+    ids, mask = padded_prompts()
+    texts = generated(base.generate(input_ids=ids, attention_mask=mask, **settings), 12)
+    expected = [greedy_by_hand(base, proxy, row[kept.bool()], rule) for row, kept in zip(ids, mask, strict=True)]
+    assert texts == expected
+    assert len({len(text) for text in texts}) > 1  # some rows left the batch before others
+    text = ids[0][mask[0].bool()].tolist() + texts[0]
+    for turn in ([20, *INVOCATION, 21], [22], [*INVOCATION]):
+        text = text + turn
+        prompt = torch.tensor([text])
+        answer = base.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
+        assert generated(answer, len(text))[0] == greedy_by_hand(base, proxy, torch.tensor(text), rule)
+        text = answer[0].tolist()
+
+
+def test_rows_that_change_places_take_their_activations_along() -> None:
+    """Each text shares six tokens with the other row's, but for where it is invoked last."""
+    model = adapted("activated LoRA")
+    cached = CachedModel(model)
+    cached.logits(torch.tensor([[20, *INVOCATION, 21, 22, 23, 24, 25], [30, *INVOCATION, 31, 32, 33, *INVOCATION]]))
+    texts = torch.tensor([[30, *INVOCATION, 31, 32, 33, 34, 35], [20, *INVOCATION, 21, 22, 23, *INVOCATION]])
+    torch.testing.assert_close(cached.logits(texts), plain(model, texts), atol=1e-4, rtol=1e-4)
+
+
+def test_an_activated_lora_with_beams() -> None:
+    """Beams take one another's place: the same texts as with a proxy that reads every text from its beginning."""
+    proxy, base = adapted("activated LoRA"), tiny_model(seed=1)
+    ids, mask = padded_prompts()
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    settings = {**GREEDY, "logits_processor": [kad], "num_beams": 3, "input_ids": ids, "attention_mask": mask}
+    texts = base.generate(**settings)
+
+    forgetful = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    read = forgetful.cached_proxy.logits
+
+    def read_anew(*arguments: Any, **keywords: Any) -> torch.Tensor:
+        forgetful.cached_proxy.reset()
+        return read(*arguments, **{**keywords, "continues": False})
+
+    forgetful.cached_proxy.logits = read_anew
+    assert torch.equal(base.generate(**{**settings, "logits_processor": [forgetful]}), texts)
+
+
+def test_an_activated_lora_by_hand_and_with_a_prompt_of_its_own() -> None:
+    proxy, base, rule = adapted("activated LoRA"), tiny_model(seed=1), DualDeferral(0.6)
+    kad = KADLogitsProcessor(proxy, rule)
+    own, ids = invoking_ids(1, 9), invoking_ids(1, 6)
+    for length in (4, 5, 6):  # the invocation is complete at 5
+        text = ids[:, :length]
+        p = plain(base, text)[:, 0]
+        expected = rule(p.softmax(-1), q_by_hand(proxy, text, length))
+        torch.testing.assert_close(kad(text, p).exp(), expected, atol=1e-5, rtol=1e-4)
+    with kad.proxy_prompt(own):
+        for assistant in (None, proxy):
+            text = base.generate(input_ids=ids, logits_processor=[kad], assistant_model=assistant, **GREEDY)
+            for length in range(6, text.shape[1]):
+                p = plain(base, text[:, :length])[:, 0].softmax(-1)
+                q = q_by_hand(proxy, torch.cat([own, text[:, 6:length]], dim=1), 9)
+                assert int(rule(p, q).argmax()) == int(text[0, length])
+
+
+@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW", "ADAPTION_PROMPT"])
+def test_a_base_with_an_adapter_verifies_drafts(name: str) -> None:
+    base, kad = adapted(name), KADLogitsProcessor(tiny_model(seed=9), DualDeferral(0.05))
+    ids, mask = padded_prompts()
+    settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS}
+    alone = [
+        generated(base.generate(input_ids=row[kept.bool()][None], **settings), int(kept.sum()))[0]
+        for row, kept in zip(ids, mask, strict=True)
+    ]
+    assert len({len(text) for text in alone}) > 1
+    together = base.generate(input_ids=ids, attention_mask=mask, assistant_model=kad.proxy, **settings)
+    assert generated(together, 12) == alone
+    assert kad.statistics.accepted < kad.statistics.drafted
+    # Several texts a prompt, drawn so cold that they are the likeliest ones.
+    settings |= {"do_sample": True, "temperature": 1e-6, "num_return_sequences": 2}
+    together = base.generate(input_ids=ids, attention_mask=mask, assistant_model=kad.proxy, **settings)
+    assert generated(together, 12) == [text for text in alone for _ in range(2)]
+
+
+@pytest.mark.parametrize("name", ["LILY", "PROMPT_TUNING", "PREFIX_TUNING"])
+def test_a_base_that_no_draft_can_be_verified_with_is_refused(name: str) -> None:
+    base, kad = adapted(name), KADLogitsProcessor(tiny_model(seed=9))
+    settings = {"input_ids": random_ids(1, 6), "logits_processor": [kad], **GREEDY}
+    base.generate(**settings)
+    with pytest.raises(ValueError, match=r"can't verify drafts: leave out `assistant_model`"):
+        base.generate(assistant_model=kad.proxy, **settings)
+
+
+def two_adapters(seed: int = 3) -> PeftModel:
+    """A model with the adapters `default` and `other`."""
+    model = adapted("LORA", seed)
+    model.add_adapter("other", LoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS, init_lora_weights=False))
+    return model.eval()
+
+
+def test_values_by_row_and_rows_that_leave() -> None:
+    """`adapter_names` and `task_ids`: right token by token and for one row, refused with drafts in a batch."""
+    kad = KADLogitsProcessor(tiny_model(seed=9), DualDeferral(0.3))
+    poly = Kind(PEFT_TYPE_TO_CONFIG_MAPPING["POLY"], {"target_modules": TARGETS, "n_tasks": 3})
+    KINDS_BY_ROW = {"adapter_names": (two_adapters(), ["other", "default", "__base__"])}
+    KINDS["POLY by row"] = poly
+    KINDS_BY_ROW["task_ids"] = (adapted("POLY by row"), torch.tensor([2, 0, 1]))
+    del KINDS["POLY by row"]
+    for name, (base, values) in KINDS_BY_ROW.items():
+        ids = random_ids(3, 6)
+        settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS}
+        together = generated(base.generate(input_ids=ids, **{name: values}, **settings), 6)
+        for assistant in (None, kad.proxy):
+            for row in range(3):
+                alone = {name: values[row : row + 1], "assistant_model": assistant}
+                text = base.generate(input_ids=ids[row : row + 1], **alone, **settings)
+                assert generated(text, 6)[0] == together[row]
+        plain_call = dict(settings) if name == "adapter_names" else {**settings, name: torch.tensor([0, 0, 0])}
+        before = base.generate(input_ids=ids, **plain_call)
+        with pytest.raises(ValueError, match=f"{name}.*one sequence at a time"):
+            base.generate(input_ids=ids, assistant_model=kad.proxy, **{name: values}, **settings)
+        # Nothing of the refused call is left on the model.
+        assert torch.equal(base.generate(input_ids=ids, **plain_call), before)
+
+
+def test_an_interrupted_call_leaves_no_names_of_adapters_behind() -> None:
+    """peft removes its hooks only where `generate` ends well."""
+    base, kad, ids = two_adapters(), KADLogitsProcessor(tiny_model(seed=9)), random_ids(2, 6)
+    settings = {"input_ids": ids, "logits_processor": [kad], **GREEDY}
+    before = base.generate(**settings)
+
+    def interrupt(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        base.generate(adapter_names=["other", "__base__"], stopping_criteria=[interrupt], **settings)
+    assert torch.equal(base.generate(**settings), before)
+
+
+@pytest.mark.parametrize("processors", ["no list", "two", "an unknown argument"])
+def test_a_refused_call_leaves_no_names_of_adapters_behind(processors: str) -> None:
+    """Whatever refuses it, and however early."""
+    base, kad, ids = two_adapters(), KADLogitsProcessor(tiny_model(seed=9)), random_ids(2, 6)
+    before = base.generate(input_ids=ids, logits_processor=[kad], **GREEDY)
+    given = {"no list": kad, "two": [kad, kad]}.get(processors, [kad])
+    settings = {"input_ids": ids, "logits_processor": given, **GREEDY}
+    settings |= {"max_new_tokns": 3} if processors == "an unknown argument" else {}
+    with pytest.raises((TypeError, ValueError), match=r"must be a list|one KAD processor|not used by the model"):
+        base.generate(adapter_names=["other", "__base__"], **settings)
+    assert torch.equal(base.generate(input_ids=ids, logits_processor=[kad], **GREEDY), before)
+
+
+@pytest.mark.parametrize("merged", [["default"], ["default", "other"]])
+def test_what_the_user_merged_stays_merged(merged: list[str]) -> None:
+    """Of two active adapters one or both are merged: with a reference q stays what it is; else one is asked for."""
+    proxy, base = two_adapters(), tiny_model(seed=1)
+    proxy.base_model.set_adapter(["default", "other"])
+    own = KADLogitsProcessor(proxy, ImplicitReward(0.8))
+    proxy.merge_adapter(merged)
+    ids = random_ids(1, 6)
+    before = plain(proxy, ids)
+    with pytest.raises(ValueError, match=r"merge_adapter\(\) put .*default.* into the weights.*reference="):
+        KADLogitsProcessor(proxy, ImplicitReward(0.8))
+    settings = {"input_ids": ids, **GREEDY}
+    for assistant in (None, proxy):
+        with pytest.raises(ValueError, match="merge_adapter"):  # merged since the processor was built
+            base.generate(logits_processor=[own], assistant_model=assistant, **settings)
+        for rule, reference in ((ImplicitReward(0.8), tiny_model(seed=3)), (DualDeferral(0.3), None)):
+            kad = KADLogitsProcessor(proxy, rule, reference=reference)
+            base.generate(logits_processor=[kad], assistant_model=assistant, **settings)
+            torch.testing.assert_close(plain(proxy, ids), before, atol=0, rtol=0)
+            assert {tuple(sorted(layer.merged_adapters)) for layer in lora_layers(proxy)} == {tuple(sorted(merged))}
+    proxy.unmerge_adapter()
+    base.generate(logits_processor=[own], **settings)
+
+
+def lora_layers(model: PeftModel) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def switches(model: PeftModel) -> list[tuple[str, type, Any]]:
+    """What a forward without adapter changes for its time: flags and whole modules."""
+    return [(name, type(module), getattr(module, "disable_adapters", None)) for name, module in model.named_modules()]
+
+
+@pytest.mark.parametrize("name", ["LORA", "modules_to_save", "LN_TUNING", "ADAPTION_PROMPT"])
+def test_an_interrupt_anywhere_leaves_the_adapter_as_it_was(name: str) -> None:
+    """One KeyboardInterrupt at each line, call and return of each function of the module, one after the other."""
+    model, ids = adapted(name), random_ids(1, 4)
+    layers = [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
+    if layers:
+        layers[0]._disable_adapters = True  # found off, to be left off
+    before = switches(model)
+    file = forward_without_adapter.__code__.co_filename
+
+    def interrupted_at(number: int) -> bool:
+        events = 0
+
+        def trace(frame: types.FrameType, event: str, _: Any) -> Any:
+            nonlocal events
+            if frame.f_code.co_filename != file:
+                return None
+            events += 1
+            if events == number:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            forward_without_adapter(model, input_ids=ids)
+        except KeyboardInterrupt as interrupt:
+            return bool(interrupt)  # its traceback holds all frames: nothing is mended by their end
+        finally:
+            sys.settrace(None)
+        return events >= number
+
+    number = 1
+    with torch.no_grad():
+        while interrupted_at(number) or number < 10:
+            assert switches(model) == before, number
+            number += 1
+    assert number > 30
+    assert switches(model) == before
+
+
+@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
+def test_compiled_code_takes_no_adapter_that_changes_from_call_to_call(name: str) -> None:
+    proxy, base = adapted(name), tiny_model(seed=1)
+    kad = KADLogitsProcessor(proxy, num_assistant_tokens=2, compile=True)
+    with pytest.raises(ValueError, match="leave out `compile`"):
+        base.generate(input_ids=random_ids(1, 6), logits_processor=[kad], assistant_model=proxy, **GREEDY)
+
+
+def test_states_of_an_encoder_follow_the_rows_that_stay() -> None:
+    base, kad = tiny_model("gpt2", seed=1, add_cross_attention=True), KADLogitsProcessor(tiny_model(seed=9), "dual")
+    states = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3))
+    settings = {"input_ids": random_ids(4, 6), "encoder_hidden_states": states, "logits_processor": [kad], **GREEDY}
+    settings["eos_token_id"] = ENDS
+    texts = generated(base.generate(**settings), 6)
+    assert len({len(text) for text in texts}) > 1
+    assert generated(base.generate(assistant_model=kad.proxy, **settings), 6) == texts

@@ -1,0 +1,134 @@
+"""compile=True: static caches and compiled forwards give the same text."""
+
+import pytest
+import torch
+from test_batches import padded
+from tiny_models import tiny_model
+
+from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
+from transformers_kad.models.static_model import CAPACITY_STEP, StaticCacheModel
+
+PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 3]])
+GREEDY = {"do_sample": False, "max_new_tokens": 40}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Static caches without the minute that compiling takes."""
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+
+
+@pytest.mark.slow
+def test_greedy_text_is_that_of_the_eager_path_and_shapes_are_compiled_once(base, proxy):
+    torch._dynamo.reset()
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=3, compile=True)
+    eager = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=3)
+    graphs = []
+    for prompt, count in ((PROMPT, 40), (PROMPT[:, :5], 90), (PROMPT[:, 2:], 17)):
+        settings = {"assistant_model": proxy, "do_sample": False, "max_new_tokens": count}
+        expected = base.generate(prompt, logits_processor=[eager], **settings)
+        assert torch.equal(base.generate(prompt, logits_processor=[kad], **settings), expected)
+        assert kad.statistics.acceptance_histogram == eager.statistics.acceptance_histogram
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [2, 2, 2]  # the proxy's step and the base's verification
+
+
+@pytest.mark.parametrize(("base_architecture", "proxy_architecture"), [("llama", "gpt2"), ("gpt2", "qwen3")])
+@pytest.mark.parametrize("settings", [{}, {"drafter": "prompt_lookup"}, {"num_assistant_tokens": 1}])
+def test_static_caches_take_tokens_back(uncompiled, base_architecture, proxy_architecture, settings):
+    base, proxy = tiny_model(base_architecture, hidden=32, seed=1), tiny_model(proxy_architecture, seed=2)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), compile=True, **settings)
+    eager = KADLogitsProcessor(proxy, DualDeferral(0.6), **settings)
+    for prompt in (PROMPT, PROMPT.flip(1), PROMPT):
+        ids, expected = (
+            base.generate(prompt, assistant_model=proxy, logits_processor=[k], **GREEDY) for k in (kad, eager)
+        )
+        assert torch.equal(ids, expected)
+        assert kad.statistics.acceptance_histogram == eager.statistics.acceptance_histogram
+        assert kad.statistics.proxy_forwards == eager.statistics.proxy_forwards
+        assert kad.statistics.base_forwards == eager.statistics.base_forwards
+
+
+def test_forwards_have_one_shape_behind_the_prompt(base, proxy, monkeypatch):
+    shapes = {base: [], proxy: []}
+
+    def compiled(model, **settings):
+        def run(**inputs):
+            shapes[model].append(tuple(inputs["input_ids"].shape))
+            return model(**inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=4, compile=True)
+    base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, eos_token_id=7, pad_token_id=0, **GREEDY)
+    assert set(shapes[base]) == {(1, 5)}
+    assert set(shapes[proxy]) == {(1, 1)}
+
+
+def test_a_context_that_ends_before_the_filling_does(uncompiled):
+    base, proxy = (tiny_model("gpt2", hidden=32, seed=seed, n_positions=30) for seed in (1, 2))
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=5, compile=True)
+    settings = {"do_sample": False, "max_new_tokens": 18}
+    ids = base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **settings)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    assert torch.equal(ids, base.generate(PROMPT, logits_processor=[kad], **settings))
+
+
+def test_the_cache_is_kept_for_texts_that_fit_and_grows_for_longer_ones(uncompiled, base, proxy):
+    kad = KADLogitsProcessor(proxy, compile=True)
+    settings = {"logits_processor": [kad], "assistant_model": proxy, "do_sample": False}
+    caches, capacities = [], []
+    for count in (5, 60, CAPACITY_STEP + 1):
+        base.generate(PROMPT, max_new_tokens=count, **settings)
+        compiled = kad.compiled(base, "base", 6)
+        caches.append(compiled._static)
+        capacities.append(compiled.capacity)
+    assert caches[0] is caches[1]
+    assert capacities == [CAPACITY_STEP, CAPACITY_STEP, 2 * CAPACITY_STEP]
+
+
+def test_a_reference_is_followed_eagerly(uncompiled, base, proxy):
+    settings = {"reference": tiny_model(seed=9)}
+    kad, eager = (KADLogitsProcessor(proxy, ImplicitReward(1.0), compile=on, **settings) for on in (True, False))
+    ids = base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **GREEDY)
+    assert torch.equal(ids, base.generate(PROMPT, logits_processor=[eager], **GREEDY))
+
+
+def test_what_cannot_be_compiled_is_refused(uncompiled, base, proxy):
+    kad = KADLogitsProcessor(proxy, compile=True)
+    settings = {"logits_processor": [kad], "assistant_model": proxy, **GREEDY}
+    with pytest.raises(ValueError, match="one sequence without padding, got 2"):
+        base.generate(PROMPT.repeat(2, 1), **settings)
+    row = {name: value[1:2] for name, value in padded(2).items()}
+    with pytest.raises(ValueError, match="got 1 with padding"):
+        base.generate(**row, **settings)
+    cache = base.generate(PROMPT, return_dict_in_generate=True, **GREEDY).past_key_values
+    with pytest.raises(ValueError, match="a filled cache"):
+        base.generate(PROMPT.repeat(1, 5), past_key_values=cache, **settings)
+    with pytest.raises(ValueError, match='got num_assistant_tokens="auto"'):
+        KADLogitsProcessor(proxy, compile=True, num_assistant_tokens="auto")
+    with pytest.raises(ValueError, match="full attention in all layers, and the base MistralForCausalLM"):
+        tiny_model("mistral", seed=3).generate(PROMPT, **settings)
+    assert "compile=True" in repr(kad)
+
+
+def test_the_compiled_model_is_the_model(uncompiled):
+    model = tiny_model(seed=3)
+    compiled = StaticCacheModel(model, "proxy", width=4)
+    compiled.reserve(40)
+    ids = torch.randint(0, 50, (1, 30), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+    torch.testing.assert_close(
+        compiled.logits(ids[:, :20], logits_to_keep=3), expected[:, 17:20], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        compiled.extend(ids[:, 20:23], logits_to_keep=3), expected[:, 20:23], atol=1e-4, rtol=1e-4
+    )
+    compiled.keep_columns(torch.tensor([[True, False, False]]))
+    assert compiled.cached_length == 21
+    torch.testing.assert_close(
+        compiled.extend(ids[:, 21:25], logits_to_keep=4), expected[:, 21:25], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(compiled.logits(ids[:, :10], logits_to_keep=1), expected[:, 9:10], atol=1e-4, rtol=1e-4)

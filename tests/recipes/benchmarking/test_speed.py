@@ -1,0 +1,153 @@
+"""Repetitions: turns, fresh prompts, resuming, refusals."""
+
+import json
+
+import pytest
+import torch
+
+from transformers_kad import KADConfig
+from transformers_kad.recipes.benchmarking import speed
+from transformers_kad.recipes.benchmarking.bounds import Shape
+from transformers_kad.recipes.benchmarking.forwards import IN_A_ROW
+from transformers_kad.recipes.benchmarking.methods import Contest, Method, expand
+from transformers_kad.recipes.benchmarking.speed import Workload, measure_batch_size, run_method
+from transformers_kad.recipes.benchmarking.subjects import Subject
+from transformers_kad.recipes.resumable import JsonLinesStore
+
+CONFIG = KADConfig("dual", {"threshold": 0.5})
+METHODS = expand(["token_by_token", "speculative"], [2])
+WORKLOAD = Workload("arithmetic", max_new_tokens=12, prompt_tokens=5, seed=0)
+
+
+@pytest.fixture
+def measure(base, proxy, tmp_path):
+    """Measures into one file; returns its records and what was said."""
+
+    def run(repetitions, methods=METHODS, workload=WORKLOAD, rows=1):
+        said = []
+        with JsonLinesStore(tmp_path / "runs.jsonl", {}) as store:
+            measure_batch_size(
+                Subject(base, proxy),
+                CONFIG,
+                workload,
+                methods,
+                store,
+                rows=rows,
+                repetitions=repetitions,
+                say=said.append,
+            )
+        return [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()], said
+
+    return run
+
+
+@pytest.mark.slow
+def test_methods_take_turns_and_each_repetition_has_all(measure):
+    records, _ = measure(4)
+    assert [record["repetition"] for record in records] == [0, 1, 2, 3]
+    firsts = [list(record["runs"]) for record in records]
+    assert [first[0] for first in firsts] == ["base", "token_by_token", "speculative:2", "base"]
+    assert all(sorted(first) == sorted(firsts[0]) for first in firsts)
+    for record in records:
+        for run in record["runs"].values():
+            assert run["tokens"] == 12
+            assert run["seconds"] > 0
+            assert sum(run["inside"].values()) < run["seconds"]
+
+
+def test_a_repetition_measures_the_forwards_of_its_methods(measure):
+    (record,), _ = measure(1, rows=3)
+    times = {Shape(*shape): seconds for *shape, seconds in record["forwards"]}
+    assert set(times) == {
+        *(Shape("base", rows, tokens) for rows in (1, 2, 3) for tokens in (1, 3)),
+        *(Shape("proxy", rows, 1) for rows in (1, 2, 3)),
+        *(Shape("base", 3, 7), Shape("proxy", 3, 5)),
+    }
+    # Before each of the three methods.
+    prompts = {Shape("base", 3, 7), Shape("proxy", 3, 5)}
+    assert all(len(seconds) == (3 if shape in prompts else 3 * IN_A_ROW) for shape, seconds in times.items())
+
+
+def test_prompts_are_the_same_for_all_methods_and_fresh_in_each_repetition(measure, base, monkeypatch):
+    prompts = {}
+    original = Contest.generate
+
+    def generate(self, method, inputs):
+        prompts.setdefault(self.max_new_tokens, []).append(tuple(inputs["input_ids"].flatten().tolist()))
+        return original(self, method, inputs)
+
+    monkeypatch.setattr(Contest, "generate", generate)
+    measure(2)
+    assert len(prompts[12]) == 2 * len(METHODS)
+    assert len(set(prompts[12])) == 2
+    assert len(set(prompts[12][:3])) == 1
+    assert len(prompts[speed.WARM_UP_TOKENS]) == len(METHODS)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on(measure, monkeypatch):
+    original = Contest.generate
+    calls = []
+
+    def stop(self, method, inputs):
+        calls.append(method)
+        if len(calls) == 8:  # after three warm-ups, in the second repetition
+            raise KeyboardInterrupt
+        return original(self, method, inputs)
+
+    monkeypatch.setattr(Contest, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measure(3)
+    monkeypatch.setattr(Contest, "generate", original)
+    records, said = measure(3)
+    assert [record["repetition"] for record in records] == [0, 1, 2]
+    assert not any("repetition 1 of 3" in line for line in said)
+    whole, said = measure(3)
+    assert whole == records
+    assert said == ["batch 1: all 3 repetitions are there"]
+    more, _ = measure(4)
+    assert more[:3] == records
+    assert len(more) == 4
+
+
+def test_other_methods_are_refused_and_another_batch_size_is_not(measure):
+    measure(1)
+    with pytest.raises(ValueError, match="base, speculative:2, token_by_token, not base, speculative:2"):
+        measure(2, methods=expand(["speculative"], [2]))
+    records, said = measure(1, methods=expand(["assisted", "speculative"], [2]), rows=2)
+    assert [record["batch_size"] for record in records] == [1, 2]
+    assert sorted(records[1]["runs"]) == ["base", "speculative:2"]
+    assert any("without assisted decoding" in line and "not 2" in line for line in said)
+
+
+def test_texts_beyond_the_context_are_refused(measure):
+    long = Workload("arithmetic", max_new_tokens=508, prompt_tokens=5, seed=0)
+    with pytest.raises(ValueError, match="513 tokens, and the context of the base ends at 512"):
+        measure(1, workload=long)
+
+
+def test_what_fails_as_a_prompt_can_is_recorded_and_what_is_a_mistake_ends_the_run(base, proxy, monkeypatch):
+    contest = Contest(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=4, longest_prompt=2)
+    inputs = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
+
+    def fail(message):
+        def generate(self, method, inputs):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(Contest, "generate", generate)
+        return run_method(contest, Method("base"), inputs, 0, profile=False)
+
+    run = fail("probability tensor contains either `inf`, `nan` or element < 0")
+    assert run["error"].startswith("RuntimeError: probability tensor")
+    assert "tokens" not in run
+    with pytest.raises(RuntimeError, match="a mistake"):
+        fail("a mistake")
+
+
+def test_equal_seeds_give_equal_draws(base, proxy):
+    contest = Contest(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=12, longest_prompt=5)
+    method, inputs = Method("speculative", 3), WORKLOAD.inputs(contest.subject, 1, 0)
+    assert contest.refusal(method) is None
+    first, second, other = (run_method(contest, method, inputs, seed, profile=False) for seed in (1, 1, 2))
+    assert first["counts"] == second["counts"]
+    assert first["deferral_mass"] == second["deferral_mass"] != other["deferral_mass"]

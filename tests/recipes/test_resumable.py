@@ -1,0 +1,259 @@
+"""The file that a stopped run goes on with."""
+
+import json
+import os
+import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from transformers_kad.recipes.resumable import JsonLinesStore
+from transformers_kad.utils.files import write_whole
+
+SETTINGS = {"seed": 0, "rule": "dual", "sizes": (1, 2)}
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def test_records_are_on_the_disk_at_once_and_read_again(tmp_path):
+    path = tmp_path / "made" / "results.jsonl"
+    records = [{"text": "a\nb\u2028c"}, {"text": "é", "tokens": 3}]
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == []
+        for count, record in enumerate(records, start=1):
+            store.append(record)
+            assert lines(path) == records[:count]
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == records
+        assert store.torn is None
+        store.append({"third": True})
+    assert lines(path) == [*records, {"third": True}]
+
+
+@pytest.mark.parametrize("torn", ['{"line": 2, "te', "{", '{"line": 2}', '{"text": "\u00e9'])
+def test_a_torn_last_line_is_removed_and_reported(tmp_path, torn):
+    """Even a whole object: without its newline nobody knows that it is whole."""
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 1})
+    cut = torn.encode()[:-1] if torn.endswith("\u00e9") else torn.encode()  # in the middle of a character
+    path.write_bytes(path.read_bytes() + cut)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.torn.startswith(torn[:5])
+        assert store.records == [{"line": 1}]
+        store.append({"line": 2})
+    assert lines(path) == [{"line": 1}, {"line": 2}]
+
+
+def test_other_settings_are_refused_with_the_difference(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 1})
+    path.write_bytes(path.read_bytes() + b'{"li')  # not touched either
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here; new is None there and 2 here"):
+        JsonLinesStore(path, {**SETTINGS, "seed": 1, "new": 2})
+    assert path.read_text() == '{"line": 1}\n{"li'
+
+
+def test_results_of_unknown_settings_are_left_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"line": 1}\n')
+    with pytest.raises(ValueError, match=r"no 'results\.jsonl\.settings\.json' lies beside it"):
+        JsonLinesStore(path, SETTINGS)
+    assert path.read_text() == '{"line": 1}\n'
+
+
+@pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
+def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS):
+        pass
+    path.write_text('{"line": 1}\n' + line + '\n{"line": 3}\n')
+    with pytest.raises(ValueError, match=r"line 2 .*" + line[:2].replace("[", r"\[")):
+        JsonLinesStore(path, SETTINGS)
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="got the folder"):
+        JsonLinesStore(tmp_path, SETTINGS)
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS), pytest.raises(ValueError, match="Another run is writing to"):
+        JsonLinesStore(path, SETTINGS)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == []
+
+
+def test_settings_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"line": 1}\n')
+    (tmp_path / "results.jsonl.settings.json").write_text("{torn")
+    with pytest.raises(ValueError, match=r"results\.jsonl\.settings\.json' is not JSON"):
+        JsonLinesStore(path, SETTINGS)
+
+
+def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, {"seed": 0}):
+        pass
+    with JsonLinesStore(path, {"seed": 1}) as store:
+        store.append({"line": 1})
+    with pytest.raises(ValueError, match="seed is 1 there and 0 here"):
+        JsonLinesStore(path, {"seed": 0})
+
+
+def test_a_run_beside_another_leaves_its_settings_alone(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, {"seed": 0}) as first:
+        with pytest.raises(ValueError, match="Another run is writing"):
+            JsonLinesStore(path, {"seed": 1})
+        first.append({"line": 1})
+    with JsonLinesStore(path, {"seed": 0}) as again:
+        assert again.records == [{"line": 1}]
+
+
+# --- Files that are no regular files, and links -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line", ['{"a":' * 5000 + "1" + "}" * 5000, '{"a": 1, "a": 2}', '{"a": ' + "1" * 5000 + "}", "\xff"]
+)
+def test_a_line_that_json_cannot_be_read_from_is_named(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS):
+        pass
+    path.write_bytes(b'{"line": 1}\n' + line.encode("latin-1") + b"\n")
+    with pytest.raises(ValueError, match=r"results\.jsonl', line 2 "):
+        JsonLinesStore(path, SETTINGS)
+
+
+@pytest.mark.parametrize("settings", ['{"seed": 0, "seed": 0}', "[]", "[" * 5000, '"caf\xe9"'])
+def test_settings_that_are_no_plain_object_are_named(tmp_path, settings):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"line": 1}\n')
+    (tmp_path / "results.jsonl.settings.json").write_bytes(settings.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"results\.jsonl\.settings\.json' is not JSON"):
+        JsonLinesStore(path, SETTINGS)
+
+
+def test_half_a_character_is_written_and_read_again(tmp_path):
+    """A lone surrogate can't be written as UTF-8, only as JSON's escape."""
+    path, record = tmp_path / "results.jsonl", {"caf\ud83d": ["\udc80", "é😀", '"\\ud83d']}
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append(record)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == [record]
+
+
+def test_a_link_and_the_file_that_it_leads_to_are_one_store(tmp_path):
+    target, link = tmp_path / "far" / "results.jsonl", tmp_path / "link.jsonl"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    with JsonLinesStore(link, SETTINGS) as store:
+        store.append({"line": 1})
+    assert link.is_symlink()
+    with JsonLinesStore(target, SETTINGS) as store:
+        assert store.records == [{"line": 1}]
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        JsonLinesStore(link, {**SETTINGS, "seed": 1})
+
+
+def test_a_device_is_written_to_and_never_read(tmp_path, monkeypatch):
+    """/dev/full gives zeros without end to whoever reads it, and refuses what is written."""
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} is read"))
+    (tmp_path / "results.jsonl").symlink_to("/dev/full")  # by a link, so that a fault can't harm the device
+    store = JsonLinesStore(tmp_path / "results.jsonl", SETTINGS)
+    with pytest.raises(OSError, match="No space left"):
+        store.append({"line": 1})
+    with pytest.raises(OSError, match="No space left"):  # what is still to be written
+        store.__exit__()
+    assert not list(Path("/dev").glob("*.settings.json"))
+
+
+def test_a_terminal_gets_every_record():
+    ours, theirs = os.openpty()
+    with JsonLinesStore(os.ttyname(theirs), SETTINGS) as store:
+        assert (store.records, store.torn) == ([], None)
+        store.append({"line": 1})
+    assert os.read(ours, 100) == b'{"line": 1}\r\n'
+
+
+def test_a_pipe_gets_every_record(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    with JsonLinesStore(pipe, SETTINGS) as store:
+        store.append({"line": 1})
+        store.append({"line": 2})
+    reader.join(timeout=10)
+    assert got == ['{"line": 1}\n{"line": 2}\n']
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_file_is_written_through_a_link_and_keeps_its_permissions(tmp_path):
+    target, link = tmp_path / "far" / "page.html", tmp_path / "page.html"
+    target.parent.mkdir()
+    link.symlink_to(Path("far") / "page.html")
+    write_whole(link, "new")  # where the link led to nothing yet
+    target.chmod(0o640)
+    write_whole(link, "newer\n")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"newer\n"
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert [entry.name for entry in target.parent.iterdir()] == ["page.html"]
+
+
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_whole(tmp_path / "whole", "new")
+    assert (tmp_path / "whole").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_device_stays_one_and_its_error_is_the_systems(tmp_path):
+    device = tmp_path / "full"
+    device.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(device, "text")
+    assert stat.S_ISCHR(device.stat().st_mode)
+    ours, theirs = os.openpty()
+    write_whole(Path(os.ttyname(theirs)), "text")
+    assert os.read(ours, 100) == b"text"
+
+
+@pytest.mark.parametrize("name", ["link", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_in_a_file_keeps_what_is_written_before_and_behind(tmp_path, capfd, name):
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    print("before")
+    write_whole(tmp_path / name, "page\n")
+    print("behind")
+    assert capfd.readouterr().out == "before\npage\nbehind\n"
+
+
+def test_an_open_pipe_gets_the_text():
+    ours, theirs = os.pipe()
+    write_whole(Path(f"/dev/fd/{theirs}"), "page\n")
+    assert os.read(ours, 100) == b"page\n"
+
+
+def test_two_threads_that_write_one_file_leave_one_of_both(tmp_path):
+    texts = [letter * 100_000 for letter in "abcd"]
+    for _ in range(20):
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda text: write_whole(tmp_path / "page", text), texts))
+        assert (tmp_path / "page").read_text() in texts
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
+    write_whole(tmp_path / "page", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "page", "new \ud83d")
+    assert (tmp_path / "page").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page"]

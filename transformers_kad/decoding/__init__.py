@@ -1,0 +1,1 @@
+"""Decoding with a KAD processor inside `generate`, token by token and speculatively."""

@@ -1,0 +1,191 @@
+"""KADCandidateGenerator: drafts with the proxy, and keeps the distributions that the draft was drawn from."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation import CandidateGenerator
+
+from ..models.cached_model import CachedModel
+from ..models.text_reader import TextReader
+from ..models.vocabulary import VocabularyAlignment
+from .draft_length import Stopwatch
+from .verification import draw
+
+# Maps the base's texts (B, L) to the proxy's texts and their attention mask (None: no padding).
+ProxyText = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What was drafted behind each row of a batch.
+
+    Attributes:
+        ids: `(B, n)`. What stands behind a row's length is to be ignored.
+        probs: the distributions that they were drawn from, `(B, n, V)` float32.
+        lengths: how many tokens each row drafted, at most n, `(B,)`.
+        proxy_logits: the proxy's logits, tempered, at the drafted positions, `(B, n, V)`, or at the bonus position
+            behind them as well, `(B, n + 1, V)`.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+    lengths: torch.Tensor
+    proxy_logits: torch.Tensor
+
+
+class KADCandidateGenerator(CandidateGenerator):
+    """Drafts tokens with the proxy, one forward each, all rows of a batch at once.
+
+    A draft ends at `num_assistant_tokens`, one token before `max_length`, at the end of the proxy's context, or with
+    an end-of-sequence token.
+    The logits handed out are exactly those drawn from, already divided by the component temperature, so
+    `logits.softmax(-1)` is q: the caller needs no second forward to know it.
+
+    Args:
+        proxy: the proxy, with its cache if it is to be kept.
+        num_assistant_tokens: γ, the draft length.
+        vocabulary: the base's vocabulary size V.
+        do_sample: draw from q, or take argmax q.
+        component_temperature: the proxy's logits are divided by it.
+        eos_token_ids: ids that end a text.
+        max_length: the longest text allowed, in tokens; None for no limit.
+        proxy_text: maps the base's texts to the proxy's, which differ where the proxy has a prompt of its own.
+        chunk_size: forward a prompt at most so many tokens at a time.
+        vocabulary_alignment: which tokens of the proxy are which of the base, where their tokenizers differ.
+    """
+
+    def __init__(
+        self,
+        proxy: CachedModel | PreTrainedModel,
+        *,
+        num_assistant_tokens: int,
+        vocabulary: int,
+        do_sample: bool = True,
+        component_temperature: float = 1.0,
+        eos_token_ids: Collection[int] = (),
+        max_length: int | None = None,
+        proxy_text: ProxyText = lambda input_ids: (input_ids, None),
+        chunk_size: int | None = None,
+        vocabulary_alignment: VocabularyAlignment | None = None,
+    ) -> None:
+        self.num_assistant_tokens = num_assistant_tokens
+        self.do_sample = do_sample
+        self.max_length = max_length
+        self.proxy_text = proxy_text
+        self.reader = TextReader(
+            proxy if isinstance(proxy, CachedModel) else CachedModel(proxy),
+            vocabulary=vocabulary,
+            component_temperature=component_temperature,
+            vocabulary_alignment=vocabulary_alignment,
+            chunk_size=chunk_size,
+        )
+        self._device = self.reader.model.model.device
+        self.stopwatch = Stopwatch(self._device)
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)
+
+    @property
+    def is_synchronous(self) -> bool:
+        """Whether looking at a tensor costs nothing, as on the CPU; elsewhere it would wait for the device."""
+        return self._device.type == "cpu"
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draft a continuation of each text.
+
+        Args:
+            input_ids: the texts so far, `(B, L)`.
+
+        Returns:
+            The texts with their drafts, `(B, L + n)` with n <= γ, and the logits of the drafted positions,
+            `(B, n, V)` float32. n is 0 where the length limit leaves no room for a draft. In a batch, what stands
+            behind an end of sequence is to be ignored.
+
+        Raises:
+            ValueError: the proxy is in training mode, or a text is longer than its context.
+        """
+        self.reader.model.refresh()
+        self.begin(input_ids)
+        draft = self.draft(None, [input_ids.shape[1]] * len(input_ids))
+        longest = int(draft.lengths.max())
+        ids = draft.ids[:, :longest].to(input_ids)
+        return torch.cat([input_ids, ids], dim=-1), draft.proxy_logits[:, :longest]
+
+    def begin(self, input_ids: torch.Tensor) -> None:
+        """Start from the base's texts `(B, L)`."""
+        self.reader.begin(*self.proxy_text(input_ids))
+
+    def draft(self, tokens: torch.Tensor | None, lengths: list[int]) -> Draft:
+        """Draft behind the texts read so far and one more token of each, `(B, 1)`; None at first.
+
+        Args:
+            tokens: the token that each row ended its last round with.
+            lengths: of the base's texts, in tokens, with that token.
+
+        Raises:
+            ContextLengthError: a text is longer than the proxy's context.
+        """
+        rooms = self._rooms(tokens, lengths)
+        self._next = tokens
+        ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+        ended = [False] * len(lengths)
+        for _ in range(max(rooms)):
+            logits.append(self.next_logits())
+            # Greedy drafts are compared with argmax r: from what they were drawn plays no part.
+            probs.append(logits[-1].softmax(-1) if self.do_sample else logits[-1])
+            ids.append(self._draw(probs[-1]))
+            self._next = ids[-1][:, None]
+            if self.is_synchronous:
+                ended = [
+                    before or token in self.eos_token_ids
+                    for before, token in zip(ended, ids[-1].tolist(), strict=True)
+                ]
+                if all(ended):
+                    break
+        if not self.is_synchronous:
+            logits.append(self.next_logits())
+        none = torch.empty(len(lengths), 0, dtype=torch.long, device=self._device)
+        drafted = torch.stack(ids, dim=1) if ids else none
+        nothing = none.new_empty(*none.shape, self.reader.vocabulary, dtype=torch.float32)
+        return Draft(
+            drafted,
+            torch.stack(probs, dim=1) if ids else nothing,
+            self._lengths(drafted, rooms),
+            torch.stack(logits, dim=1) if logits else nothing,
+        )
+
+    def next_logits(self) -> torch.Tensor:
+        """The proxy's logits, tempered, behind all that was read and drafted: `(B, V)` float32."""
+        with self.stopwatch.running():
+            return self.reader.read(self._next)[:, -1]
+
+    def accept(self, accepted: list[int]) -> None:
+        """Of the draft, row b keeps the first `accepted[b]` tokens; the rest is taken back."""
+        self.reader.accept(accepted)
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Between rounds: go on with some of the rows, in this order."""
+        self.reader.select_rows(rows)
+
+    def _rooms(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
+        """How many tokens each row may draft."""
+        rooms = []
+        for length, left in zip(lengths, self.reader.own_tokens_left(tokens), strict=True):
+            limits = [self.num_assistant_tokens]
+            if self.max_length is not None:
+                limits.append(self.max_length - length - 1)
+            if left is not None:
+                limits.append(left)
+            rooms.append(max(min(limits), 0))
+        return rooms
+
+    def _lengths(self, ids: torch.Tensor, rooms: list[int]) -> torch.Tensor:
+        """How many of the drafted tokens `(B, n)` count: up to a row's room, and to its first end of sequence."""
+        ends = torch.isin(ids, self._eos).long()
+        within = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(rooms, device=ids.device)[:, None]
+        return (within & (ends.cumsum(-1) == ends)).sum(-1)
+
+    def _draw(self, probs: torch.Tensor) -> torch.Tensor:
+        """One token from each row of `(B, V)`, `(B,)`."""
+        return draw(probs) if self.do_sample else probs.argmax(-1)

@@ -1,0 +1,1 @@
+"""Other programs that KAD runs in, and what they need to load a pair by name."""

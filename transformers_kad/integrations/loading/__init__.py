@@ -1,0 +1,1 @@
+"""Models, tokenizers and prompts, for programs that are given names instead of models."""

@@ -1,0 +1,213 @@
+"""Models and tokenizers from a Hub id or a folder, whether it holds a whole model or an adapter."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from peft.utils import load_peft_weights
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import find_adapter_config_file
+
+from ...models.adapters import model_below
+from ...utils.sources import check_source, resolve_name
+from .merging import merge_and_compare, reason_not_to_merge, trained_tokens
+
+
+def below_adapter(path: str | Path) -> str | None:
+    """The id or folder of the model that an adapter belongs to; None if `path` is a whole model.
+
+    The adapter may name it relative to its own folder.
+
+    Raises:
+        FileNotFoundError: there is no folder `path`, or no such folder as the adapter names.
+        ValueError: the adapter names no model.
+    """
+    if find_adapter_config_file(check_source(path)) is None:
+        return None
+    named = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not named:
+        raise ValueError(
+            f"The adapter {str(path)!r} does not say which model it belongs to: write the model's Hub id or folder "
+            "into its adapter_config.json as `base_model_name_or_path`."
+        )
+    try:
+        return check_source(resolve_name(named, path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"Folder not found: {named!r}, to which the adapter {str(path)!r} belongs. It was looked for beside the "
+            f"adapter and in {os.getcwd()!r}. Correct `base_model_name_or_path` in its adapter_config.json."
+        ) from error
+
+
+def load_model(
+    path: str | Path, *, device: str = "cpu", dtype: str = "auto", merge: bool = True, **kwargs: Any
+) -> PreTrainedModel | PeftModel:
+    """A causal LM in evaluation mode, its adapter included.
+
+    An adapter is merged only where the merged model is the same as before: not into a quantized model, not where it
+    acts on embeddings that input and output share, not where peft can't, and not where the logits of one short text
+    move by more than rounding. There it stays a `PeftModel`, and a warning names the reason.
+
+    An adapter that was trained after tokens had been added brings their embeddings along; those of the model below
+    are resized to them.
+
+    Args:
+        path: Hub id or folder of a model or of an adapter, which is put on the model that it names.
+        device: where the model goes, unless `device_map` says so.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        merge: merge the adapter into the weights, since it costs at every step otherwise. Without it the result is
+            a `PeftModel`.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained`: `device_map`, `quantization_config` and so on.
+
+    Raises:
+        FileNotFoundError: `path` looks like a path, and there is no such folder.
+        ValueError: an adapter that lies on another one which can't be merged, or one that was trained with more
+            tokens and does not bring their embeddings along.
+    """
+    model, reason = _load(path, merge=merge, device=device, dtype=dtype, **kwargs)
+    if reason is not None:
+        warnings.warn(
+            f"The adapter {str(path)!r} is not merged into its model: {reason}. It is used unmerged, which is slower.",
+            stacklevel=2,
+        )
+    return model
+
+
+def load_merged(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A causal LM without any adapter left, for what needs plain weights: another adapter.
+
+    Args:
+        path: Hub id or folder of a model or of an adapter.
+        **kwargs: as for `load_model`.
+
+    Raises:
+        ValueError: the adapter can't be merged; the message names the reason.
+        FileNotFoundError: as for `load_model`.
+    """
+    model, reason = _load(path, merge=True, **kwargs)
+    if reason is not None:
+        raise ValueError(
+            f"Another adapter can be put on plain weights only, and the adapter {str(path)!r} can't be merged into "
+            f"its model: {reason}."
+        )
+    return model
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or an adapter, padding on the left. Adapters that have none use their model's.
+
+    Raises:
+        ValueError: there is none.
+        FileNotFoundError: `path` looks like a path, and there is no such folder.
+    """
+    source = check_source(path)
+    try:
+        return AutoTokenizer.from_pretrained(source, padding_side="left")
+    except (OSError, ValueError) as error:
+        below = below_adapter(path)
+        if below is None:
+            raise ValueError(f"No tokenizer could be loaded from {str(path)!r}: {error}") from error
+        return AutoTokenizer.from_pretrained(below, padding_side="left")
+
+
+def _load(
+    path: str | Path, *, merge: bool, device: str = "cpu", dtype: str = "auto", **kwargs: Any
+) -> tuple[Any, str | None]:
+    """A model, and why its adapter is not merged although it was to be."""
+    below = below_adapter(path)
+    if below is None:
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
+        except OSError as error:
+            if Path(path).is_dir():
+                raise
+            raise OSError(f"{str(path)!r} is no folder here, and could not be had from the Hub: {error}") from error
+        return (model if kwargs.get("device_map") else model.to(device)).eval(), None
+
+    def load_adapted() -> PeftModel:
+        return _put_adapter(load_merged(below, device=device, dtype=dtype, **kwargs), str(path)).eval()
+
+    adapted = load_adapted()
+    if not merge:
+        return adapted, None
+    reason = reason_not_to_merge(adapted)
+    if reason is None:
+        merged, reason = merge_and_compare(adapted)
+        if reason is None:
+            return merged, None
+        del merged, adapted
+        adapted = load_adapted()
+    return adapted, reason
+
+
+def _put_adapter(model: PreTrainedModel, path: str) -> PeftModel:
+    """The adapter in `path` on a model, whose embeddings are first resized to those that the adapter brings along.
+
+    Raises:
+        ValueError: the adapter was trained on a model of another shape.
+    """
+    rows = _rows_of_adapter(model, path)
+    if rows != model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's rows take the place of all new ones
+    try:
+        return PeftModel.from_pretrained(model, path)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"The adapter {path!r} was trained on a model of another shape than {model.name_or_path!r}, to which it "
+            f"says it belongs: {error}"
+        ) from error
+
+
+def _rows_of_adapter(model: PreTrainedModel, path: str) -> int:
+    """How many tokens a model must have embeddings for, so that an adapter fits on it.
+
+    Raises:
+        ValueError: more or fewer than it has, and the adapter does not bring all embeddings along that are missing.
+    """
+    config = PeftConfig.from_pretrained(path)
+    ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    names = {end: name for end, module in ends.items() for name, other in model.named_modules() if other is module}
+    present = ends["input"].weight.shape[0]
+    whole = {
+        end: weight.shape[0]
+        for key, weight in load_peft_weights(path, device="cpu").items()
+        for end, name in names.items()
+        if re.fullmatch(rf"base_model\.model\.{re.escape(name)}\.((token_adapter\.)?base_layer\.)?weight", key)
+    }
+    trained = trained_tokens(config)
+    last = max((token for tokens in trained.values() for token in tokens), default=-1)
+    rows = max(whole.values(), default=max(present, last + 1))
+    new = set(range(present, rows))
+    brought = set(whole)
+    for module, tokens in trained.items():
+        if new <= set(tokens):
+            brought |= {end for end, name in names.items() if name.endswith(module or names["input"])}
+    # Input embeddings that are trained as a whole are a copy, which the output layer does not share.
+    copied = names["input"].split(".")[-1] in (getattr(config, "modules_to_save", None) or ())
+    if brought and model.config.get_text_config(decoder=True).tie_word_embeddings and not copied:
+        brought = set(names)
+    if rows != present and brought != set(names):
+        lacking = [name for end, name in names.items() if end not in brought]
+        raise ValueError(
+            f"The adapter {path!r} was trained with {rows} tokens, the model {model.name_or_path!r}, to which it says "
+            f"it belongs, has {present}, and the adapter does not bring along the embeddings of the others in "
+            f"{', '.join(lacking)}. Save the model that it was trained on, embeddings resized, and name it in "
+            "adapter_config.json as `base_model_name_or_path`."
+        )
+    return rows
+
+
+def forget_generation_settings(model: PreTrainedModel) -> None:
+    """Empty a model's own generation settings, also those of the model below an adapter."""
+    model_below(model).generation_config = GenerationConfig()

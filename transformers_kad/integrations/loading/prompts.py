@@ -1,0 +1,222 @@
+"""Around a call of `generate`: prompts as model inputs, plain sampling, the ids that end a text."""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from ...models.adapters import model_below
+
+# The law of the paper: nothing warps the target after KAD. For `generate(**PLAIN_SAMPLING)`.
+PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
+    {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+)
+
+Prompt = str | Sequence[Mapping[str, Any]]
+
+# No arguments of a chat template: `encode` and `apply_chat_template` have arguments of their own by these names.
+RESERVED = (
+    *("tokenizer", "prompts", "device", "chat", "model", "self", "conversation", "messages", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "add_generation_prompt", "continue_final_message"),
+)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    device: str = "cpu",
+    *,
+    chat: bool | None = None,
+    model: PreTrainedModel | None = None,
+    **template_arguments: Any,
+) -> BatchEncoding:
+    """Prompts as model inputs `(B, L)`, padded on the left where their lengths differ.
+
+    The inputs are `input_ids` and `attention_mask`, whatever else the tokenizer's own configuration lists.
+
+    Args:
+        tokenizer: it stays as it is; texts are filled up with its :func:`pad_token_id`.
+        prompts: questions, or chats (lists of messages with `role` and `content`), as `normalize_prompt` takes them.
+        device: where the tensors go.
+        chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
+        model: which model gets the inputs. Where its forward takes `token_type_ids`, they are among the inputs if the
+            tokenizer makes them.
+        **template_arguments: what the chat template understands beside messages, say `enable_thinking=False`.
+
+    Raises:
+        ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
+            template refuses, or that is no text; template arguments as in `check_template_arguments`; prompts of
+            different length, and a tokenizer with nothing to pad with.
+        TypeError: one prompt instead of several.
+    """
+    if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
+        raise TypeError(f"`prompts` must be a sequence of prompts, got a single one: pass [{prompts!r}].")
+    prompts = [normalize_prompt(prompt) for prompt in prompts]
+    check_template_arguments(template_arguments)
+    chats = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    if chat is None:
+        chat = bool(chats) or tokenizer.chat_template is not None
+    if chats and not chat:
+        raise ValueError(f"A chat needs the chat template, but `chat=False` was given: {chats[0]!r}.")
+    if not chat:
+        return _tensors(tokenizer, tokenizer(list(prompts)), model).to(device)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template. Set `tokenizer.chat_template`, or use "
+            "plain prompts."
+        )
+    messages = [
+        [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt) for prompt in prompts
+    ]
+    try:
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **template_arguments
+        )
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what templates raise
+        raise ValueError(
+            f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
+        ) from error
+    return _tensors(tokenizer, encoded, model).to(device)
+
+
+def _tensors(
+    tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list[list[int]]], model: PreTrainedModel | None
+) -> BatchEncoding:
+    """Lists of ids as tensors `(B, L)`: ids, mask, and the token types that the model takes."""
+    rows = encoded["input_ids"]
+    length = max(map(len, rows))
+    pad = pad_token_id(tokenizer)
+    if pad is None and any(len(row) < length for row in rows):
+        raise no_padding_error(tokenizer)
+
+    def pad_left(values: list[list[int]], filling: int | None) -> torch.Tensor:
+        return torch.tensor([[filling] * (length - len(row)) + row for row in values], dtype=torch.long)
+
+    inputs = {"input_ids": pad_left(rows, pad), "attention_mask": pad_left([[1] * len(row) for row in rows], 0)}
+    if "token_type_ids" in encoded and model is not None and _takes(model, "token_type_ids"):
+        inputs["token_type_ids"] = pad_left(encoded["token_type_ids"], tokenizer.pad_token_type_id)
+    return BatchEncoding(inputs)
+
+
+def _takes(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model's forward has an input of that name; an adapter's model decides for the adapter."""
+    return name in inspect.signature(model_below(model).forward).parameters
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """What shorter texts of a batch are filled up with: the padding token, else the end of sequence; None: neither."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def no_padding_error(tokenizer: PreTrainedTokenizerBase) -> ValueError:
+    """The error of a batch that needs padding, for a tokenizer whose :func:`pad_token_id` is None."""
+    return ValueError(
+        f"The tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence token, so texts of "
+        "different length can't share a batch. Name one of its tokens in its tokenizer_config.json, "
+        '"pad_token": "...". '
+        "Where texts are generated, --batch_size 1 does without."
+    )
+
+
+def normalize_prompt(prompt: object) -> Prompt:
+    """A question, or a chat with the `content` of every message as text.
+
+    Args:
+        prompt: text, or a list of messages with `role` and `content`, which is as `message_text` takes it, or None in
+            a message with `tool_calls`.
+
+    Raises:
+        ValueError: something else, no message at all, or a lone surrogate anywhere in it.
+    """
+    if isinstance(prompt, str):
+        return message_text(prompt)
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise ValueError(f"A prompt must be text or a list of at least one message, got {shorten(prompt)}.")
+    messages = []
+    for number, message in enumerate(prompt, start=1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise ValueError(f'Message {number} needs a "role" that is text, and "content", got {shorten(message)}.')
+        content = message["content"]
+        calls_tools = content is None and message.get("tool_calls")
+        messages.append({**message, "content": content if calls_tools else message_text(content)})
+    _check_characters(messages)
+    return messages
+
+
+def check_template_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless a chat template can be given these arguments beside the messages.
+
+    Refused are names that `apply_chat_template` uses for something else, such as `tokenize`; `tools` that are no list
+    of objects; lone surrogates.
+    """
+    for name in arguments:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} can't be an argument of a chat template: it is set by the library itself.")
+    tools = arguments.get("tools")
+    if tools is not None and not (isinstance(tools, list | tuple) and all(map(_is_tool, tools))):
+        raise ValueError(f'"tools" must be a list of objects, got {shorten(tools)}.')
+    _check_characters(dict(arguments))
+
+
+def _is_tool(tool: object) -> bool:
+    return isinstance(tool, Mapping) or callable(tool)
+
+
+def message_text(content: object) -> str:
+    """The text of a message's `content`.
+
+    Args:
+        content: text, or a list of parts, each text or `{"type": "text", "text": ...}`. Parts are joined without
+            anything between them, as the chat templates that understand parts do.
+
+    Raises:
+        ValueError: content that is neither; a part that is no text, such as an image; text with a lone surrogate,
+            half of a character that JSON wrote as two escapes, which no tokenizer can read.
+    """
+    if isinstance(content, list):
+        for number, part in enumerate(content, start=1):
+            if not isinstance(part, str) and not (
+                isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            ):
+                raise ValueError(
+                    f'Only text can be read, got {shorten(part)} as part {number} of a message\'s "content". A part '
+                    'must be {"type": "text", "text": ...}.'
+                )
+        content = "".join(part if isinstance(part, str) else part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f'A message\'s "content" must be text or a list of parts of text, got {shorten(content)}.')
+    _check_characters(content)
+    return content
+
+
+def _check_characters(value: object) -> None:
+    """Raise unless all text in a value is whole characters."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"There is a lone surrogate, half of a character, at position {error.start} of {shorten(value)}: no "
+            "tokenizer can read it. Remove it, or write both halves."
+        ) from error
+
+
+def shorten(value: object, length: int = 200) -> str:
+    """A value as Python writes it, cut where it is longer, for an error message."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def eos_token_ids(*models: PreTrainedModel) -> list[int]:
+    """Every id that ends a turn of one of the models, for `generate(eos_token_id=...)`."""
+    ids: set[int] = set()
+    for model in models:
+        eos = model.generation_config.eos_token_id
+        ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+    return sorted(ids)

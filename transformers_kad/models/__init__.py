@@ -1,0 +1,1 @@
+"""Models that follow growing texts, with caches that can be rolled back."""

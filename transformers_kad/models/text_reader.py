@@ -1,0 +1,140 @@
+"""A model beside the base that reads what the base emits: in its own tokens, after its own prompt."""
+
+from itertools import accumulate
+
+import torch
+
+from .cached_model import CachedModel
+from .vocabulary import VocabularyAlignment, align_vocabulary
+
+
+class TextReader:
+    """Follows texts that grow by different numbers of tokens, and answers in the base's vocabulary.
+
+    Args:
+        model: the proxy or the reference, with its cache.
+        vocabulary: the base's vocabulary size V.
+        component_temperature: the model's logits are divided by it.
+        vocabulary_alignment: which of its tokens are which of the base, where their tokenizers differ.
+        chunk_size: forward a prompt at most so many tokens at a time.
+    """
+
+    def __init__(
+        self,
+        model: CachedModel,
+        *,
+        vocabulary: int,
+        component_temperature: float = 1.0,
+        vocabulary_alignment: VocabularyAlignment | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.component_temperature = component_temperature
+        self.vocabulary_alignment = vocabulary_alignment
+        self.chunk_size = chunk_size
+        self.begin(torch.empty(1, 0, dtype=torch.long, device="cpu"))
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Start from prompts `(B, L)` in the model's own tokens, padded on the left. They are forwarded by `read`."""
+        self._prompt: tuple[torch.Tensor, torch.Tensor | None] | None = (input_ids, attention_mask)
+        whole = [input_ids.shape[1]] * len(input_ids)
+        self._lengths: list[int] = whole if attention_mask is None else attention_mask.sum(dim=-1).tolist()
+        self._places: list[int] = []  # the place in the round of each unsettled column's token
+        self._columns: list[torch.Tensor] = []  # (B, w) each, on the CPU: which columns are a row's, where they differ
+        self._lead = 0  # tokens of a round before its draft
+
+    def read(self, tokens: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
+        """Read more of the base's tokens, `(B, n)`: the tempered logits behind the last of them.
+
+        `(B, logits_to_keep, V)` float32. The last entry is behind all that is read, the one before it behind all but
+        the last of the base's tokens, and so on, however many tokens of its own the model reads each of them in.
+        Behind a prompt that was not read yet, `tokens` may be None.
+        """
+        ids = mask = None
+        widths: list[int] = []
+        if tokens is not None and tokens.shape[1]:
+            ids, widths = tokens, [1] * tokens.shape[1]
+            if self.vocabulary_alignment is not None:
+                ids, mask, widths = self.vocabulary_alignment.spell(tokens)
+                self._columns.append(mask.bool().cpu())
+            first = self._places[-1] + 1 if self._places else 0
+            self._places += [place for place, width in enumerate(widths, first) for _ in range(width)]
+        # Where, in columns, the base's tokens end: first what was read before, then each of the new ones.
+        ends = [0, *accumulate(widths)][-logits_to_keep:]
+        keep_columns = ends[-1] - ends[0] + 1
+        if self._prompt is None:
+            assert ids is not None
+            logits = self.model.extend(ids, mask, logits_to_keep=keep_columns)
+        else:
+            text, text_mask = self._prompt
+            prompt_length = text.shape[1]
+            if ids is not None:
+                if mask is not None or text_mask is not None:
+                    mask = torch.ones_like(ids) if mask is None else mask
+                    text_mask = torch.ones_like(text) if text_mask is None else text_mask
+                    text_mask = torch.cat([text_mask, mask.to(text_mask)], dim=-1)
+                text = torch.cat([text, ids.to(text)], dim=-1)
+            logits = self.model.logits(
+                text, text_mask, logits_to_keep=keep_columns, chunk_size=self.chunk_size, prompt_length=prompt_length
+            )
+            self._prompt = None
+        if keep_columns > len(ends):
+            logits = logits[:, [end - ends[0] for end in ends]]
+        return tempered(
+            align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment), self.component_temperature
+        )
+
+    def accept(self, accepted: list[int]) -> None:
+        """The end of a round: of the draft, row b keeps `accepted[b]` tokens, the rest is taken back.
+
+        What was read before the draft, the token that ended the round before, stays.
+        """
+        counts = torch.tensor([count + self._lead for count in accepted], device="cpu")
+        columns = torch.tensor(self._places, dtype=torch.long, device="cpu") < counts[:, None]
+        if self._columns:
+            columns &= torch.cat(self._columns, dim=1)
+        self.model.keep_columns(columns)
+        self._lengths = [before + more for before, more in zip(self._lengths, columns.sum(1).tolist(), strict=True)]
+        self._places, self._columns, self._lead = [], [], 1
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Between rounds: go on with some of the rows, in this order."""
+        self.model.select_rows(rows)
+        self._lengths = [self._lengths[row] for row in rows]
+
+    def own_tokens_left(self, tokens: torch.Tensor | None) -> list[int | None]:
+        """How many of its own tokens the model could read in each row behind the next `tokens` `(B, 1)` of the base.
+
+        None without a limit.
+
+        Raises:
+            ContextLengthError: a row is longer than the model's context already.
+        """
+        limit = self.model.context_length
+        if limit is None:
+            return [None] * len(self._lengths)
+        lengths = self._lengths
+        if tokens is not None:
+            known = self.vocabulary_alignment is None  # then nothing is to be read from the device
+            widths = [1] * len(lengths) if known else map(self._width, tokens[:, 0].tolist())
+            lengths = [length + width for length, width in zip(lengths, widths, strict=True)]
+        self.model.check_length(max(lengths))
+        return [limit - length for length in lengths]
+
+    def cut_to_context(self, tokens: torch.Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
+        """Of drafts in the base's tokens, behind the next `tokens` `(B, 1)`, what the model's context has room for."""
+        cut = []
+        for draft, left in zip(drafts, self.own_tokens_left(tokens), strict=True):
+            ends = accumulate(map(self._width, draft))
+            cut.append(draft if left is None else draft[: sum(end <= left for end in ends)])
+        return cut
+
+    def _width(self, token: int) -> int:
+        """How many of its own tokens the model reads a token of the base in."""
+        return 1 if self.vocabulary_alignment is None else len(self.vocabulary_alignment.spell_token(token))
+
+
+def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Logits divided by a temperature; themselves at 1."""
+    return logits if temperature == 1 else logits / temperature

@@ -1,0 +1,1 @@
+"""What the scripts in the folder `recipes/` of the repository share."""

@@ -1,0 +1,233 @@
+"""The decoding methods that are timed, side by side: what each asks of `generate`."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import CompileConfig, StaticCache
+
+from ...configuration import KADConfig
+from ...integrations.loading.prompts import PLAIN_SAMPLING
+from ...logits_process import KADLogitsProcessor
+from ...models.static_model import CAPACITY_STEP, StaticCacheModel
+from ...records.statistics import KADStatistics
+from ..evaluation.decoding import draft_like_kad
+from .bounds import Shape
+from .subjects import Subject
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One kind of decoding.
+
+    Attributes:
+        label: how tables and plots call it.
+        drafts: it is measured with every draft length.
+        options: arguments of `KADLogitsProcessor`; None for methods without KAD.
+        speculative: the proxy is passed as `assistant_model`.
+        compiled: forwards behind the prompt are compiled ones.
+        one_row: it takes one text at a time.
+    """
+
+    label: str
+    drafts: bool = False
+    options: Mapping[str, Any] | None = None
+    speculative: bool = False
+    compiled: bool = False
+    one_row: bool = False
+
+
+KINDS = {
+    "base": _Kind("base alone"),
+    "base_compiled": _Kind("base alone, compiled", compiled=True),
+    "proxy": _Kind("proxy alone"),
+    "assisted": _Kind("assisted decoding without KAD", drafts=True, speculative=True, one_row=True),
+    "token_by_token": _Kind("KAD token by token", options={}),
+    "lazy": _Kind("KAD token by token, lazy", options={"lazy": True}),
+    "speculative": _Kind("KAD speculative", drafts=True, options={}, speculative=True),
+    "auto": _Kind("KAD speculative, γ auto", options={"num_assistant_tokens": "auto"}, speculative=True),
+    "prompt_lookup": _Kind("KAD, prompt lookup", drafts=True, options={"drafter": "prompt_lookup"}, speculative=True),
+    "compiled": _Kind(
+        "KAD speculative, compiled",
+        drafts=True,
+        options={"compile": True},
+        speculative=True,
+        compiled=True,
+        one_row=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A kind of decoding, with a draft length where it has one."""
+
+    kind: str
+    draft_length: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Its name in the results.
+
+        >>> Method("speculative", 5).key
+        'speculative:5'
+        """
+        return self.kind if self.draft_length is None else f"{self.kind}:{self.draft_length}"
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and plots."""
+        label = KINDS[self.kind].label
+        return label if self.draft_length is None else f"{label}, γ = {self.draft_length}"
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in tables."""
+        return list(KINDS).index(self.kind), self.draft_length or 0
+
+    @classmethod
+    def from_key(cls, key: str) -> "Method":
+        """The method that a key names."""
+        kind, _, length = key.partition(":")
+        return cls(kind, int(length) if length else None)
+
+
+def expand(names: Sequence[str], draft_lengths: Sequence[int]) -> list[Method]:
+    """The methods that are named, those that draft with each draft length, or with their own where a key is given.
+
+    The base alone, to which all are compared, comes first.
+
+    Raises:
+        ValueError: an unknown kind, or a draft length of a kind that has none.
+
+    >>> [method.key for method in expand(["auto", "speculative", "assisted:4"], [3, 5])]
+    ['base', 'auto', 'speculative:3', 'speculative:5', 'assisted:4']
+    """
+    methods = []
+    for name in ("base", *names):
+        kind, _, length = name.partition(":")
+        if kind not in KINDS:
+            raise ValueError(f"--methods are of {', '.join(KINDS)}, got {name!r}.")
+        if length and not (KINDS[kind].drafts and length.isdecimal() and int(length)):
+            raise ValueError(f"A draft length is given to a method that drafts, as in speculative:5, got {name!r}.")
+        lengths = [int(length)] if length else draft_lengths if KINDS[kind].drafts else [None]
+        methods += [Method(kind, own) for own in lengths]
+    return list(dict.fromkeys(methods))
+
+
+class Contest:
+    """All methods over the same models, rule and number of tokens.
+
+    Every text gets `max_new_tokens` tokens, whatever is drawn: nothing ends one.
+
+    Args:
+        subject: the models.
+        config: the rule.
+        rows: texts at once.
+        max_new_tokens: tokens of each.
+        longest_prompt: tokens that the longest prompt of the whole run has.
+    """
+
+    def __init__(
+        self, subject: Subject, config: KADConfig, *, rows: int, max_new_tokens: int, longest_prompt: int
+    ) -> None:
+        self.subject, self.config, self.rows = subject, config, rows
+        self.max_new_tokens, self.longest_prompt = max_new_tokens, longest_prompt
+        self._processors: dict[Method, KADLogitsProcessor] = {}
+        self._static: StaticCache | None = None
+        self._base_step: StaticCacheModel | None = None
+
+    def refusal(self, method: Method) -> str | None:
+        """Why a method can't be measured here; None if it can. Builds what it needs."""
+        kind = KINDS[method.kind]
+        if kind.one_row and self.rows > 1:
+            return f"takes one text at a time, not {self.rows}"
+        sizes = [model.get_input_embeddings().weight.shape[0] for model in self.subject.models.values()]
+        aligned = self.subject.pair is not None and self.subject.pair.alignment is not None
+        if method.kind == "assisted" and (aligned or sizes[0] != sizes[1]):
+            return f"needs base and proxy of one vocabulary, got {sizes[0]} and {sizes[1]} rows"
+        if kind.options is None or method in self._processors:
+            return None
+        drafts = {} if method.draft_length is None else {"num_assistant_tokens": method.draft_length}
+        try:
+            self._processors[method] = self.subject.processor(self.config, **kind.options, **drafts)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def generate(self, method: Method, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The texts `(rows, L + max_new_tokens)` by a method; caches of texts before are not used."""
+        subject, kind = self.subject, KINDS[method.kind]
+        arguments: dict[str, Any] = {}
+        if kind.speculative:
+            arguments["assistant_model"] = subject.proxy
+        if kind.options is not None:
+            self._processors[method].reset()
+            arguments["logits_processor"] = [self._processors[method]]
+        elif method.draft_length is not None:
+            draft_like_kad(subject.proxy, method.draft_length)
+        elif kind.compiled:
+            arguments |= self._compile_base()
+        model = subject.proxy if method.kind == "proxy" else subject.base
+        return model.generate(
+            **inputs,
+            **PLAIN_SAMPLING,
+            **arguments,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=None,
+            pad_token_id=subject.pad_token_id,
+        )
+
+    def _compile_base(self) -> dict[str, Any]:
+        """One static cache for all calls: another would be compiled for anew."""
+        if self._static is None:
+            length = -(-(self.longest_prompt + self.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
+            self._static = StaticCache(config=self.subject.base.config, max_cache_len=length)
+        self._static.reset()
+        on_cuda = self.subject.device.type == "cuda"
+        settings = CompileConfig(dynamic=False, mode="reduce-overhead" if on_cuda else "default")
+        settings._compile_all_devices = True
+        return {"past_key_values": self._static, "compile_config": settings}
+
+    def statistics(self, method: Method) -> KADStatistics | None:
+        """Those of the method's last call; None for methods without KAD."""
+        return self._processors[method].statistics if method in self._processors else None
+
+    def compiled_counts(self, method: Method, prompt: int) -> dict[Shape, int]:
+        """The forwards of a compiled method's last call, behind prompts of so many tokens, which run eagerly."""
+        statistics = self.statistics(method)
+        if statistics is None:
+            return {Shape("base", self.rows, prompt): 1, Shape("base compiled", self.rows, 1): self.max_new_tokens - 1}
+        assert method.draft_length is not None
+        return {
+            Shape("base", 1, prompt + method.draft_length): 1,
+            Shape("base compiled", 1, method.draft_length + 1): statistics.rounds - 1,
+            Shape("proxy", 1, prompt): 1,
+            Shape("proxy compiled", 1, 1): statistics.proxy_forwards - 1,
+        }
+
+    def compiled_models(self, method: Method) -> dict[Shape, StaticCacheModel]:
+        """The compiled forwards that a method uses, as they are after its first call."""
+        if method.draft_length is None:
+            if self.rows > 1:
+                return {}
+            if self._base_step is None:
+                self._base_step = StaticCacheModel(self.subject.base, "base", width=1)
+            return {Shape("base compiled", 1, 1): self._base_step}
+        kad, width = self._processors[method], method.draft_length + 1
+        return {
+            Shape("base compiled", 1, width): kad.compiled(self.subject.base, "base", width),
+            Shape("proxy compiled", 1, 1): kad.compiled(self.subject.proxy, "proxy", 1),
+        }
+
+
+def counts_to_json(counts: Mapping[Shape, int]) -> list[list[Any]]:
+    """As JSON values."""
+    return [[*shape, count] for shape, count in sorted(counts.items())]
+
+
+def counts_from_json(values: Sequence[Sequence[Any]]) -> Counter[Shape]:
+    """What `counts_to_json` wrote."""
+    return Counter({Shape(*value[:3]): value[3] for value in values})

@@ -1,0 +1,320 @@
+"""Answers of a method to a batch of chats, with what they cost."""
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from ...configuration import KADConfig
+from ...integrations.loading.models import forget_generation_settings, load_tokenizer
+from ...integrations.loading.prompts import Prompt, encode, eos_token_ids, pad_token_id
+from ...integrations.loading.thoughts import thought_opened_by
+from ...logits_process import KADLogitsProcessor
+from ...models.adapters import model_below
+from ...models.cached_model import (
+    ContextLengthError,
+    UnusableLogitsError,
+    context_length,
+    describe,
+    is_unusable,
+    unusable_logits_error,
+)
+from ...records.statistics import SequenceStatistics
+from ...rules.composition import RULES
+from ..pair import Pair
+from .methods import Method
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: the generated text, without the token that ended it; other special tokens are shown. Where the chat
+            template opens a thought in the prompt (`<think>`), the text begins with that mark.
+        ended: whether it ended by itself.
+        tokens: generated tokens, the end of the turn included.
+        seconds: what it took. An answer of a batch is charged an equal share of the batch's time.
+        statistics: drafts, rounds and deferral; None for methods without a rule.
+        error: why there is no answer; None if there is one.
+    """
+
+    text: str = ""
+    ended: bool = False
+    tokens: int = 0
+    seconds: float = 0.0
+    statistics: SequenceStatistics | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class _Speaker:
+    """A model that generates, with its tokenizer and the ids that end a turn."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    eos_token_ids: list[int] | None
+    pad_token_id: int | None
+
+
+@dataclass
+class Decoder:
+    """Base, proxy and aligned model, ready to answer by any method.
+
+    Args:
+        pair: base and proxy.
+        settings: arguments of `generate`: how tokens are drawn.
+        speculative: rules draft with the proxy. Every method answers one prompt at a time then, so that speeds
+            compare; else all decode token by token, whole batches at once.
+        aligned: Hub id or folder of the aligned large model, for the method "aligned".
+        chat: put prompts into the chat template of the base; None: where there is one.
+        proxy_chat: the same for the proxy's own prompt; "same": the proxy sees the base's.
+        template_arguments: what the chat template understands beside messages.
+    """
+
+    pair: Pair
+    settings: Mapping[str, Any]
+    speculative: bool = True
+    aligned: str | None = None
+    chat: bool | None = None
+    proxy_chat: bool | str | None = "same"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._processor: tuple[KADConfig, KADLogitsProcessor] | None = None
+        forget_generation_settings(self.pair.proxy)
+
+    @cached_property
+    def _aligned_model(self) -> _Speaker:
+        if self.aligned is None:
+            raise ValueError('The method "aligned" needs --aligned, the id or folder of the aligned large model.')
+        model, tokenizer = self.pair.load_large(self.aligned), load_tokenizer(self.aligned)
+        return self._speaker(model, tokenizer, eos_token_ids(model))
+
+    def _speaker(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> _Speaker:
+        forget_generation_settings(model)
+        eos = sorted({*ends, tokenizer.eos_token_id} - {None}) or None
+        return _Speaker(model, tokenizer, eos, pad_token_id(tokenizer))
+
+    def _speaker_of(self, method: Method) -> _Speaker:
+        if method.name == "aligned":
+            return self._aligned_model
+        if method.name == "proxy":
+            return self._speaker(self.pair.proxy, self.pair.proxy_tokenizer, self.pair.proxy_eos_token_ids)
+        return _Speaker(self.pair.base, self.pair.tokenizer, self.pair.eos_token_ids, self.pair.pad_token_id)
+
+    def _processor_of(self, config: KADConfig) -> KADLogitsProcessor:
+        if self._processor is None or self._processor[0] != config:
+            self._processor = (config, self.pair.processor(config))
+        return self._processor[1]
+
+    def prepare(self, method: Method) -> None:
+        """Load what the method needs.
+
+        Raises:
+            ValueError: something is missing that it needs.
+        """
+        self._speaker_of(method)
+        if method.config is not None:
+            self._processor_of(method.config)
+        if method.name == "assisted":
+            sizes = [m.get_input_embeddings().weight.shape[0] for m in (self.pair.base, self.pair.proxy)]
+            if self.pair.alignment is not None or sizes[0] != sizes[1]:
+                raise ValueError(
+                    "Stock speculative decoding needs base and proxy of one vocabulary, got "
+                    f"{sizes[0]} and {sizes[1]} rows: leave out the method 'assisted'."
+                )
+            if not self.speculative:
+                raise ValueError("The method 'assisted' is speculative: leave it out, or leave out --no_speculative.")
+
+    def answer(self, method: Method, prompts: Sequence[Prompt], seed: int, max_new_tokens: int) -> list[Answer]:
+        """An answer to each prompt, of `max_new_tokens` at most.
+
+        Equal prompts and seeds give equal answers, whatever was answered before.
+        A batch that fails (a prompt too long, logits that are NaN), or in which a long prompt would leave no room for
+        the others' answers, is gone through prompt by prompt, so that each has what it has alone.
+        """
+        self.prepare(method)
+        if method.config is not None:
+            self._processor_of(method.config).reset()
+        set_seed(seed)
+        if not self.speculative:
+            try:
+                return self._decode(method, prompts, max_new_tokens)
+            except Exception as error:
+                if not isinstance(error, _CrowdedError) and not is_failure(error):
+                    raise
+            set_seed(seed)
+        return [self._decode_or_fail(method, prompt, max_new_tokens) for prompt in prompts]
+
+    def _encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        chat: bool | str | None,
+        model: PreTrainedModel,
+    ) -> BatchEncoding:
+        """Chats in the chat template where there is one and it is wanted, else as plain text."""
+        templated = tokenizer.chat_template is not None if chat is None else bool(chat)
+        texts = prompts if templated else [as_text(prompt) for prompt in prompts]
+        return encode(tokenizer, texts, self.pair.device, chat=templated, model=model, **self.template_arguments)
+
+    def _decode_or_fail(self, method: Method, prompt: Prompt, max_new_tokens: int) -> Answer:
+        started = time.perf_counter()
+        try:
+            return self._decode(method, [prompt], max_new_tokens)[0]
+        except Exception as error:
+            if not is_failure(error):
+                raise
+            return Answer(seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
+
+    def _decode(self, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
+        """All prompts at once."""
+        speaker, pair = self._speaker_of(method), self.pair
+        chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
+        inputs = self._encode(speaker.tokenizer, prompts, chat, speaker.model)
+        length = inputs["input_ids"].shape[1]
+        processors: list[LogitsProcessor] = [_RefuseUnusableLogits(speaker.model)]
+        rooms = [(speaker.model, length)]
+        extra: dict[str, Any] = {}
+        own_prompt: Any = nullcontext()
+        kad = None
+        if method.config is not None:
+            kad = self._processor_of(method.config)
+            processors = [kad]
+            proxy_length = length
+            if self.proxy_chat != "same":
+                own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat, pair.proxy)
+                own_prompt, proxy_length = kad.proxy_prompt(own), own["input_ids"].shape[1]
+            rooms.append((pair.proxy, proxy_length))
+            if self.speculative:
+                extra["assistant_model"] = kad.proxy
+        elif method.name == "assisted":
+            extra["assistant_model"] = pair.proxy
+            rooms.append((pair.proxy, length))
+            draft_like_kad(pair.proxy, int(method.num_assistant_tokens))
+        room = _room(rooms, max_new_tokens)
+        if room < max_new_tokens and len(prompts) > 1:
+            raise _CrowdedError
+        started = time.perf_counter()
+        with own_prompt:
+            ids = speaker.model.generate(
+                **inputs,
+                **self.settings,
+                **extra,
+                max_new_tokens=room,
+                eos_token_id=speaker.eos_token_ids,
+                pad_token_id=speaker.pad_token_id,
+                logits_processor=processors,
+            )
+        rows = ids[:, length:].tolist()
+        seconds = (time.perf_counter() - started) / len(prompts)
+        statistics = kad.statistics if kad is not None else None
+        # A thought that a chat template opens belongs to the answer: without its mark, nobody could tell it from one.
+        opened = [thought_opened_by(end) for end in speaker.tokenizer.batch_decode(inputs["input_ids"][:, -16:])]
+        return [
+            _answer(row, opened[at], speaker, seconds, statistics.sequences[at] if statistics else None)
+            for at, row in enumerate(rows)
+        ]
+
+
+def _answer(
+    row: list[int], opened: str, speaker: _Speaker, seconds: float, statistics: SequenceStatistics | None
+) -> Answer:
+    ends = set(speaker.eos_token_ids or ())
+    end = next((at for at, token in enumerate(row) if token in ends), None)
+    text = opened + speaker.tokenizer.decode(row[:end])
+    return Answer(text, end is not None, len(row) if end is None else end + 1, seconds, statistics)
+
+
+class _CrowdedError(Exception):
+    """A batch whose longest prompt leaves less room for answers than was asked for."""
+
+
+def as_text(prompt: Prompt) -> str:
+    """A chat as plain text: what was said, turn by turn, an empty line between."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n\n".join(message["content"] for message in prompt) + "\n"
+
+
+def is_failure(error: Exception) -> bool:
+    """Whether an error is the prompt's, so that other prompts may succeed; all others end the run."""
+    if isinstance(error, ContextLengthError | UnusableLogitsError | torch.OutOfMemoryError):
+        return True
+    # Stock speculative decoding divides by a residual that may be zero, and then draws from NaN.
+    return isinstance(error, RuntimeError) and "probability tensor contains" in str(error)
+
+
+class _RefuseUnusableLogits(LogitsProcessor):
+    """Raises where a model's logits are NaN, +inf or all -inf, as KAD does for its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        unusable = is_unusable(scores).tolist()
+        if any(unusable):
+            raise unusable_logits_error("model", self.model, input_ids.shape[1], unusable.index(True))
+        return scores
+
+
+def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
+    """How many tokens fit behind the prompts, `wanted` at most."""
+    for model, length in prompts:
+        limit = context_length(model)
+        if limit is not None:
+            if length >= limit:
+                raise ContextLengthError(
+                    f"The prompt has {length} tokens, but the context of {describe(model)} ends at {limit}."
+                )
+            wanted = min(wanted, limit - length)
+    return wanted
+
+
+def draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
+    """Make stock speculative decoding draft a fixed number of tokens, whatever the proxy thinks of them."""
+    settings = model_below(proxy).generation_config
+    settings.num_assistant_tokens = num_assistant_tokens
+    settings.num_assistant_tokens_schedule = "constant"
+    settings.assistant_confidence_threshold = 0.0
+
+
+def shared_settings(decoder: Decoder) -> dict[str, Any]:
+    """What all methods' answers depend on, as JSON values."""
+    models = decoder.pair.models
+    return {
+        "base": models.base,
+        "proxy": models.proxy,
+        "dtype": models.dtype,
+        "quantization": models.quantization,
+        "device": torch.device(decoder.pair.device).type,
+        "align_vocabularies": models.align_vocabularies,
+        "speculative": decoder.speculative,
+        "chat": decoder.chat,
+        "proxy_chat": decoder.proxy_chat,
+        "template_arguments": dict(decoder.template_arguments),
+        "generate": dict(decoder.settings),
+    }
+
+
+def own_settings(decoder: Decoder, method: Method) -> dict[str, Any]:
+    """What only this method's answers depend on, as JSON values."""
+    settings: dict[str, Any] = {"name": method.name, "shown_parameters": method.parameters}
+    if method.name == "aligned":
+        settings["aligned"] = decoder.aligned
+    if method.name == "assisted":
+        settings["num_assistant_tokens"] = method.num_assistant_tokens
+    if method.config is not None:
+        settings["rule"] = method.config.rule
+        settings["parameters"] = dict(method.config.parameters)
+        settings["component_temperature"] = method.config.component_temperature
+        settings["num_assistant_tokens"] = method.config.num_assistant_tokens
+        if RULES[method.config.rule].needs_reference:
+            settings["reference"] = decoder.pair.models.reference or "below the proxy's adapter"
+    return settings

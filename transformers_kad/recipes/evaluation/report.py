@@ -1,0 +1,308 @@
+"""Figures of an evaluation: one row a task and method, every pair of methods compared, as Markdown and JSON."""
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import evaluate
+
+from ...utils.files import write_whole
+from ..environment import describe_environment
+from ..metrics import metric_path
+from .comparison import Comparison, compare_methods
+from .methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
+from .results import ResultsFolder
+from .tasks import get_task
+
+Record = Mapping[str, Any]
+
+LEAST_ENDED = 0.9  # where fewer answers ended by themselves, the report warns
+
+
+@cache
+def _metric(name: str) -> Any:
+    return evaluate.load(metric_path(name))
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """The figures of one method on one task.
+
+    Args:
+        records: all its lines of `results.jsonl`, every instance with equally many samples.
+
+    Returns:
+        Accuracy with its 95 % interval (over instances), the share of answers that ended by themselves and the number
+        of those that were cut (of answers that did not fail), speed, and what the drafts and the rule did; None where
+        a method has no such figure, or its lines do not say.
+    """
+    records = sorted(records, key=lambda r: (r["instance"], r["sample"]))
+    instances = len({record["instance"] for record in records})
+    accuracy = _metric("answer_accuracy").compute(
+        predictions=[r["prediction"] for r in records],
+        references=[r["answer"] for r in records],
+        comparison=get_task(records[0]["task"]).comparison,
+        samples=len(records) // instances,
+    )
+    lenient = [r["correct_lenient"] for r in records if "correct_lenient" in r]
+    tokens, seconds = [r["tokens"] for r in records], [max(r["seconds"], 1e-6) for r in records]
+    ended = [r["ended"] for r in records if r["error"] is None and "ended" in r]
+    ruled = [r for r in records if "rounds" in r]
+    drafted = any(r["drafted"] for r in ruled)
+    summary: dict[str, Any] = {
+        "task": records[0]["task"],
+        "method": records[0]["method"],
+        "instances": instances,
+        "samples": len(records) // instances,
+        "accuracy": accuracy["accuracy"],
+        "low": accuracy["low"],
+        "high": accuracy["high"],
+        "accuracy_lenient": sum(lenient) / len(lenient) if lenient else None,
+        "failed": sum(r["error"] is not None for r in records),
+        "ended": sum(ended) / len(ended) if ended else None,
+        "cut": len(ended) - sum(ended) if ended else None,
+        "mean_tokens": sum(tokens) / len(tokens),
+        "tokens_per_second": _metric("throughput").compute(tokens=tokens, seconds=seconds)["tokens_per_second"],
+        "deferral_mass": None,
+        "acceptance_rate": None,
+        "acceptance_length": None,
+        "tokens_per_round": None,
+        "acceptance_histogram": None,
+    }
+    if ruled:
+        summary["deferral_mass"] = _metric("deferral_mass").compute(
+            masses=[r["deferral_mass"] for r in ruled], tokens=[r["tokens"] for r in ruled]
+        )["deferral_mass"]
+    if drafted:
+        length = _metric("acceptance_length").compute(histograms=[r["acceptance_histogram"] for r in ruled])
+        rate = _metric("acceptance_rate").compute(
+            drafted=[r["drafted"] for r in ruled], accepted=[r["accepted"] for r in ruled]
+        )
+        summary |= {
+            "acceptance_rate": rate["acceptance_rate"],
+            "acceptance_length": length["acceptance_length"],
+            "acceptance_histogram": length["histogram"],
+            "tokens_per_round": sum(r["tokens"] for r in ruled) / max(sum(r["rounds"] for r in ruled), 1),
+        }
+    return summary
+
+
+def make_report(
+    folder: ResultsFolder, *, device: str = "cpu", dtype: str = "auto", processes: int = 1
+) -> dict[str, Any]:
+    """The figures of everything that a folder holds, and with what they were measured.
+
+    A method that has not answered every instance has no row, and of its samples only those count that are complete;
+    `unfinished` says how far such methods are.
+    """
+    configs = folder.configs()
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in folder.read():
+        groups.setdefault((record["task"], record["method"]), []).append(record)
+    rows, comparisons, unfinished = [], [], []
+    settings: dict[str, dict[str, Any]] = {}
+    for task in dict.fromkeys(task for task, _ in groups):
+        complete: dict[str, list[Record]] = {}
+        for method in sorted(
+            (method for of, method in groups if of == task),
+            key=lambda method: _order(configs[groups[task, method][0]["config"]]["own"]),
+        ):
+            records = groups[task, method]
+            counts = Counter(record["sample"] for record in records)
+            shared, own = (configs[records[0]["config"]][part] for part in ("shared", "own"))
+            named = {name: own[name] for name in ("aligned", "reference") if name in own}
+            settings.setdefault(task, dict(shared)).update(named)
+            whole = {sample for sample, count in counts.items() if count == shared["instances"]}
+            if whole != counts.keys():
+                unfinished.append(
+                    {"task": task, "method": method, "answers": len(records), "of": len(counts) * shared["instances"]}
+                )
+            if whole:
+                complete[method] = [record for record in records if record["sample"] in whole]
+        summaries = [summarize(records) for records in complete.values()]
+        base = next((s["tokens_per_second"] for s in summaries if s["method"] == "base"), None)
+        for records, summary in zip(complete.values(), summaries, strict=True):
+            own = configs[records[0]["config"]]["own"]
+            summary["speedup"] = summary["tokens_per_second"] / base if base else None
+            summary["parameters"], summary["name"] = own["shown_parameters"], own["name"]
+        rows += summaries
+        comparisons += [{"task": task, **vars(comparison)} for comparison in compare(complete)]
+    environment = {**describe_environment(device), "dtype": dtype, "processes": processes, "commit": current_commit()}
+    return {
+        "settings": settings,
+        "rows": rows,
+        "comparisons": comparisons,
+        "unfinished": unfinished,
+        "environment": environment,
+    }
+
+
+def _order(settings: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
+    names = [*PLAIN_METHODS, *RULE_METHODS, FROM_CONFIG]
+    return names.index(settings["name"]), [
+        (key, value if isinstance(value, int | float) else 0.0, str(value))
+        for key, value in settings["shown_parameters"].items()
+    ]
+
+
+def compare(records: Mapping[str, Sequence[Record]]) -> list[Comparison]:
+    """Every pair of methods of one task, on the samples that all of them have.
+
+    Args:
+        records: by method; all instances of the task, each with equally many samples.
+    """
+    if len(records) < 2:
+        return []
+    common = set.intersection(*({record["sample"] for record in own} for own in records.values()))
+    scores: dict[str, dict[str, list[bool]]] = {}
+    for method, own in records.items():
+        scores[method] = {}
+        for record in sorted(own, key=lambda r: (r["instance"], r["sample"])):
+            if record["sample"] in common:
+                scores[method].setdefault(record["instance"], []).append(record["correct"])
+    return compare_methods(scores) if common else []
+
+
+@cache
+def current_commit() -> str | None:
+    """The commit of the checkout that the package lies in; None where it is installed without one."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """For each task its models and settings, a table, and what the differences to its best method are worth.
+
+    Reports that were stored before settings and ends were recorded have none of them.
+    """
+    parts = []
+    for task in dict.fromkeys(row["task"] for row in report["rows"]):
+        rows = [row for row in report["rows"] if row["task"] == task]
+        parts.append(f"**{task}**, {rows[0]['instances']} instances, {rows[0]['samples']} samples each\n")
+        settings = report.get("settings", {}).get(task, {})
+        if settings:
+            parts += [_describe_models(settings), _describe_questions(settings)]
+        parts.append(_table(rows))
+        parts += _warnings(rows, settings)
+        comparisons = [c for c in report["comparisons"] if c["task"] == task]
+        if comparisons:
+            parts.append(_differences(rows, comparisons))
+    for one in report["unfinished"]:
+        parts.append(f"Unfinished: {one['method']} on {one['task']}, {one['answers']} of {one['of']} answers.\n")
+    environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if value is not None)
+    return "\n".join([*parts, f"Measured with: {environment}", ""])
+
+
+def _describe_models(settings: Mapping[str, Any]) -> str:
+    names = ("base", "proxy", "aligned", "reference", "dtype", "quantization")
+    named = [f"{name} {settings[name]}" for name in names if settings.get(name) is not None]
+    if settings.get("align_vocabularies"):
+        named.append("vocabularies aligned")
+    return f"Models: {', '.join(named)}.\n"
+
+
+def _describe_questions(settings: Mapping[str, Any]) -> str:
+    sampling = dict(settings.get("generate", {}))
+    parts = ["sampled" if sampling.pop("do_sample", False) else "greedy"]
+    parts.append("with drafts" if settings.get("speculative") else "token by token")
+    parts += [f"{name} {value}" for name, value in sampling.items()]
+    if "seed" in settings:
+        parts.append(f"seed {settings['seed']}")
+    if "max_new_tokens" in settings:
+        parts.append(f"at most {settings['max_new_tokens']} tokens")
+    if settings.get("few_shot"):
+        parts.append(f"{settings['few_shot']} examples before each question")
+    shown = {None: "auto", True: "yes", False: "no"}
+    for name in ("chat", "proxy_chat"):
+        if name in settings:
+            parts.append(f"{name} {shown.get(settings[name], settings[name])}")
+    if settings.get("template_arguments"):
+        parts.append(f"template_arguments {json.dumps(settings['template_arguments'])}")
+    return f"Answers: {', '.join(parts)}.\n"
+
+
+def _warnings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
+    """A line for each method of which more than a tenth of the answers were cut."""
+    limit = settings.get("max_new_tokens")
+    where = "" if limit is None else f", at {limit} tokens or where a context ends"
+    return [
+        f"Warning: {row['cut']} of {row['instances'] * row['samples'] - row['failed']} answers of {row['method']} "
+        f"were cut before their end{where}. A longer --max_new_tokens may change the figures.\n"
+        for row in rows
+        if row.get("ended") is not None and row["ended"] < LEAST_ENDED
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = {
+        "method": lambda row: row["method"],
+        "accuracy": lambda row: _number(row["accuracy"], 3),
+        "95 % interval": lambda row: f"{row['low']:.3f} to {row['high']:.3f}",
+        "lenient": lambda row: _number(row["accuracy_lenient"], 3),
+        "ended": lambda row: _number(row.get("ended"), 2),
+        "tokens/s": lambda row: _number(row["tokens_per_second"], 1),
+        "speed": lambda row: "–" if row["speedup"] is None else f"× {row['speedup']:.2f}",
+        "deferral mass": lambda row: _number(row["deferral_mass"], 2),
+        "acceptance": lambda row: _number(row["acceptance_rate"], 2),
+        "tokens/round": lambda row: _number(row["tokens_per_round"], 2),
+        "failed": lambda row: str(row["failed"]),
+    }
+    if not any(row["failed"] for row in rows):
+        del columns["failed"]
+    if all(row["accuracy_lenient"] is None for row in rows):
+        del columns["lenient"]
+    if all(row.get("ended") is None for row in rows):
+        del columns["ended"]
+    return _markdown(list(columns), [[show(row) for show in columns.values()] for row in rows])
+
+
+def _differences(rows: Sequence[Mapping[str, Any]], comparisons: Iterable[Mapping[str, Any]]) -> str:
+    best = max(rows, key=lambda row: row["accuracy"])["method"]
+    lines = []
+    for c in comparisons:
+        if best in (c["method_a"], c["method_b"]):
+            other, sign = (c["method_b"], 1) if c["method_a"] == best else (c["method_a"], -1)
+            width = "" if c["half_width"] is None else f" ± {c['half_width']:.3f}"
+            lines.append(
+                [
+                    other,
+                    f"{sign * c['difference']:.3f}{width}",
+                    _p_value(c["p_value"]),
+                    _p_value(c["adjusted_p_value"]),
+                ]
+            )
+    header = [f"{best} minus", "difference", "p", "p, all pairs (Holm)"]
+    return _markdown(header, lines)
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write `summary.json` and `summary.md` into a folder."""
+    paths = [folder / "summary.json", folder / "summary.md"]
+    write_whole(paths[0], json.dumps(report, indent=2) + "\n")
+    write_whole(paths[1], to_markdown(report))
+    return paths

@@ -1,0 +1,187 @@
+"""Can this proxy serve this base? Answered from tokenizers and configurations, before any weights are loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ...integrations.loading.models import below_adapter, load_tokenizer
+from ...integrations.loading.prompts import no_padding_error, pad_token_id
+from . import AlignmentError
+from .arguments import say
+
+# Texts that tokenizers with one vocabulary, but other rules, split in different ways.
+PROBES = (
+    "Hello, world! It's 12 + 7 = 19.",
+    "  two spaces\n\n\ttab, newline\n",
+    "déjà vu, 東京, naïve, 🙂",
+    "don't  x=1;y(2)",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is known of a base and a proxy that fit together.
+
+    Attributes:
+        tokenizer: the base's, with the chat template to train with.
+        vocabulary: rows of the proxy's embedding matrix, padding included.
+        context_length: longest text of the proxy, in tokens; None if its configuration does not say.
+        eos_token_ids: what ends a text, by the generation configurations of both.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    context_length: int | None
+    eos_token_ids: tuple[int, ...]
+
+
+def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
+    """Check that the proxy can be trained for this base and guide it.
+
+    Args:
+        base: Hub id or folder of the base. Its weights are not read.
+        proxy: Hub id or folder of the proxy, a model or an adapter.
+        chat_template: file with a chat template to use instead of theirs.
+
+    Raises:
+        AlignmentError: ids that mean different strings, text that is split differently, special tokens that only one
+            of them has, an embedding matrix that is too small, no chat template, no causal language model.
+    """
+    configs = load_config(base, "--base"), load_config(proxy, "--proxy")
+    tokenizer = _load_tokenizer(base, "--base")
+    vocabulary = configs[1].get_text_config(decoder=True).vocab_size
+    own_tokenizer = None if _has_no_tokenizer(proxy) else _load_tokenizer(proxy, "--proxy")
+    if own_tokenizer is None:
+        say(f"The proxy {proxy} has no tokenizer of its own; the base's is used.")
+        if len(tokenizer) > vocabulary:
+            raise AlignmentError(
+                f"The base's tokenizer has {len(tokenizer)} tokens, but the proxy's embeddings end at {vocabulary}. "
+                "Take a proxy of the same model family."
+            )
+    else:
+        check_same_tokens(tokenizer, own_tokenizer)
+    tokenizer.chat_template = find_chat_template(chat_template, tokenizer, own_tokenizer)
+    if tokenizer.pad_token is None:
+        if pad_token_id(tokenizer) is None:
+            raise AlignmentError(str(no_padding_error(tokenizer)))
+        tokenizer.pad_token_id = pad_token_id(tokenizer)
+    context = getattr(configs[1].get_text_config(decoder=True), "max_position_embeddings", None)
+    eos = {index for path, config in zip((base, proxy), configs, strict=True) for index in _eos_ids(path, config)}
+    return Pair(tokenizer, vocabulary, context, tuple(sorted(eos)))
+
+
+def check_same_tokens(base_tokenizer: PreTrainedTokenizerBase, proxy_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise unless two tokenizers give the same ids for the same strings.
+
+    Sizes may differ, by padding or by tokens that only one has and that are not special.
+
+    Raises:
+        AlignmentError: names the first ids or strings that differ.
+    """
+    base, proxy = base_tokenizer.get_vocab(), proxy_tokenizer.get_vocab()
+    base_strings, proxy_strings = ({index: token for token, index in v.items()} for v in (base, proxy))
+    ids = [i for i in sorted(base_strings.keys() & proxy_strings.keys()) if base_strings[i] != proxy_strings[i]]
+    if ids:
+        shown = ", ".join(f"{i}: {base_strings[i]!r} and {proxy_strings[i]!r}" for i in ids[:5])
+        raise AlignmentError(
+            f"Base and proxy must share one vocabulary, but {len(ids)} token ids mean different strings (base and "
+            f"proxy): {shown}. Take a proxy of the same model family."
+        )
+    moved = [token for token in base.keys() & proxy.keys() if base[token] != proxy[token]]
+    if moved:
+        shown = ", ".join(f"{t!r}: {base[t]} and {proxy[t]}" for t in sorted(moved, key=base.__getitem__)[:5])
+        raise AlignmentError(
+            f"Base and proxy must share one vocabulary, but {len(moved)} strings have different ids (base and proxy): "
+            f"{shown}. Take a proxy of the same model family."
+        )
+    for owner, other, tokenizer, vocabulary in (
+        ("base", "proxy", base_tokenizer, proxy),
+        ("proxy", "base", proxy_tokenizer, base),
+    ):
+        needed = [token for token in tokenizer.all_special_tokens if token != tokenizer.pad_token]
+        missing = [token for token in needed if token not in vocabulary]
+        if missing:
+            eos = " (its end of sequence)" if tokenizer.eos_token in missing else ""
+            raise AlignmentError(
+                f"The {owner}'s tokenizer has special tokens that the {other}'s has not: {missing[:5]}{eos}. Take a "
+                "proxy of the same model family, or give both the same special tokens."
+            )
+    for text in PROBES:
+        one, two = (t(text, add_special_tokens=False)["input_ids"] for t in (base_tokenizer, proxy_tokenizer))
+        if one != two:
+            raise AlignmentError(
+                f"Base and proxy have the same tokens but split text differently: {text!r} is {one[:12]} to the base "
+                f"and {two[:12]} to the proxy. Take a proxy of the same model family."
+            )
+
+
+def find_chat_template(
+    path: str | None, tokenizer: PreTrainedTokenizerBase, proxy_tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """The chat template of a file, else the base's, else the proxy's.
+
+    Raises:
+        AlignmentError: the file cannot be read, there is none anywhere, or several and none is the default.
+    """
+    if path is not None:
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise AlignmentError(f"--chat_template {path!r} cannot be read: {error}") from error
+    for candidate in (tokenizer, proxy_tokenizer):
+        if candidate is not None and candidate.chat_template is not None:
+            if isinstance(candidate.chat_template, dict) and "default" not in candidate.chat_template:
+                raise AlignmentError(
+                    f"The tokenizer {candidate.name_or_path!r} has several chat templates, "
+                    f"{', '.join(sorted(candidate.chat_template))}, and none of them is called default. Give the one "
+                    "to train with by --chat_template FILE."
+                )
+            return candidate.get_chat_template()
+    raise AlignmentError(
+        f"Neither the tokenizer of the base ({tokenizer.name_or_path!r}) nor the proxy's has a chat template. Give "
+        "one with --chat_template FILE, for example that of the family's instruct model."
+    )
+
+
+def load_config(path: str, option: str) -> PreTrainedConfig:
+    """The configuration of a causal language model, or of the model below an adapter.
+
+    Raises:
+        AlignmentError: there is none, or it is an encoder-decoder model's.
+    """
+    try:
+        while (below := below_adapter(path)) is not None:
+            path = below
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise AlignmentError(f"{option} {path!r} is no folder or Hub id of a model: {reason}") from error
+    if config.is_encoder_decoder:
+        raise AlignmentError(f"{option} {path!r} is an encoder-decoder model; KAD needs decoders alone.")
+    return config
+
+
+def _load_tokenizer(path: str, option: str) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise AlignmentError(f"{option} {path!r} needs a tokenizer: {reason}") from error
+
+
+def _has_no_tokenizer(path: str) -> bool:
+    """Whether a local folder, and the model below it if it is an adapter, has no tokenizer; never said of Hub ids."""
+    if not Path(path).is_dir() or any((Path(path) / name).exists() for name in TOKENIZER_FILES):
+        return False
+    below = below_adapter(path)
+    return below is None or _has_no_tokenizer(below)
+
+
+def _eos_ids(path: str, config: PreTrainedConfig) -> list[int]:
+    try:
+        eos = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # no such file: an adapter, or a model that was saved without
+        eos = config.get_text_config(decoder=True).eos_token_id
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]

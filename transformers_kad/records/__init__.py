@@ -1,0 +1,1 @@
+"""Statistics and trace of a finished call of `generate`."""

@@ -1,0 +1,1 @@
+"""Rules: probabilities in, probabilities out."""

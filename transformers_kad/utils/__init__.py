@@ -1,0 +1,1 @@
+"""Small functions on files, names and JSON that several packages need."""
