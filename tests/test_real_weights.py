@@ -1,5 +1,6 @@
 """What tests/real_weights.py computes without any weights: parts of the set, verdicts, close calls, the report."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_steps_that_are_done_are_not_done_again_and_a_failed_one_is(tmp_path, ca
     assert "| step | outcome | seconds |\n|---|---|---:|\n| one | one done | 0 |\n| two | two done | 0 |" in page
     assert "the first 3 are evaluated, the next 2 are prompts, the last 5 were learned from" in page
     assert page.endswith("## one\n\n| a |\n|---|\n")
+
+
+def test_the_page_of_the_documentation_is_such_a_report():
+    """Its sentences, the heading of every step and the table's rows; the figures are those of its own run."""
+    page = (ROOT / "docs" / "real_weights.md").read_text(encoding="utf-8")
+    settings = {
+        "arguments": {"limit": 16, "prompts": 12, "chats": 48, "max_new_tokens": 128, "equality_tokens": 64},
+        "environment": {"device": "CPU (x86_64, 2 cores, 1 threads)", "python": "3.11.7"},
+    }
+    record = {"summary": "", "details": "", "seconds": 0, "commit": ""}
+    written = report(settings, [{"step": step, **record} for step in real_weights.STEPS])
+    head, _, table = written.partition("- CPU (x86_64")
+    assert page.startswith(head + "- CPU (x86_64")
+    assert all(line in page.splitlines() for line in table.splitlines() if line.startswith("- "))
+    steps = re.findall(r"^\| ([^|]+) \| .* \| \d+ \|$", page, re.MULTILINE)
+    assert [step for step in steps if step in real_weights.STEPS] == list(real_weights.STEPS)
 
 
 def test_a_command_that_fails_fails_its_step(tmp_path):
