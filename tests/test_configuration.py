@@ -1,7 +1,9 @@
 """`KADConfig`: what it accepts, what it writes and reads, and what it asks of the Hub. Nothing is downloaded."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,13 +14,23 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transformers_kad import RULES, KADConfig, PrimalDeferral, __version__, configuration, make_rule
+from transformers_kad import (
+    RULES,
+    KADConfig,
+    KADLogitsProcessor,
+    PrimalDeferral,
+    __version__,
+    configuration,
+    make_rule,
+)
 
 CONFIGS = [
     KADConfig(),
     KADConfig(rule="primal", parameters={"budget": 0.25}),
     KADConfig(rule="cascade", parameters={"variant": "token_v3", "alpha": 1}),
     KADConfig(rule="exact", parameters={"budget": 0.1 + 0.2, "max_states": 7}),
+    KADConfig("nudging", lazy=True, compile=True),
+    KADConfig("blend_in", drafter="prompt_lookup"),
     KADConfig("dual", {"threshold": 0.3}, 0.7, 9, base="some/base", proxy="Ünïcode/проксі"),
 ]
 
@@ -87,6 +99,79 @@ def test_a_config_does_not_change_with_the_mapping_that_it_was_made_from():
     assert config.make_rule() == PrimalDeferral(0.25)
 
 
+def test_equal_configs_have_equal_hashes_and_parameters_that_cannot_be_changed():
+    config, same = (KADConfig("primal", {"budget": 1}, lazy=True), KADConfig("primal", {"budget": 1.0}, 1, lazy=True))
+    assert (config, hash(config)) == (same, hash(same))
+    assert len({config, same, dataclasses.replace(config, lazy=False), KADConfig("primal", {"budget": 0.5})}) == 3
+    assert {KADConfig("exact", {"budget": 0.5, "max_states": 7}): 1}[
+        KADConfig("exact", {"max_states": 7, "budget": 0.5})
+    ]
+    with pytest.raises(TypeError, match=r"\{'budget': 1\} can't be changed"):
+        config.parameters["budget"] = 0.5
+    assert config.make_rule() == PrimalDeferral(1)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.rule)
+def test_a_config_can_be_taken_apart_replaced_copied_and_pickled(config):
+    values = dataclasses.asdict(config)
+    assert KADConfig(**values) == config
+    assert json.loads(json.dumps(values)) == values
+    values["parameters"] = {**values["parameters"]}
+    assert KADConfig(**values) == config
+    for again in (dataclasses.replace(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert (again, hash(again)) == (config, hash(config))
+
+
+@pytest.mark.parametrize("setting", ["compile", "lazy"])
+@pytest.mark.parametrize("value", [1, 0, "true", None, ["yes"]])
+def test_a_switch_that_is_not_true_or_false_is_refused_and_echoed(setting, value):
+    with pytest.raises(TypeError, match=rf"`{setting}`.*{re.escape(repr(value))}"):
+        KADConfig(**{setting: value})
+
+
+REFUSED = {
+    "drafter": ({"drafter": "promt_lookup"}, r"'promt_lookup'\. Did you mean 'prompt_lookup'"),
+    "lookup": (
+        {"drafter": "prompt_lookup", "num_assistant_tokens": "auto"},
+        'num_assistant_tokens="auto".*prompt_lookup',
+    ),
+    "compile": ({"compile": True, "num_assistant_tokens": "auto"}, '`compile=True`.*num_assistant_tokens="auto"'),
+    **{
+        name: (
+            {"rule": name, "lazy": True},
+            rf"`lazy=True`.*\(dual, primal, exact, nudging\), got {rule.__name__}",
+        )
+        for name, rule in RULES.items()
+        if name not in ("dual", "primal", "exact", "nudging")
+    },
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_processor_refuses_is_refused_in_the_same_words_by_its_config(proxy, tmp_path, case):
+    settings, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message) as by_config:
+        KADConfig(**settings)
+    reference = {"reference": proxy} if case == "implicit_reward" else {}
+    with pytest.raises(ValueError, match=message) as by_processor:
+        KADLogitsProcessor(proxy, **settings, **reference)
+    assert str(by_config.value) == str(by_processor.value)
+    write(tmp_path, settings)
+    with pytest.raises(ValueError, match=rf"(?s)kad_config\.json.*{message}"):
+        KADConfig.from_pretrained(tmp_path)
+
+
+def test_a_processor_takes_every_setting_of_a_config_unless_it_is_given_another(proxy):
+    config = KADConfig("nudging", component_temperature=0.7, num_assistant_tokens=3, drafter="prompt_lookup")
+    config = dataclasses.replace(config, compile=True, lazy=True)
+    kad = KADLogitsProcessor.from_config(proxy, config)
+    assert kad.rule == config.make_rule()
+    for name in ("component_temperature", "num_assistant_tokens", "drafter", "compile", "lazy"):
+        assert getattr(kad, name) == getattr(config, name) != getattr(KADConfig(), name), name
+    other = KADLogitsProcessor.from_config(proxy, config, lazy=False, drafter="proxy", trace=True)
+    assert (other.lazy, other.drafter, other.compile) == (False, "proxy", True)
+
+
 # --- Saving and loading ---------------------------------------------------------------------------------------
 
 
@@ -121,6 +206,9 @@ def test_the_file_is_json_with_the_library_version_in_it(tmp_path):
         "num_assistant_tokens": 9,
         "base": "some/base",
         "proxy": "Ünïcode/проксі",
+        "drafter": "proxy",
+        "compile": False,
+        "lazy": False,
     }
     assert text.endswith("}\n")
 
@@ -168,16 +256,27 @@ def test_json_that_is_no_object_is_refused_and_echoed(tmp_path, content):
         KADConfig.from_pretrained(tmp_path)
 
 
-def test_an_unknown_key_gets_the_nearest_name_the_list_and_both_versions(tmp_path):
-    write(tmp_path, {"transformers_kad_version": "99.1", "rule": "dual", "num_asistant_tokens": 3})
-    with pytest.raises(ValueError, match="num_asistant_tokens") as caught:
+def test_an_unknown_key_is_ignored_with_the_nearest_name_the_list_and_both_versions(tmp_path, caplog):
+    write(tmp_path, {"transformers_kad_version": "99.1", "rule": "primal", "num_asistant_tokens": 3, "speed": [1]})
+    with caplog.at_level("WARNING", logger="transformers_kad.configuration"):
+        assert KADConfig.from_pretrained(tmp_path) == KADConfig("primal")
+    misspelled, newer = (record.getMessage() for record in caplog.records)
+    assert "'num_asistant_tokens'. Did you mean 'num_assistant_tokens'" in misspelled
+    assert "'speed'." in newer
+    assert "Did you mean" not in newer
+    for message in (misspelled, newer):
+        assert all(field.name in message for field in dataclasses.fields(KADConfig))
+        assert "ignored" in message
+        assert "99.1" in message
+        assert __version__ in message
+        assert str(tmp_path) in message
+
+
+def test_known_keys_are_read_without_a_warning(tmp_path, caplog):
+    CONFIGS[-1].save_pretrained(tmp_path)
+    with caplog.at_level("WARNING", logger="transformers_kad.configuration"):
         KADConfig.from_pretrained(tmp_path)
-    message = str(caught.value)
-    assert "Did you mean 'num_assistant_tokens'" in message
-    assert all(field.name in message for field in dataclasses.fields(KADConfig))
-    assert "99.1" in message
-    assert __version__ in message
-    assert str(tmp_path) in message
+    assert caplog.records == []
 
 
 def test_a_file_of_another_version_is_read_where_it_is_understood(tmp_path):
@@ -295,15 +394,15 @@ def test_any_bytes_are_a_config_or_a_value_error_with_the_file(content):
 
 @pytest.fixture
 def downloads(monkeypatch, tmp_path):
-    """Records the calls of `hf_hub_download`, which finds a file."""
+    """Records the calls of `cached_file`, which finds a file."""
     calls = []
     path = CONFIGS[1].save_pretrained(tmp_path / "cache")
 
-    def hf_hub_download(repo_id, filename, **settings):
+    def cached_file(repo_id, filename, **settings):
         calls.append((repo_id, filename, settings))
         return str(path)
 
-    monkeypatch.setattr(configuration, "hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(configuration, "cached_file", cached_file)
     monkeypatch.chdir(tmp_path)
     return calls
 
@@ -371,8 +470,8 @@ def test_a_hub_that_cannot_be_reached_is_told_apart_from_a_missing_folder(monkey
     def hf_hub_download(*arguments, **settings):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(configuration, "hf_hub_download", hf_hub_download)
-    with pytest.raises(FileNotFoundError, match=r"'nowhere' is no folder here, .* from the Hub: no connection"):
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", hf_hub_download)
+    with pytest.raises(FileNotFoundError, match=r"'nowhere' is no folder here, .* from the Hub: .*couldn't connect"):
         KADConfig.from_pretrained("nowhere")
 
 

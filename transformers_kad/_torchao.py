@@ -1,8 +1,9 @@
-"""Imports torchao, as transformers would, without what it prints to those who did not ask for it.
+"""Imports the models of transformers without the messages that an installed torchao prints meanwhile.
 
-transformers imports an installed torchao with its models. torchao then names its compiled files that do not fit this
-PyTorch or this GPU, and uses what PyTorch has deprecated. These messages are dropped, and only during this import:
-whoever imports torchao or transformers before this package sees them.
+transformers imports torchao together with its models, where it is installed. torchao then logs the names of its
+compiled files that do not fit this version of PyTorch or this GPU, and calls a function that PyTorch has deprecated.
+These messages are dropped during this import only: a program that imports torchao or transformers before this package
+sees them.
 """
 
 import logging
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 
 
 def _is_known(record: logging.LogRecord) -> bool:
-    """Whether a message is one of those that importing torchao 0.18 writes beside PyTorch 2.13."""
+    """Whether a message is one of those that are logged when torchao 0.18 is imported with PyTorch 2.13."""
     if record.name == "torchao":
         return record.getMessage().startswith(("Failed to load ", "Skipping import of cpp extensions"))
     registered = record.args[0] if isinstance(record.args, tuple) and record.args else None
@@ -20,7 +21,7 @@ def _is_known(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def known_messages_dropped() -> Iterator[None]:
-    """Drop the messages of :func:`_is_known` inside, and no others."""
+    """Drop the messages that `_is_known` recognizes, and no others, while the context is open."""
 
     def keep(record: logging.LogRecord) -> bool:
         return not _is_known(record)

@@ -1,7 +1,5 @@
 """Adapters of peft, every type of them: behind a cache, switched off, inside a base that verifies drafts."""
 
-import sys
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +16,8 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
-from transformers_kad.models.adapters import forward_without_adapter
-from transformers_kad.models.cached_model import CachedModel, check_adapters
+from transformers_kad.models.adapters import check_adapters
+from transformers_kad.models.cached_model import CachedModel
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 INVOCATION = [7, 8]
@@ -212,26 +210,6 @@ def test_every_kind_of_adapter_behind_a_cache_is_refused_or_right(name: str) -> 
     torch.testing.assert_close(got[1], expected[1, 2:4], **close)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(KINDS) - NOT_FOLLOWABLE))
-def test_every_kind_of_adapter_switched_off_is_the_model_before_or_is_refused(name: str) -> None:
-    model, ids = adapted(name), invoking_ids(1, 8)
-    before = plain(tiny_model(seed=3, **KINDS[name].below), ids, 8)
-    with torch.no_grad():
-        on = model(input_ids=ids).logits
-        assert (on - before).abs().max() > 0.1
-        off = forward_without_adapter(model, input_ids=ids).logits
-        torch.testing.assert_close(model(input_ids=ids).logits, on, rtol=0, atol=0)
-        with model.disable_adapter():
-            torch.testing.assert_close(off, model(input_ids=ids).logits)
-    same = torch.allclose(off, before, atol=1e-4)
-    assert accepted(model, without_adapter=True) == same == (name not in ANOTHER_MODEL_BELOW)
-    if not same:
-        with pytest.raises(ValueError, match=r"not the proxy before alignment: .*reference="):
-            KADLogitsProcessor(model, ImplicitReward(1.0))
-        KADLogitsProcessor(model, ImplicitReward(1.0), reference=tiny_model(seed=3))
-
-
 def test_loftq_is_known_by_its_configuration() -> None:
     """It needs a quantization library, so that it can't be tried."""
     model = adapted("init gaussian")
@@ -290,7 +268,7 @@ def test_texts_that_change_at_will_behind_a_cache(name: str, architecture: str) 
         got = cached.logits(ids, logits_to_keep=keep)
         torch.testing.assert_close(got, plain(model, ids, keep), atol=5e-4, rtol=5e-4)
         reused += before > 0
-        found |= set() if cached._inactive is None else set(cached._inactive.tolist())
+        found |= set() if cached._tokens_before_activation is None else set(cached._tokens_before_activation.tolist())
         cached.crop(ids.shape[1] - step % 2)
     assert reused > 20
     assert len(found) > 5 or name == "SHADOW"
@@ -298,25 +276,6 @@ def test_texts_that_change_at_will_behind_a_cache(name: str, architecture: str) 
 
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 14, "pad_token_id": 0}
 ENDS = list(range(11, 17))
-
-
-def q_by_hand(proxy: PeftModel, ids: torch.Tensor, prompt_length: int) -> torch.Tensor:
-    """The distribution of an aLoRA behind a text `(1, L)`, activated by its prompt as in peft's `generate`."""
-    prompt = ids[0, :prompt_length].tolist()
-    starts = [at for at in range(prompt_length - 1) if prompt[at : at + 2] == INVOCATION]
-    offsets = [ids.shape[1] - starts[-1]] if starts else [0]
-    with torch.no_grad():
-        return proxy(input_ids=ids, alora_offsets=offsets, use_cache=False).logits[:, -1].softmax(-1)
-
-
-def greedy_by_hand(base: PreTrainedModel, proxy: PeftModel, prompt: torch.Tensor, rule: Any) -> list[int]:
-    ids, length = prompt[None], len(prompt)
-    while ids.shape[1] < length + GREEDY["max_new_tokens"] and (ids.shape[1] == length or int(ids[0, -1]) not in ENDS):
-        with torch.no_grad():
-            p = base(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
-        token = rule(p, q_by_hand(proxy, ids, length)).argmax(-1)
-        ids = torch.cat([ids, token[None]], dim=-1)
-    return ids[0, length:].tolist()
 
 
 def generated(ids: torch.Tensor, prompt_length: int) -> list[list[int]]:
@@ -338,94 +297,6 @@ def padded_prompts() -> tuple[torch.Tensor, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[0, :2], mask[3, :2] = 0, 0
     return ids, mask
-
-
-@pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("drafter", [None, "proxy", "prompt_lookup"])
-def test_an_activated_lora_as_proxy(drafter: str | None, chunk: int | None) -> None:
-    """A padded batch, then a chat that continues its first text, invoked once more, on both paths."""
-    proxy, base, rule = adapted("activated LoRA"), tiny_model(seed=1), DualDeferral(0.6)
-    kad = KADLogitsProcessor(proxy, rule, drafter=drafter or "proxy")
-    settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS, "prefill_chunk_size": chunk}
-    if drafter is not None:
-        settings["assistant_model"] = proxy
-    ids, mask = padded_prompts()
-    texts = generated(base.generate(input_ids=ids, attention_mask=mask, **settings), 12)
-    expected = [greedy_by_hand(base, proxy, row[kept.bool()], rule) for row, kept in zip(ids, mask, strict=True)]
-    assert texts == expected
-    assert len({len(text) for text in texts}) > 1  # some rows left the batch before others
-    text = ids[0][mask[0].bool()].tolist() + texts[0]
-    for turn in ([20, *INVOCATION, 21], [22], [*INVOCATION]):
-        text = text + turn
-        prompt = torch.tensor([text])
-        answer = base.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **settings)
-        assert generated(answer, len(text))[0] == greedy_by_hand(base, proxy, torch.tensor(text), rule)
-        text = answer[0].tolist()
-
-
-def test_rows_that_change_places_take_their_activations_along() -> None:
-    """Each text shares six tokens with the other row's, but for where it is invoked last."""
-    model = adapted("activated LoRA")
-    cached = CachedModel(model)
-    cached.logits(torch.tensor([[20, *INVOCATION, 21, 22, 23, 24, 25], [30, *INVOCATION, 31, 32, 33, *INVOCATION]]))
-    texts = torch.tensor([[30, *INVOCATION, 31, 32, 33, 34, 35], [20, *INVOCATION, 21, 22, 23, *INVOCATION]])
-    torch.testing.assert_close(cached.logits(texts), plain(model, texts), atol=1e-4, rtol=1e-4)
-
-
-def test_an_activated_lora_with_beams() -> None:
-    """Beams take one another's place: the same texts as with a proxy that reads every text from its beginning."""
-    proxy, base = adapted("activated LoRA"), tiny_model(seed=1)
-    ids, mask = padded_prompts()
-    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
-    settings = {**GREEDY, "logits_processor": [kad], "num_beams": 3, "input_ids": ids, "attention_mask": mask}
-    texts = base.generate(**settings)
-
-    forgetful = KADLogitsProcessor(proxy, DualDeferral(0.6))
-    read = forgetful.cached_proxy.logits
-
-    def read_anew(*arguments: Any, **keywords: Any) -> torch.Tensor:
-        forgetful.cached_proxy.reset()
-        return read(*arguments, **{**keywords, "continues": False})
-
-    forgetful.cached_proxy.logits = read_anew
-    assert torch.equal(base.generate(**{**settings, "logits_processor": [forgetful]}), texts)
-
-
-def test_an_activated_lora_by_hand_and_with_a_prompt_of_its_own() -> None:
-    proxy, base, rule = adapted("activated LoRA"), tiny_model(seed=1), DualDeferral(0.6)
-    kad = KADLogitsProcessor(proxy, rule)
-    own, ids = invoking_ids(1, 9), invoking_ids(1, 6)
-    for length in (4, 5, 6):  # the invocation is complete at 5
-        text = ids[:, :length]
-        p = plain(base, text)[:, 0]
-        expected = rule(p.softmax(-1), q_by_hand(proxy, text, length))
-        torch.testing.assert_close(kad(text, p).exp(), expected, atol=1e-5, rtol=1e-4)
-    with kad.proxy_prompt(own):
-        for assistant in (None, proxy):
-            text = base.generate(input_ids=ids, logits_processor=[kad], assistant_model=assistant, **GREEDY)
-            for length in range(6, text.shape[1]):
-                p = plain(base, text[:, :length])[:, 0].softmax(-1)
-                q = q_by_hand(proxy, torch.cat([own, text[:, 6:length]], dim=1), 9)
-                assert int(rule(p, q).argmax()) == int(text[0, length])
-
-
-@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW", "ADAPTION_PROMPT"])
-def test_a_base_with_an_adapter_verifies_drafts(name: str) -> None:
-    base, kad = adapted(name), KADLogitsProcessor(tiny_model(seed=9), DualDeferral(0.05))
-    ids, mask = padded_prompts()
-    settings = {**GREEDY, "logits_processor": [kad], "eos_token_id": ENDS}
-    alone = [
-        generated(base.generate(input_ids=row[kept.bool()][None], **settings), int(kept.sum()))[0]
-        for row, kept in zip(ids, mask, strict=True)
-    ]
-    assert len({len(text) for text in alone}) > 1
-    together = base.generate(input_ids=ids, attention_mask=mask, assistant_model=kad.proxy, **settings)
-    assert generated(together, 12) == alone
-    assert kad.statistics.accepted < kad.statistics.drafted
-    # Several texts a prompt, drawn so cold that they are the likeliest ones.
-    settings |= {"do_sample": True, "temperature": 1e-6, "num_return_sequences": 2}
-    together = base.generate(input_ids=ids, attention_mask=mask, assistant_model=kad.proxy, **settings)
-    assert generated(together, 12) == [text for text in alone for _ in range(2)]
 
 
 @pytest.mark.parametrize("name", ["LILY", "PROMPT_TUNING", "PREFIX_TUNING"])
@@ -522,66 +393,3 @@ def test_what_the_user_merged_stays_merged(merged: list[str]) -> None:
 
 def lora_layers(model: PeftModel) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
-
-
-def switches(model: PeftModel) -> list[tuple[str, type, Any]]:
-    """What a forward without adapter changes for its time: flags and whole modules."""
-    return [(name, type(module), getattr(module, "disable_adapters", None)) for name, module in model.named_modules()]
-
-
-@pytest.mark.parametrize("name", ["LORA", "modules_to_save", "LN_TUNING", "ADAPTION_PROMPT"])
-def test_an_interrupt_anywhere_leaves_the_adapter_as_it_was(name: str) -> None:
-    """One KeyboardInterrupt at each line, call and return of each function of the module, one after the other."""
-    model, ids = adapted(name), random_ids(1, 4)
-    layers = [module for module in model.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
-    if layers:
-        layers[0]._disable_adapters = True  # found off, to be left off
-    before = switches(model)
-    file = forward_without_adapter.__code__.co_filename
-
-    def interrupted_at(number: int) -> bool:
-        events = 0
-
-        def trace(frame: types.FrameType, event: str, _: Any) -> Any:
-            nonlocal events
-            if frame.f_code.co_filename != file:
-                return None
-            events += 1
-            if events == number:
-                raise KeyboardInterrupt
-            return trace
-
-        sys.settrace(trace)
-        try:
-            forward_without_adapter(model, input_ids=ids)
-        except KeyboardInterrupt as interrupt:
-            return bool(interrupt)  # its traceback holds all frames: nothing is mended by their end
-        finally:
-            sys.settrace(None)
-        return events >= number
-
-    number = 1
-    with torch.no_grad():
-        while interrupted_at(number) or number < 10:
-            assert switches(model) == before, number
-            number += 1
-    assert number > 30
-    assert switches(model) == before
-
-
-@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
-def test_compiled_code_takes_no_adapter_that_changes_from_call_to_call(name: str) -> None:
-    proxy, base = adapted(name), tiny_model(seed=1)
-    kad = KADLogitsProcessor(proxy, num_assistant_tokens=2, compile=True)
-    with pytest.raises(ValueError, match="leave out `compile`"):
-        base.generate(input_ids=random_ids(1, 6), logits_processor=[kad], assistant_model=proxy, **GREEDY)
-
-
-def test_states_of_an_encoder_follow_the_rows_that_stay() -> None:
-    base, kad = tiny_model("gpt2", seed=1, add_cross_attention=True), KADLogitsProcessor(tiny_model(seed=9), "dual")
-    states = torch.randn(4, 3, 16, generator=torch.Generator().manual_seed(3))
-    settings = {"input_ids": random_ids(4, 6), "encoder_hidden_states": states, "logits_processor": [kad], **GREEDY}
-    settings["eos_token_id"] = ENDS
-    texts = generated(base.generate(**settings), 6)
-    assert len({len(text) for text in texts}) > 1
-    assert generated(base.generate(assistant_model=kad.proxy, **settings), 6) == texts

@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
 
-from transformers_kad.models.adapters import forward_without_adapter
-from transformers_kad.models.cached_model import CachedModel, can_crop, is_unusable
+from transformers_kad.models.cached_model import CachedModel
 
 
 def plain(model, ids, keep=1, mask=None):
@@ -17,11 +15,6 @@ def plain(model, ids, keep=1, mask=None):
         with torch.no_grad():
             rows.append(model(text[None]).logits[0, -keep:])
     return torch.stack(rows)
-
-
-def without(model, ids):
-    with torch.no_grad():
-        return forward_without_adapter(model, input_ids=ids).logits[:, -1:]
 
 
 def random_ids(rows, length, seed=0):
@@ -86,65 +79,6 @@ def test_drafts_taken_back_by_promise():
         torch.testing.assert_close(got, plain(model, text), atol=1e-4, rtol=1e-4)
 
 
-def test_a_window_that_was_passed_cannot_be_taken_back():
-    model = tiny_model("mistral", seed=3)  # a window of 8
-    cached = CachedModel(model)
-    cached.logits(random_ids(1, 20))
-    assert not can_crop(cached._cache, 1)
-    cached.crop(19)
-    assert cached.cached_length == 0  # dropped, to be filled anew
-    full = CachedModel(tiny_model(seed=3))
-    full.logits(random_ids(1, 20))
-    full.crop(7)
-    assert full.cached_length == 7
-
-
-@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}, {"use_dora": True}])
-def test_an_adapter_switched_off_is_the_model_below_and_comes_back(settings):
-    ids = random_ids(1, 6)
-    below = plain(tiny_model(seed=3), ids)
-    torch.manual_seed(0)
-    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False, **settings)
-    model = get_peft_model(tiny_model(seed=3), config).eval()
-    with torch.no_grad():
-        if settings.get("modules_to_save"):
-            model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
-    adapted = plain(model, ids)
-    assert (adapted - below).abs().max() > 0.1
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    torch.testing.assert_close(without(model, ids), below)
-
-    def interrupt(*_):
-        raise InterruptedError
-
-    handle = model.get_base_model().model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(InterruptedError):
-        without(model, ids)
-    handle.remove()
-    torch.testing.assert_close(plain(model, ids), adapted)
-    assert [parameter.requires_grad for parameter in model.parameters()] == trained
-    with model.disable_adapter():
-        torch.testing.assert_close(without(model, ids), below)
-        torch.testing.assert_close(plain(model, ids), below)  # it was off before
-    torch.testing.assert_close(plain(model, ids), adapted)
-
-
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="empty prompt"):
         CachedModel(tiny_model()).logits(torch.empty(1, 0, dtype=torch.long))
-
-
-def test_unusable_logits():
-    inf, nan = float("inf"), float("nan")
-    rows = torch.tensor([[0.0, -inf], [-inf, -inf], [inf, 0.0], [nan, 0.0], [0.0, nan], [-1e30, -inf]])
-    assert is_unusable(rows).tolist() == [False, True, True, True, True, False]
-
-
-def test_a_hole_behind_texts_without_padding_is_not_read():
-    """One row goes on with a token more than the other."""
-    model, ids = tiny_model("llama", seed=3), random_ids(2, 6)
-    cached = CachedModel(model)
-    cached.logits(ids)
-    logits = cached.extend(torch.tensor([[0, 7], [9, 7]]), torch.tensor([[0, 1], [1, 1]]))
-    torch.testing.assert_close(logits[:1], plain(model, torch.cat([ids[:1], torch.tensor([[7]])], dim=-1)))
-    torch.testing.assert_close(logits[1:], plain(model, torch.cat([ids[1:], torch.tensor([[9, 7]])], dim=-1)))

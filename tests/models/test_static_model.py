@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from test_adapters import adapted
 from test_batches import padded
+from test_cached_model import random_ids
 from tiny_models import tiny_model
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
@@ -81,7 +83,7 @@ def test_the_cache_is_kept_for_texts_that_fit_and_grows_for_longer_ones(uncompil
     caches, capacities = [], []
     for count in (5, 60, CAPACITY_STEP + 1):
         base.generate(PROMPT, max_new_tokens=count, **settings)
-        compiled = kad.compiled(base, "base", 6)
+        compiled = kad.state.models.static_base(base, 6)
         caches.append(compiled._static)
         capacities.append(compiled.capacity)
     assert caches[0] is caches[1]
@@ -132,3 +134,11 @@ def test_the_compiled_model_is_the_model(uncompiled):
         compiled.extend(ids[:, 21:25], logits_to_keep=4), expected[:, 21:25], atol=1e-4, rtol=1e-4
     )
     torch.testing.assert_close(compiled.logits(ids[:, :10], logits_to_keep=1), expected[:, 9:10], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
+def test_compiled_code_takes_no_adapter_that_changes_from_call_to_call(name: str) -> None:
+    proxy, base = adapted(name), tiny_model(seed=1)
+    kad = KADLogitsProcessor(proxy, num_assistant_tokens=2, compile=True)
+    with pytest.raises(ValueError, match="leave out `compile`"):
+        base.generate(input_ids=random_ids(1, 6), logits_processor=[kad], assistant_model=proxy, **GREEDY)

@@ -313,14 +313,6 @@ def test_too_little_shared_is_refused_with_the_report():
         align_vocabularies(TOKENIZERS["tiny pair"], TOKENIZERS["byte-level"], minimum_share=80)
 
 
-def test_a_tokenizer_that_cannot_be_read_as_text_is_refused():
-    tokenizer = Tokenizer(models.WordPiece(vocab={"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    tokenizer.decoder = decoders.WordPiece()
-    pieces = PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path="pieces")
-    with pytest.raises(ValueError, match=r"'pieces' writes its tokens .*WordPiece"):
-        align_vocabularies(TOKENIZERS["tiny pair"], pieces)
-
-
 def test_tokens_that_cannot_be_spelled_are_counted_and_read_as_padding():
     tokenizer = Tokenizer(models.BPE(vocab={"<pad>": 0, "a": 1, "b": 2}, merges=[]))
     tokenizer.decoder = decoders.Fuse()
@@ -422,14 +414,6 @@ def test_large_vocabularies_with_many_added_tokens_are_matched():
 def test_what_is_no_tokenizer_is_named(given):
     with pytest.raises(TypeError, match=f"`proxy_tokenizer` must be a tokenizer .* got {type(given).__name__}"):
         align_vocabularies(TOKENIZERS["tiny pair"], given)
-
-
-def test_a_tokenizer_without_a_decoder_is_refused():
-    words = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab={"a": 0, "b": 1}, unk_token="a")), name_or_path="words"
-    )
-    with pytest.raises(ValueError, match="'words' has no decoder"):
-        align_vocabularies(TOKENIZERS["tiny pair"], words)
 
 
 def test_an_empty_sample_is_refused():

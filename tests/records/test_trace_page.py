@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import html
 import itertools
-import json
 import os
 import random
 import re
@@ -18,28 +17,19 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_traces import ATTACKS, Page, Strings, page_of, record, trace_of
 from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, KADStatistics, KADTrace, SequenceStatistics, TokenRecord
-from transformers_kad.records.trace_page import render_page
 
 PAIR = Path(__file__).resolve().parents[2] / "recipes" / "tiny_pair"
-ATTACKS = (
-    "<script>document.title='pwned'</script>",
-    '"><img src=x onerror="document.title=\'pwned\'">',
-    "'><svg onload=document.title='pwned'>",
-    "</script><script>document.title='pwned'</script>",
-    "<!--<script>",
-    "{{ 6 * 7 }}",
-)
 LABELS = [attack.replace(" ", "␣") for attack in ATTACKS]
 
 deterministic = settings(derandomize=True, deadline=None, max_examples=100)
@@ -48,76 +38,6 @@ deterministic = settings(derandomize=True, deadline=None, max_examples=100)
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(PAIR / "base")
-
-
-class Strings:
-    """A tokenizer whose ids are places in a list of strings."""
-
-    def __init__(self, *strings):
-        self.strings = strings
-
-    def decode(self, ids, **_):
-        return "".join(self.strings[i] for i in ids)
-
-    def convert_ids_to_tokens(self, index):
-        return self.strings[index]
-
-
-def record(token, share=0.0, mass=0.25, drafted=False, base=(), proxy=()):
-    return TokenRecord(token, 0.125, 0.375, 0.5, mass, share, drafted, base, proxy)
-
-
-def trace_of(ids, **fields):
-    return KADTrace((tuple(record(i, **fields) for i in ids),))
-
-
-def page_of(trace, tokenizer=None, title=None):
-    return render_page(trace.sequences, trace.statistics, tokenizer, title)
-
-
-class Page(HTMLParser):
-    """What a page says: all tags with their attributes, the tokens of each text, the text of each element."""
-
-    VOID = ("meta", "line", "rect", "path", "br")
-
-    def __init__(self, source):
-        super().__init__()
-        self.source, self.tags, self.open, self.tokens, self.words = source, [], [], [], {}
-        self.feed(source)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        attributes = dict(attributes)
-        self.tags.append((tag, attributes))
-        if tag not in self.VOID:
-            self.open.append((tag, attributes))
-        classes = (attributes.get("class") or "").split()
-        if "text" in classes:
-            self.tokens.append([])
-        if tag == "span" and "t" in classes:
-            self.tokens[-1].append([set(classes), attributes, ""])
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop()[0] == tag
-
-    def handle_data(self, data):
-        names = [tag for tag, _ in self.open]
-        if "span" in names and self.tokens and any("text" in (a.get("class") or "").split() for _, a in self.open):
-            self.tokens[-1][-1][2] += data
-        for name in set(names[-1:]):
-            self.words[name] = self.words.get(name, "") + data
-
-    def text(self, sequence=0):
-        return "".join(text for *_, text in self.tokens[sequence])
-
-    @property
-    def data(self):
-        return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.S)[1])
 
 
 # --- Text -----------------------------------------------------------------------------------------------------
@@ -449,68 +369,6 @@ def test_the_page_asks_for_nothing_and_its_policy_allows_nothing_but_its_own_sty
         "form-action": "'none'",
     }
     assert " style=" not in page  # the policy would drop it
-
-
-# --- Writing --------------------------------------------------------------------------------------------------
-
-
-def test_the_page_is_written_where_it_was_asked_for(tmp_path):
-    trace = trace_of([0, 1])
-    path = tmp_path / "some" / "where" / "page.html"
-    assert trace.to_html(path, Strings("a", "é")) == path
-    assert path.read_text("utf-8") == page_of(trace, Strings("a", "é"))
-    assert trace.to_html(str(path), Strings("x", "y"), title="A & B") == path
-    assert path.read_text("utf-8") == page_of(trace, Strings("x", "y"), "A & B")
-    assert "<h1>A &amp; B</h1>" in path.read_text("utf-8")
-    assert [entry.name for entry in path.parent.iterdir()] == ["page.html"]
-
-
-def test_a_trace_that_knows_a_tokenizer_needs_none(tmp_path):
-    trace = KADTrace(trace_of([0]).sequences, tokenizer=Strings("own"))
-    assert Page(trace.to_html(tmp_path / "a.html").read_text("utf-8")).text() == "own"
-    assert Page(trace.to_html(tmp_path / "b.html", Strings("other")).read_text("utf-8")).text() == "other"
-
-
-def test_what_cannot_be_written_is_refused_with_its_value(tmp_path):
-    trace = trace_of([0])
-    with pytest.raises(ValueError, match=r"page\.html.*needs a tokenizer.*None"):
-        trace.to_html(tmp_path / "page.html")
-    with pytest.raises(TypeError, match="'gpt2'"):
-        trace.to_html(tmp_path / "page.html", "gpt2")
-    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
-        trace.to_html(tmp_path, Strings("a"))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_write_that_fails_leaves_the_old_page_and_nothing_else(tmp_path, monkeypatch):
-    path = trace_of([0]).to_html(tmp_path / "page.html", Strings("old"))
-    before = path.read_text("utf-8")
-
-    def fail(self, target):
-        raise OSError("no")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no"):
-        trace_of([0]).to_html(path, Strings("new"))
-    assert path.read_text("utf-8") == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_notebook_shows_the_page_in_a_sandboxed_frame_of_its_own():
-    known = KADTrace(trace_of(range(len(ATTACKS))).sequences, tokenizer=Strings(*ATTACKS))
-    frame = Page(known._repr_html_())
-    ((tag, attributes),) = frame.tags
-    assert (tag, attributes["sandbox"]) == ("iframe", "allow-scripts")
-    assert attributes["srcdoc"] == page_of(known, known.tokenizer)
-
-
-def test_without_a_tokenizer_a_notebook_shows_ids_and_how_to_get_text():
-    ((_, attributes),) = Page(trace_of([17, 4])._repr_html_()).tags
-    page = Page(attributes["srcdoc"])
-    assert page.text() == "17 4 "
-    assert "No tokenizer is known" in page.source
-    assert "trace.to_html(path, tokenizer)" in page.source
-    assert "No tokenizer is known" not in page_of(trace_of([0]), Strings("a"))
 
 
 # --- In a browser ---------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from transformers_kad import KADConfig
-from transformers_kad.integrations.loading.arguments import ModelArguments, RuleArguments
 from transformers_kad.integrations.loading.models import below_adapter, load_merged, load_model, load_tokenizer
+from transformers_kad.recipes.arguments import ModelArguments, RuleArguments
 from transformers_kad.recipes.benchmarking.growth import load_configs
 from transformers_kad.recipes.benchmarking.subjects import load_subject
 from transformers_kad.utils.sources import check_source, looks_like_path, portable_name, resolve_name
@@ -97,6 +97,6 @@ def test_a_config_names_its_models_so_that_they_are_found(tmp_path, monkeypatch)
 def test_a_config_beside_a_proxy_on_the_hub_means_that_proxy(tmp_path, monkeypatch):
     file = tmp_path / "kad_config.json"
     file.write_text(json.dumps({"base": "../../models/base", "proxy": "."}))
-    monkeypatch.setattr("transformers_kad.configuration.hf_hub_download", lambda *arguments, **settings: str(file))
+    monkeypatch.setattr("transformers_kad.configuration.cached_file", lambda *arguments, **settings: str(file))
     config = KADConfig.from_pretrained("me/proxy")
     assert (config.base, config.proxy) == ("../../models/base", "me/proxy")

@@ -1,4 +1,4 @@
-"""What a key-value cache can take back: tokens at its end, columns in its middle."""
+"""What a key-value cache can take back: tokens at its end, and columns in its middle."""
 
 from typing import Any
 
@@ -8,33 +8,36 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 
+def _caches_in(cache: Cache) -> list[Cache]:
+    """The caches that one consists of: peft's Shadow adapter keeps one for the model and one of its own."""
+    parts = (cache.base, cache.shadow) if isinstance(cache, ShadowCache) else (cache,)
+    return [part for part in parts if part is not None]
+
+
 def layers_of(cache: Cache) -> list[Any]:
-    """All layers of a cache; of both halves of the one that peft's Shadow adapter keeps, the model's and its own."""
-    if isinstance(cache, ShadowCache):
-        return [layer for half in (cache.base, cache.shadow) if half is not None for layer in layers_of(half)]
-    return list(cache.layers)
+    """All layers of a cache."""
+    return [layer for part in _caches_in(cache) for layer in part.layers]
 
 
 def record_past(cache: Cache) -> None:
-    """Keep what only taking back needs, as `Cache.activate_past_recording` does."""
+    """From now on, keep the states that are needed to take back tokens, until the next `crop` or `forget_past`."""
+    for part in _caches_in(cache):
+        part.activate_past_recording()
+
+
+def forget_past(cache: Cache) -> None:
+    """Free the states that are needed only to take back tokens, also in a cache that can't take back any."""
     for layer in layers_of(cache):
-        if hasattr(layer, "activate_past_recording"):
-            layer.activate_past_recording()
+        if hasattr(layer, "crop"):
+            layer.crop(0)
 
 
-def _is_croppable(cache: Cache) -> bool:
-    """What a cache says of itself; some keep states beside their layers, which look croppable."""
-    halves = (cache.base, cache.shadow) if isinstance(cache, ShadowCache) else (cache,)
-    return all(half.is_croppable for half in halves if half is not None)
-
-
-def can_crop(cache: Cache | None, tokens: int) -> bool:
+def can_crop(cache: Cache, tokens: int) -> bool:
     """Whether the last `tokens` tokens can be taken back from every layer of a cache."""
-    if cache is None or not _is_croppable(cache):
+    # The caches are asked first: some keep states outside their layers, which look croppable.
+    if not all(part.is_croppable for part in _caches_in(cache)):
         return False
     for layer in layers_of(cache):
-        if not getattr(layer, "is_croppable", False):
-            return False
         if getattr(layer, "is_sliding", False) and layer.is_initialized:
             left = layer.get_seq_length() - tokens
             if layer.keys.shape[-2] - tokens < min(left, layer.sliding_window - 1):
@@ -42,16 +45,15 @@ def can_crop(cache: Cache | None, tokens: int) -> bool:
     return True
 
 
-def trim(cache: Cache) -> None:
-    """Let go of what only taking back would need. Unlike `cache.crop(0)`, for caches that can't take back as well."""
-    for layer in layers_of(cache):
-        if hasattr(layer, "crop"):
-            layer.crop(0)
-
-
 def can_have_holes(cache: Cache) -> bool:
-    """Whether rows may take back different numbers of tokens: full attention alone doesn't count columns."""
-    return _is_croppable(cache) and all(type(layer) is DynamicLayer for layer in layers_of(cache))
+    """Whether rows may take back different numbers of tokens, which needs full attention: it counts no columns."""
+    return can_crop(cache, 0) and all(type(layer) is DynamicLayer for layer in layers_of(cache))
+
+
+def shortest_window(cache: Cache) -> int | None:
+    """The shortest sliding window of a cache's layers, in columns; None without one."""
+    windows = [layer.sliding_window for layer in layers_of(cache) if getattr(layer, "is_sliding", False)]
+    return min(windows, default=None)
 
 
 def gather_columns(cache: Cache, columns: torch.Tensor) -> None:

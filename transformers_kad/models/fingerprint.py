@@ -2,7 +2,6 @@
 
 from collections.abc import Hashable, Iterator
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import nn
@@ -60,13 +59,8 @@ def _adapter_state(module: nn.Module) -> Hashable:
     """Which adapters of a peft layer are on, merged, and how strong they are."""
     if not isinstance(getattr(module, "disable_adapters", None), bool):
         return None
-    module_: Any = module
-    return (
-        tuple(module_.active_adapters),
-        module_.disable_adapters,
-        tuple(getattr(module_, "merged_adapters", ())),
-        str(getattr(module_, "scaling", None)),
-    )
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    return str([getattr(module, name, None) for name in names])
 
 
 def _checksums(tensors: list[torch.Tensor]) -> Hashable:
@@ -89,19 +83,13 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """A 64-bit sum of a tensor's bits, a scalar.
-
-    Every chunk has a factor of its own; in a small tensor every element.
-    """
+    """A 64-bit sum of a tensor's bits, a scalar. Every chunk has a factor of its own, in a small tensor every word."""
     flat = tensor.reshape(-1).contiguous()
-    bounds = (flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size())  # in bytes
-    small = flat.numel() <= SMALL
-    word = next(
-        word
-        for word in WORDS
-        if not any(bound % word.itemsize for bound in bounds) and not (small and word.itemsize > flat.element_size())
-    )
-    words = flat.view(word)
+    width, small = flat.element_size(), flat.numel() <= SMALL
+    # The widest words that begin and end with the tensor; in a small one, no wider than its elements.
+    bounds = (flat.numel() * width, flat.storage_offset() * width)
+    fitting = (word for word in WORDS if not any(bound % word.itemsize for bound in bounds))
+    words = flat.view(next(word for word in fitting if not small or word.itemsize <= width))
     size = 1 if small else CHUNK
     whole = len(words) // size * size
     sums = words[:whole].view(-1, size).sum(dim=1, dtype=torch.int64)

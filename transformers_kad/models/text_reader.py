@@ -5,6 +5,7 @@ from itertools import accumulate
 import torch
 
 from .cached_model import CachedModel
+from .padding import PaddedTexts
 from .vocabulary import VocabularyAlignment, align_vocabulary
 
 
@@ -37,11 +38,13 @@ class TextReader:
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         """Start from prompts `(B, L)` in the model's own tokens, padded on the left. They are forwarded by `read`."""
-        self._prompt: tuple[torch.Tensor, torch.Tensor | None] | None = (input_ids, attention_mask)
+        self._prompt: PaddedTexts | None = PaddedTexts(input_ids, attention_mask)
         whole = [input_ids.shape[1]] * len(input_ids)
         self._lengths: list[int] = whole if attention_mask is None else attention_mask.sum(dim=-1).tolist()
-        self._places: list[int] = []  # the place in the round of each unsettled column's token
-        self._columns: list[torch.Tensor] = []  # (B, w) each, on the CPU: which columns are a row's, where they differ
+        # Of the columns that were read since the last `accept`: of which of the base's tokens, counted from 0, each
+        # one is a part, and where rows spell differently, of which rows: (B, w) each, on the CPU.
+        self._token_of: list[int] = []
+        self._columns: list[torch.Tensor] = []
         self._lead = 0  # tokens of a round before its draft
 
     def read(self, tokens: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
@@ -51,39 +54,29 @@ class TextReader:
         the last of the base's tokens, and so on, however many tokens of its own the model reads each of them in.
         Behind a prompt that was not read yet, `tokens` may be None.
         """
-        ids = mask = None
-        widths: list[int] = []
-        if tokens is not None and tokens.shape[1]:
-            ids, widths = tokens, [1] * tokens.shape[1]
-            if self.vocabulary_alignment is not None:
-                ids, mask, widths = self.vocabulary_alignment.spell(tokens)
-                self._columns.append(mask.bool().cpu())
-            first = self._places[-1] + 1 if self._places else 0
-            self._places += [place for place, width in enumerate(widths, first) for _ in range(width)]
+        ids, mask, widths = tokens, None, [1] * (0 if tokens is None else tokens.shape[1])
+        if tokens is not None and widths and self.vocabulary_alignment is not None:
+            ids, mask, widths = self.vocabulary_alignment.spell(tokens)
+            self._columns.append(mask.bool().cpu())
+        first = self._token_of[-1] + 1 if self._token_of else 0
+        self._token_of += [token for token, width in enumerate(widths, first) for _ in range(width)]
         # Where, in columns, the base's tokens end: first what was read before, then each of the new ones.
         ends = [0, *accumulate(widths)][-logits_to_keep:]
-        keep_columns = ends[-1] - ends[0] + 1
+        columns = ends[-1] - ends[0] + 1
         if self._prompt is None:
             assert ids is not None
-            logits = self.model.extend(ids, mask, logits_to_keep=keep_columns)
+            logits = self.model.extend(ids, mask, logits_to_keep=columns)
         else:
-            text, text_mask = self._prompt
-            prompt_length = text.shape[1]
-            if ids is not None:
-                if mask is not None or text_mask is not None:
-                    mask = torch.ones_like(ids) if mask is None else mask
-                    text_mask = torch.ones_like(text) if text_mask is None else text_mask
-                    text_mask = torch.cat([text_mask, mask.to(text_mask)], dim=-1)
-                text = torch.cat([text, ids.to(text)], dim=-1)
+            prompt = self._prompt
+            text = prompt if ids is None else prompt.extend(ids.to(prompt.ids), mask)
             logits = self.model.logits(
-                text, text_mask, logits_to_keep=keep_columns, chunk_size=self.chunk_size, prompt_length=prompt_length
+                text.ids, text.mask, logits_to_keep=columns, chunk_size=self.chunk_size, prompt_length=prompt.columns
             )
             self._prompt = None
-        if keep_columns > len(ends):
+        if columns > len(ends):
             logits = logits[:, [end - ends[0] for end in ends]]
-        return tempered(
-            align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment), self.component_temperature
-        )
+        logits = align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment)
+        return tempered(logits, self.component_temperature)
 
     def accept(self, accepted: list[int]) -> None:
         """The end of a round: of the draft, row b keeps `accepted[b]` tokens, the rest is taken back.
@@ -91,15 +84,15 @@ class TextReader:
         What was read before the draft, the token that ended the round before, stays.
         """
         counts = torch.tensor([count + self._lead for count in accepted], device="cpu")
-        columns = torch.tensor(self._places, dtype=torch.long, device="cpu") < counts[:, None]
+        columns = torch.tensor(self._token_of, dtype=torch.long, device="cpu") < counts[:, None]
         if self._columns:
             columns &= torch.cat(self._columns, dim=1)
         self.model.keep_columns(columns)
         self._lengths = [before + more for before, more in zip(self._lengths, columns.sum(1).tolist(), strict=True)]
-        self._places, self._columns, self._lead = [], [], 1
+        self._token_of, self._columns, self._lead = [], [], 1
 
     def select_rows(self, rows: list[int]) -> None:
-        """Between rounds: go on with some of the rows, in this order."""
+        """Between rounds: continue with some of the rows, in this order."""
         self.model.select_rows(rows)
         self._lengths = [self._lengths[row] for row in rows]
 
@@ -111,10 +104,9 @@ class TextReader:
         Raises:
             ContextLengthError: a row is longer than the model's context already.
         """
-        limit = self.model.context_length
+        limit, lengths = self.model.context_length, self._lengths
         if limit is None:
-            return [None] * len(self._lengths)
-        lengths = self._lengths
+            return [None] * len(lengths)
         if tokens is not None:
             known = self.vocabulary_alignment is None  # then nothing is to be read from the device
             widths = [1] * len(lengths) if known else map(self._width, tokens[:, 0].tolist())
@@ -123,7 +115,7 @@ class TextReader:
         return [limit - length for length in lengths]
 
     def cut_to_context(self, tokens: torch.Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
-        """Of drafts in the base's tokens, behind the next `tokens` `(B, 1)`, what the model's context has room for."""
+        """Of drafts in the base's tokens, behind the next `tokens` `(B, 1)`, what fits into the model's context."""
         cut = []
         for draft, left in zip(drafts, self.own_tokens_left(tokens), strict=True):
             ends = accumulate(map(self._width, draft))

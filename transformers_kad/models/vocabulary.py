@@ -1,21 +1,21 @@
 """The vocabularies of base and proxy: padding rows, ids that mean other strings, different tokenizers.
 
-A rule works on one vocabulary, the base's. Three cases, from the plain to the hard:
+A rule works on one vocabulary, the base's. There are three cases:
 
 - Both models have one tokenizer, and their vocabularies differ at most by padding rows: `align_vocabulary`.
-- They claim to have one tokenizer: `check_tokenizers` raises if ids mean different strings.
-- They have different tokenizers: `align_vocabularies` finds the ids that both can say.
+- Both models are said to have one tokenizer: `check_tokenizers` raises if ids mean different strings.
+- The models have different tokenizers: `align_vocabularies` finds the tokens that both have.
 """
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import compress, groupby
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .token_bytes import TokenBytes
 
 SAMPLE_TEXT = """\
 The committee met on 14 March 2023 to discuss three questions: who pays, who decides, and what happens if nobody does.
@@ -28,8 +28,6 @@ def area(radius: float) -> float:
 2. Whisk two eggs with 150 g of sugar until pale, then fold in the flour.
 Question: A train covers 240 km in 2.5 hours. How fast does it go? Answer: 240 / 2.5 = 96 km/h.
 """
-
-_BYTES_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def align_vocabulary(
@@ -131,15 +129,15 @@ class VocabularyAlignment:
         sample_text: str = SAMPLE_TEXT,
         same: Mapping[str, str] | None = None,
     ) -> None:
-        self._base, self._proxy = _Tokens(base_tokenizer), _Tokens(proxy_tokenizer)
-        pairs = self._match(same or {})
-        self.base_ids = torch.tensor(list(pairs), dtype=torch.long, device="cpu")
-        self.proxy_ids = torch.tensor(list(pairs.values()), dtype=torch.long, device="cpu")
-        self._proxy_of = pairs
+        self._base, self._proxy = TokenBytes(base_tokenizer), TokenBytes(proxy_tokenizer)
+        self._proxy_of = _match_tokens(self._base, self._proxy, same or {})
+        self._base_of = {proxy_id: base_id for base_id, proxy_id in self._proxy_of.items()}
+        self.base_ids = torch.tensor(list(self._proxy_of), dtype=torch.long, device="cpu")
+        self.proxy_ids = torch.tensor(list(self._proxy_of.values()), dtype=torch.long, device="cpu")
         candidates = (proxy_tokenizer.pad_token_id, proxy_tokenizer.eos_token_id, 0)
-        self._stand_in = next(i for i in candidates if i is not None)
+        self._stand_in: int = next(i for i in candidates if i is not None)
         self._spelled: dict[int, tuple[int, ...]] = {}
-        self._tables: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._shared_rows: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self.report = self._make_report(sample_text)
 
     def __repr__(self) -> str:
@@ -155,40 +153,39 @@ class VocabularyAlignment:
         Raises:
             ValueError: a model has fewer tokens than its tokenizer (added ones apart, which may be without a row).
         """
-        base_ids, proxy_ids = self._table(logits.device, vocabulary, logits.shape[-1])
+        key = (logits.device, vocabulary, logits.shape[-1])
+        if key not in self._shared_rows:
+            self._shared_rows[key] = self._find_shared_rows(*key)
+        base_ids, proxy_ids = self._shared_rows[key]
         result = logits.new_full((*logits.shape[:-1], vocabulary), -torch.inf, dtype=torch.float32)
         result[..., base_ids] = logits[..., proxy_ids].float()
         return result
 
-    def _table(self, device: torch.device, base_size: int, proxy_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shared ids that both models have a row for, on a device."""
-        key = (device, base_size, proxy_size)
-        if key not in self._tables:
-            sides = (
-                ("base", self._base, self.base_ids, base_size),
-                ("proxy", self._proxy, self.proxy_ids, proxy_size),
-            )
-            for role, tokens, ids, size in sides:
-                beyond = [index for index in ids[ids >= size].tolist() if index not in tokens.added]
-                if beyond:
-                    raise ValueError(
-                        f"The {role}'s tokenizer has the token id {beyond[-1]}, but the model's vocabulary ends at "
-                        f"{size}: align the tokenizers that belong to the models."
-                    )
-            kept = (self.base_ids < base_size) & (self.proxy_ids < proxy_size)
-            self._tables[key] = self.base_ids[kept].to(device), self.proxy_ids[kept].to(device)
-        return self._tables[key]
+    def _find_shared_rows(
+        self, device: torch.device, base_size: int, proxy_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The shared ids of base and proxy for which both models have a row, on a device."""
+        base, proxy = (
+            ("base", self._base, self.base_ids, base_size),
+            ("proxy", self._proxy, self.proxy_ids, proxy_size),
+        )
+        for role, tokens, ids, size in (base, proxy):
+            beyond = [index for index in ids[ids >= size].tolist() if index not in tokens.added]
+            if beyond:
+                raise ValueError(
+                    f"The {role}'s tokenizer has the token id {beyond[-1]}, but the model's vocabulary ends at "
+                    f"{size}: align the tokenizers that belong to the models."
+                )
+        kept = (self.base_ids < base_size) & (self.proxy_ids < proxy_size)
+        return self.base_ids[kept].to(device), self.proxy_ids[kept].to(device)
 
     def retokenize(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts `(B, L)` of the base in the proxy's tokens, padded on the left, and their mask: `(B, L')` both."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [
-            self._retokenize([token for token, kept in zip(ids, row_mask, strict=True) if kept])
-            for ids, row_mask in zip(input_ids.tolist(), mask.tolist(), strict=True)
-        ]
-        ids, mask, _ = self._stack([[row] for row in rows], input_ids)
+        prompts = [list(compress(*row)) for row in zip(input_ids.tolist(), mask.tolist(), strict=True)]
+        ids, mask, _ = _stack([[self._retokenize(prompt)] for prompt in prompts], input_ids)
         return ids, mask
 
     def spell(self, generated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -201,56 +198,7 @@ class VocabularyAlignment:
         them, zeros in the mask. So the columns of a text's beginning never change, and the last column is never a
         hole.
         """
-        rows = [[self.spell_token(token) for token in row] for row in generated.tolist()]
-        return self._stack(rows, generated)
-
-    @staticmethod
-    def _stack(
-        rows: Sequence[Sequence[Sequence[int]]], like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-        """Rows of pieces as one tensor: pieces stand under each other, the shorter ones filled up in front."""
-        widths = [max(map(len, pieces)) for pieces in zip(*rows, strict=True)]
-        ids, mask = [], []
-        for row in rows:
-            filled = [(width - len(piece), piece) for width, piece in zip(widths, row, strict=True)]
-            ids.append([token for holes, piece in filled for token in [*[0] * holes, *piece]])
-            mask.append([kept for holes, piece in filled for kept in [0] * holes + [1] * len(piece)])
-        return like.new_tensor(ids), like.new_tensor(mask), widths
-
-    def _match(self, same: Mapping[str, str]) -> dict[int, int]:
-        """The proxy's id of each shared token, by the base's id, in its order."""
-        proxy_of: dict[int, int] = {}
-        for index, text in self._base.text.items():
-            match = self._proxy.by_text.get(text)
-            if match is not None and self._base.by_text[text] == index:
-                proxy_of[index] = match
-        matched = set(proxy_of.values())
-        for index, name in self._base.added.items():
-            match = self._proxy.by_name.get(name)
-            if match is not None and match not in matched:
-                proxy_of[index] = match
-                matched.add(match)
-        # Tokens of the same role, if the proxy's has no other counterpart. Its end of sequence must be sayable.
-        for role in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
-            base_id, proxy_id = getattr(self._base.tokenizer, role), getattr(self._proxy.tokenizer, role)
-            if base_id is None or proxy_id is None or proxy_id in proxy_of.values():
-                continue
-            if base_id not in proxy_of or role == "eos_token_id":
-                proxy_of[base_id] = proxy_id
-        for proxy_name, base_name in same.items():
-            ids = []
-            for role, tokens, name in (("proxy", self._proxy, proxy_name), ("base", self._base, base_name)):
-                if name not in tokens.vocabulary:
-                    raise ValueError(f"`same` names {name!r}, which is no token of the {role}.")
-                ids.append(tokens.vocabulary[name])
-            proxy_id, base_id = ids
-            proxy_of = {other: index for other, index in proxy_of.items() if index != proxy_id}
-            proxy_of[base_id] = proxy_id
-        return dict(sorted(proxy_of.items()))
-
-    @cached_property
-    def _base_of(self) -> dict[int, int]:
-        return {proxy_id: base_id for base_id, proxy_id in self._proxy_of.items()}
+        return _stack([[self.spell_token(token) for token in row] for row in generated.tolist()], generated)
 
     def spell_token(self, base_id: int) -> tuple[int, ...]:
         """The proxy's tokens for one generated token of the base; never empty."""
@@ -268,31 +216,22 @@ class VocabularyAlignment:
             return self._proxy.longest_pieces(text)
         spelled = self._proxy.bytes_of(ids)
         if spelled == b" " + text:  # the tokenizer's own space, which is not in the text
-            begun = self._proxy.longest_pieces(self._proxy.text[ids[0]][1:])
-            return (*begun, *ids[1:])
+            return (*self._proxy.longest_pieces(self._proxy.text[ids[0]][1:]), *ids[1:])
         return tuple(ids) if spelled == text else self._proxy.longest_pieces(text)
 
     def _retokenize(self, ids: list[int]) -> list[int]:
         """One prompt in the proxy's tokens; never empty."""
-        result: list[int] = []
-        run: list[int] = []
-        at_start = True
-        for index in [*ids, None]:
-            if index is not None and index not in self._base.special:
-                run.append(index)
-                continue
-            if run:
-                result += self._retokenize_text(run, at_start)
-                run, at_start = [], False
-            if index in self._proxy_of:
-                result.append(self._proxy_of[index])
-                at_start = at_start and result == self._proxy.prefix
-        prefix = self._proxy.prefix
+        prefix, result = self._proxy.prefix, list[int]()
+        for is_special, run in groupby(ids, self._base.special.__contains__):
+            if is_special:
+                result += [self._proxy_of[index] for index in run if index in self._proxy_of]
+            else:
+                result += self._retokenize_text(list(run), at_start=result in ([], prefix))
         if result[: len(prefix)] != prefix:
             result = prefix + result
         return result or [self._stand_in]
 
-    def _retokenize_text(self, ids: list[int], at_start: bool) -> list[int]:
+    def _retokenize_text(self, ids: list[int], at_start: bool) -> Sequence[int]:
         """Text between special tokens. Where a tokenizer puts a space before all text, it is not taken for text."""
         text = self._base.bytes_of(ids)
         if text.startswith(b" ") and (self._base.space_at_start if at_start else self._base.space_after_special):
@@ -302,16 +241,13 @@ class VocabularyAlignment:
                 return self._proxy.tokenize(text.decode())
             except UnicodeDecodeError:
                 pass
-        return list(self._spell_text(text)) or [piece for index in ids for piece in self.spell_token(index)]
+        return self._spell_text(text) or [piece for index in ids for piece in self.spell_token(index)]
 
     def _make_report(self, sample_text: str) -> VocabularyReport:
         base_text, proxy_text = (
             side.tokenizer(sample_text, add_special_tokens=False)["input_ids"] for side in (self._base, self._proxy)
         )
-        unspellable = 0
-        if not self._proxy.has_every_byte:
-            ordinary = (i for i in self._base.text if i not in self._proxy_of)
-            unspellable = sum(not self._spell_text(self._base.text[i]) for i in ordinary)
+        others = [] if self._proxy.has_every_byte else [i for i in self._base.text if i not in self._proxy_of]
         return VocabularyReport(
             shared=len(self._proxy_of),
             base_size=len(self._base.vocabulary),
@@ -320,8 +256,49 @@ class VocabularyAlignment:
             proxy_text_tokens=len(proxy_text),
             base_text_shared=sum(i in self._proxy_of for i in base_text),
             proxy_text_shared=sum(i in self._base_of for i in proxy_text),
-            unspellable=unspellable,
+            unspellable=sum(not self._spell_text(self._base.text[i]) for i in others),
         )
+
+
+def _match_tokens(base: TokenBytes, proxy: TokenBytes, same: Mapping[str, str]) -> dict[int, int]:
+    """The proxy's id of each shared token, by the base's id, in its order."""
+    proxy_of = {index: proxy.by_text[text] for text, index in base.by_text.items() if text in proxy.by_text}
+    matched, proxy_added = set(proxy_of.values()), {name: index for index, name in proxy.added.items()}
+    for index, name in base.added.items():
+        match = proxy_added.get(name)
+        if match is not None and match not in matched:
+            proxy_of[index] = match
+            matched.add(match)
+    # Tokens of the same role, if the proxy's has no other counterpart. The proxy must be able to end a text.
+    for role in ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id"):
+        base_id, proxy_id = getattr(base.tokenizer, role), getattr(proxy.tokenizer, role)
+        if base_id is None or proxy_id is None or proxy_id in proxy_of.values():
+            continue
+        if base_id not in proxy_of or role == "eos_token_id":
+            proxy_of[base_id] = proxy_id
+    for names in same.items():
+        for role, tokens, name in zip(("proxy", "base"), (proxy, base), names, strict=True):
+            if name not in tokens.vocabulary:
+                raise ValueError(f"`same` names {name!r}, which is no token of the {role}.")
+        proxy_id, base_id = proxy.vocabulary[names[0]], base.vocabulary[names[1]]
+        proxy_of = {other: index for other, index in proxy_of.items() if index != proxy_id} | {base_id: proxy_id}
+    return dict(sorted(proxy_of.items()))
+
+
+def _stack(
+    rows: Sequence[Sequence[Sequence[int]]], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """Rows of pieces as ids and mask, `(rows, T')` both, and how many columns each piece takes.
+
+    Pieces stand under each other, the shorter ones filled up in front.
+    """
+    widths = [max(map(len, pieces)) for pieces in zip(*rows, strict=True)]
+    ids, mask = [], []
+    for row in rows:
+        filled = [(width - len(piece), piece) for width, piece in zip(widths, row, strict=True)]
+        ids.append([token for holes, piece in filled for token in [*[0] * holes, *piece]])
+        mask.append([kept for holes, piece in filled for kept in [0] * holes + [1] * len(piece)])
+    return like.new_tensor(ids), like.new_tensor(mask), widths
 
 
 def align_vocabularies(
@@ -370,139 +347,3 @@ def align_vocabularies(
             "lower `minimum_share` if your own `sample_text` shows that it serves."
         )
     return alignment
-
-
-class _Tokens:
-    """A tokenizer's tokens as the bytes that they stand for.
-
-    Attributes:
-        text: bytes of each token that stands for text, by id.
-        by_text: the id that stands for some bytes. Of several the lowest, byte-fallback tokens last.
-        added: name of each added token, special or not, by id.
-        special: ids of the special tokens, which stand for no text.
-        vocabulary: id of every token, by its name.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.vocabulary = vocabulary = tokenizer.get_vocab()
-        self.special = set(tokenizer.all_special_ids)
-        self.added = {index: str(token) for index, token in tokenizer.added_tokens_decoder.items()}
-        self.special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.added |= {i: token for token, i in vocabulary.items() if i in self.special}
-        self.by_name = {name: index for index, name in self.added.items()}
-
-        kind = _kind_of(tokenizer, vocabulary)
-        self.text: dict[int, bytes] = {}
-        fallback = set()
-        for token, index in sorted(vocabulary.items(), key=lambda item: item[1]):
-            if index in self.special:
-                continue
-            if index in self.added:
-                self.text[index] = token.encode()
-            elif kind == "byte-level":
-                self.text[index] = byte_level_text(token) or token.encode()
-            elif kind == "sentencepiece":
-                byte = _fallback_byte(token)
-                if byte is not None:
-                    fallback.add(index)
-                self.text[index] = token.replace("▁", " ").encode() if byte is None else byte
-            else:
-                self.text[index] = token.encode()
-        self.by_text: dict[bytes, int] = {}
-        for index in [*(i for i in self.text if i not in fallback), *sorted(fallback)]:
-            self.by_text.setdefault(self.text[index], index)
-        self.has_every_byte = all(bytes([byte]) in self.by_text for byte in range(256))
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, in which the names of special tokens are text like other text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-
-    def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The text of some tokens."""
-        return b"".join(self.text.get(index, b"") for index in ids)
-
-    @cached_property
-    def space_at_start(self) -> bool:
-        """Whether the tokenizer puts a space before a text."""
-        return self.bytes_of(self.tokenize("a")).startswith(b" ")
-
-    @cached_property
-    def space_after_special(self) -> bool:
-        """Whether the tokenizer puts a space before text that follows a special token."""
-        if not self.special:
-            return False
-        name = self.tokenizer.convert_ids_to_tokens(min(self.special))
-        ids = self.tokenizer(f"{name}a", add_special_tokens=False)["input_ids"]
-        return self.bytes_of(ids).startswith(b" ")
-
-    @cached_property
-    def prefix(self) -> list[int]:
-        """What the tokenizer puts before every text: a beginning-of-sequence token, say."""
-        plain = self.tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = self.tokenizer("a")["input_ids"]
-        at = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0) if plain else 0
-        return whole[:at]
-
-    @cached_property
-    def _longest(self) -> int:
-        return max(map(len, self.by_text), default=0)
-
-    def longest_pieces(self, text: bytes) -> tuple[int, ...]:
-        """Bytes cut from the left into the longest tokens that fit; empty if some byte has none."""
-        ids, at = [], 0
-        while at < len(text):
-            ends = range(min(at + self._longest, len(text)), at, -1)
-            end = next((end for end in ends if text[at:end] in self.by_text), None)
-            if end is None:
-                return ()
-            ids.append(self.by_text[text[at:end]])
-            at = end
-        return tuple(ids)
-
-
-def _kind_of(tokenizer: PreTrainedTokenizerBase, vocabulary: Iterable[str]) -> str:
-    """How a tokenizer writes the bytes of its tokens: "byte-level", "sentencepiece" or "plain".
-
-    Raises:
-        ValueError: in another way.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        marks = {token[0] for token in vocabulary if token}
-        return "sentencepiece" if "▁" in marks else "byte-level" if "Ġ" in marks else "plain"
-    if backend.decoder is None:
-        raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no decoder, so that its tokens can't be read as text. "
-            "Byte-level and SentencePiece tokenizers can be aligned."
-        )
-    state = json.loads(backend.decoder.__getstate__())
-    steps = state["decoders"] if state["type"] == "Sequence" else [state]
-    kinds = {step["type"] for step in steps}
-    if "ByteLevel" in kinds:
-        return "byte-level"
-    if "Metaspace" in kinds or any(step.get("pattern") == {"String": "▁"} for step in steps):
-        return "sentencepiece"
-    if kinds <= {"Fuse", "ByteFallback", "Strip"}:
-        return "plain"
-    raise ValueError(
-        f"The tokenizer {tokenizer.name_or_path!r} writes its tokens in a way that can't be compared: "
-        f"{sorted(kinds)}. Byte-level and SentencePiece tokenizers can be aligned."
-    )
-
-
-def byte_level_text(token: str) -> bytes | None:
-    """The bytes that a token of a byte-level tokenizer stands for; None if it can't be one's."""
-    if not _BYTES_OF.keys() >= set(token):
-        return None
-    return bytes(_BYTES_OF[character] for character in token)
-
-
-def _fallback_byte(token: str) -> bytes | None:
-    """The byte of a token such as "<0x0A>", None for others."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            return None
-    return None

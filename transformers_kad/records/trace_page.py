@@ -1,30 +1,51 @@
 """The page of a trace: the text, each token shaded by the share owed to the proxy, in one HTML file.
 
-The template beside this module holds the layout, the styles and the few lines of script that fill the panel of
-details. Here the records become what it prints: pieces of text, numbers, the outline of a chart.
+`trace_page.html` holds the layout, the styles and the script of the panel; this module computes what it prints. To
+change what the page shows:
+
+- one more figure of each token, in the panel: a field of `TokenRecord`, its value in `recorders._make_record`, and a
+  line in `FIGURES` below;
+- one more total of the call, at the top: a field or property of `KADStatistics` and a line in `TOTALS` below.
 """
 
 import base64
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..models.vocabulary import byte_level_text
+from jinja2 import Environment, StrictUndefined
 
-if TYPE_CHECKING:
-    from .statistics import KADStatistics, SequenceStatistics, TokenRecord
+from ..models.token_bytes import byte_level_text
+from .statistics import KADStatistics, SequenceStatistics, TokenRecord
 
+FIGURES = (  # name in the panel, attribute of `TokenRecord`, class of its bar in the styles
+    ("base p", "base_prob", "of-base"),
+    ("proxy q", "proxy_prob", "of-proxy"),
+    ("target r", "target_prob", ""),
+    ("deferral mass D", "deferral_mass", ""),
+    ("owed to the proxy", "proxy_share", ""),
+)
+TOTALS = (  # name at the top of the page, attribute of `KADStatistics`
+    ("rounds", "rounds"),
+    ("drafted", "drafted"),
+    ("accepted", "accepted"),
+    ("acceptance rate", "acceptance_rate"),
+    ("tokens per round", "tokens_per_round"),
+    ("mean deferral mass", "deferral_mass"),
+    ("base forwards", "base_forwards"),
+    ("proxy forwards", "proxy_forwards"),
+)
 SHADES = 10  # shades of the share above 0, as many as the template has colours
 LONGEST_CHARACTER = 4  # bytes of UTF-8, so no more tokens than that make up one character
 UNDECODED = "\N{REPLACEMENT CHARACTER}"  # what decoders put for bytes that are no character (yet)
 
 
 def render_page(
-    sequences: "Sequence[Sequence[TokenRecord]]",
-    statistics: "KADStatistics | None",
+    sequences: Sequence[Sequence[TokenRecord]],
+    statistics: KADStatistics | None,
     tokenizer: Any,
     title: str | None,
     names: Sequence[tuple[str, str]] = (),
@@ -33,32 +54,36 @@ def render_page(
 
     Args:
         sequences: the records of each sequence.
-        statistics: of the call, if they are known.
+        statistics: the statistics of the call; None where they are unknown.
         tokenizer: decodes the ids; without one the page shows ids.
         title: the heading, "KAD trace" by default.
-        names: what took part and what it is called, such as ("base", "Qwen/Qwen3-8B").
+        names: what took part in the call and its name, such as ("base", "Qwen/Qwen3-8B").
     """
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["source_hash"] = _source_hash
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     template = environment.from_string(resources.files(__package__).joinpath("trace_page.html").read_text("utf-8"))
-    sections = [
-        _Section(records, _split_text([r.token_id for r in records], tokenizer), own)
-        for records, own in zip(sequences, _own_statistics(sequences, statistics), strict=True)
-    ]
+    per_sequence: Sequence[SequenceStatistics | None] = () if statistics is None else statistics.sequences
+    if len(per_sequence) != len(sequences):
+        per_sequence = [None] * len(sequences)
+    pieces = [_split_text(records, tokenizer) for records in sequences]
+    tokens = sum(map(len, sequences))
     page = template.render(
         title=title or "KAD trace",
         names=names,
-        sections=sections,
-        tokens=sum(len(records) for records in sequences),
-        totals=_totals(sequences, statistics),
+        sections=[*zip(sequences, pieces, per_sequence, strict=True)],
+        tokens=tokens,
+        totals=[("tokens", tokens), *((label, getattr(statistics, name, None)) for label, name in TOTALS)],
         has_text=tokenizer is not None,
-        has_shares=any(r.proxy_share is not None for records in sequences for r in records),
+        has_shares=any(record.proxy_share is not None for records in sequences for record in records),
         data={
             "labels": _labels(sequences, tokenizer),
-            "pieces": [piece for section in sections for piece in section.details()],
+            "figures": [(label, bar) for label, _, bar in FIGURES],
+            "pieces": [
+                (piece.start, len(records), [_figures(record) for record in piece.records])
+                for records, own in zip(sequences, pieces, strict=True)
+                for piece in own
+            ],
         },
     )
     return page.encode("utf-8", "backslashreplace").decode()  # a title may hold half a character
@@ -68,58 +93,37 @@ def render_page(
 class _Piece:
     """A part of the text that can be shown: one token, or the tokens that make up one character."""
 
-    start: int
-    stop: int
+    start: int  # the place of the first token in its sequence, from 0
+    records: Sequence[TokenRecord]
     text: str
 
-
-@dataclass(frozen=True)
-class _Section:
-    """One sequence as the template prints it."""
-
-    records: "Sequence[TokenRecord]"
-    pieces: list[_Piece]
-    statistics: "SequenceStatistics | None"
-
-    def spans(self) -> "Iterator[tuple[int, str, list[tuple[str, str]], int]]":
-        """Each piece's place from 1, its classes, its text in parts, and the id to show where it has no text."""
-        for piece in self.pieces:
-            records = self.records[piece.start : piece.stop]
-            shares = [r.proxy_share for r in records if r.proxy_share is not None]
-            share = sum(shares) / len(shares) if shares else 0.0
-            shade = round(share * SHADES)
-            classes = ["t", f"s{shade}"] if shade else ["t"]
-            classes += ["proxy"] if share >= 0.5 else []
-            classes += ["drafted"] if any(r.drafted for r in records) else []
-            yield piece.start + 1, " ".join(classes), _parts(piece.text), records[0].token_id
-
-    def details(self) -> list[list[Any]]:
-        """Per piece: the place of its first token, the sequence's length, and its tokens' figures."""
-        return [
-            [piece.start, len(self.records), [_figures(r) for r in self.records[piece.start : piece.stop]]]
-            for piece in self.pieces
-        ]
+    @property
+    def classes(self) -> str:
+        """The classes of its element in the page."""
+        shares = [record.proxy_share for record in self.records if record.proxy_share is not None]
+        share = sum(shares) / len(shares) if shares else 0.0
+        shade = round(share * SHADES)
+        marks = {f"s{shade}": shade, "proxy": share >= 0.5, "drafted": any(record.drafted for record in self.records)}
+        return " ".join(["t", *(mark for mark, is_set in marks.items() if is_set)])
 
     @property
-    def masses(self) -> list[float]:
-        """D along the text; empty for rules that are no mask."""
-        return [r.deferral_mass for r in self.records if r.deferral_mass is not None]
+    def parts(self) -> list[tuple[str, str]]:
+        """The text cut into (kind, part); kind is "" for plain text. Spaces are marked in a piece of spaces alone."""
+        parts, end = [], 0
+        for match in (_MARKED if self.text.strip() else _BLANKS).finditer(self.text):
+            kind = str(match.lastgroup)
+            parts += [("", self.text[end : match.start()])] if match.start() > end else []
+            parts.append((kind, _code_point(match[0]) if kind == "control" else match[0]))
+            end = match.end()
+        return parts + ([("", self.text[end:])] if end < len(self.text) else [])
 
-    @property
-    def outline(self) -> str:
-        """The steps of D as an SVG path: a token is 1 wide, y runs from 0 (D = 1) to 1 (D = 0)."""
-        steps = (f"V{_rounded(1 - mass):g}H{place}" for place, mass in enumerate(self.masses, 1))
-        return f"M0 1{''.join(steps)}V1Z"
 
-
-def _figures(record: "TokenRecord") -> list[Any]:
-    return [
-        record.token_id,
-        *map(_rounded, (record.base_prob, record.proxy_prob, record.target_prob)),
-        *map(_rounded, (record.deferral_mass, record.proxy_share)),
-        int(record.drafted),
-        *([[i, _rounded(p)] for i, p in found] for found in (record.base_alternatives, record.proxy_alternatives)),
-    ]
+def _figures(record: TokenRecord) -> list[Any]:
+    """What the panel shows of a token: its id, `FIGURES`, whether it was drafted, the alternatives of both models."""
+    figures = [_rounded(getattr(record, name)) for _, name, _ in FIGURES]
+    alternatives = (record.base_alternatives, record.proxy_alternatives)
+    likeliest = [[(token, _rounded(prob)) for token, prob in model] for model in alternatives]
+    return [record.token_id, *figures, int(record.drafted), *likeliest]
 
 
 def _rounded(number: float | None) -> float | None:
@@ -127,42 +131,14 @@ def _rounded(number: float | None) -> float | None:
     return None if number is None else float(f"{number:.4g}")
 
 
-# --- Counts ---------------------------------------------------------------------------------------------------
-
-
-def _own_statistics(
-    sequences: "Sequence[Sequence[TokenRecord]]", statistics: "KADStatistics | None"
-) -> "list[SequenceStatistics | None]":
-    if statistics is None or len(statistics.sequences) != len(sequences):
-        return [None] * len(sequences)
-    return [*statistics.sequences]
-
-
-def _totals(
-    sequences: "Sequence[Sequence[TokenRecord]]", statistics: "KADStatistics | None"
-) -> list[tuple[str, int | float | None]]:
-    """Names and values of what the page says at its top; None is unknown or undefined."""
-    names = {
-        "rounds": "rounds",
-        "drafted": "drafted",
-        "accepted": "accepted",
-        "acceptance_rate": "acceptance rate",
-        "tokens_per_round": "tokens per round",
-        "deferral_mass": "mean deferral mass",
-        "base_forwards": "base forwards",
-        "proxy_forwards": "proxy forwards",
-    }
-    tokens = sum(len(records) for records in sequences)
-    return [("tokens", tokens), *((label, getattr(statistics, name, None)) for name, label in names.items())]
-
-
 # --- Text -----------------------------------------------------------------------------------------------------
 
 
-def _split_text(ids: list[int], tokenizer: Any) -> list[_Piece]:
-    """The text in pieces: a token each, but the tokens that only together make up a character are one."""
+def _split_text(records: Sequence[TokenRecord], tokenizer: Any) -> list[_Piece]:
+    """The text in pieces: one for each token, but one for the tokens that only together make up a character."""
+    ids = [record.token_id for record in records]
     if tokenizer is None:
-        return [_Piece(at, at + 1, "") for at in range(len(ids))]
+        return [_Piece(at, [record], "") for at, record in enumerate(records)]
     pieces: list[_Piece] = []
     start, context = 0, 0  # decoding begins a piece before `start`: some decoders drop a space that comes first
     while start < len(ids):
@@ -172,15 +148,14 @@ def _split_text(ids: list[int], tokenizer: Any) -> list[_Piece]:
             texts.append(_continuation(tokenizer, known, ids[context:start], ids[start : start + len(texts) + 1]))
             if not texts[-1].endswith(UNDECODED):
                 break
-        # What stays as it is with more tokens in view is settled, bytes that are no character included.
-        settled = [
-            count
+        # The piece is the first text that more tokens do not change; it may be bytes that are no character.
+        stop, text = next(
+            (start + count, text)
             for count, text in enumerate(texts, 1)
             if texts[-1].startswith(text) and (count == len(texts) or texts[count] != text)
-        ]
-        pieces.append(_Piece(start, start + settled[0], texts[settled[0] - 1]))
-        context = start if pieces[-1].text else context
-        start = pieces[-1].stop
+        )
+        pieces.append(_Piece(start, records[start:stop], text))
+        start, context = stop, start if text else context
     return pieces
 
 
@@ -194,7 +169,8 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)) if ids else ""
 
 
-# Marked where they are in the text, and kept; `control` would act on the page or not be seen, and is written out.
+# Line breaks and tabs are marked where they are in the text, and kept. `control` characters would act on the page or
+# be invisible, and are written out.
 _MARKED = re.compile(
     r"(?P<newline>\n)|(?P<tab>\t)|"
     r"(?P<control>[\x00-\x1f\x7f-\x9f\u00ad\u200b\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff])"
@@ -202,30 +178,17 @@ _MARKED = re.compile(
 _BLANKS = re.compile(_MARKED.pattern + r"|(?P<blank>\s)")
 
 
-def _parts(text: str) -> list[tuple[str, str]]:
-    """The text cut into (kind, part); kind is "" for plain text. Spaces are marked where there is nothing else."""
-    parts, end = [], 0
-    for match in (_MARKED if text.strip() else _BLANKS).finditer(text):
-        kind = str(match.lastgroup)
-        parts += [("", text[end : match.start()])] if match.start() > end else []
-        parts.append((kind, _code_point(match[0]) if kind == "control" else match[0]))
-        end = match.end()
-    return parts + ([("", text[end:])] if end < len(text) else [])
-
-
 def _code_point(character: str) -> str:
     return f"U+{ord(character):04X}"
 
 
-# --- Names of tokens ------------------------------------------------------------------------------------------
-
-
-def _labels(sequences: "Sequence[Sequence[TokenRecord]]", tokenizer: Any) -> dict[int, str]:
-    """How each id of the records is written in the panel."""
+def _labels(sequences: Sequence[Sequence[TokenRecord]], tokenizer: Any) -> dict[int, str]:
+    """How the panel writes each id of the records."""
     if tokenizer is None:
         return {}
-    ids = {r.token_id for records in sequences for r in records}
-    ids |= {i for records in sequences for r in records for i, _ in (*r.base_alternatives, *r.proxy_alternatives)}
+    all_records = [record for records in sequences for record in records]
+    ids = {record.token_id for record in all_records}
+    ids |= {i for record in all_records for i, _ in record.base_alternatives + record.proxy_alternatives}
     return {i: label for i in sorted(ids) if (label := _label(tokenizer, i))}
 
 
@@ -234,7 +197,7 @@ def _label(tokenizer: Any, token_id: int) -> str:
 
     Empty where the tokenizer does not know the id.
     """
-    # Twice, because some decoders drop a space that comes first.
+    # Decoded behind itself, because some decoders drop a space that comes first.
     text = _continuation(tokenizer, _decode(tokenizer, [token_id]), [token_id], [token_id])
     name = tokenizer.convert_ids_to_tokens(token_id)
     if UNDECODED in text and isinstance(name, str):

@@ -1,1 +1,1 @@
-"""Small functions on files, names and JSON that several packages need."""
+"""Files, names of models, JSON and dictionaries: what several packages need and nothing of KAD."""

@@ -1,4 +1,4 @@
-"""Writing whole files."""
+"""write_whole: replace a file in one step."""
 
 import os
 import secrets
@@ -9,13 +9,19 @@ from typing import IO
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either as before or whole, whenever the run is stopped.
+    """Write a text file in one step: if the program is stopped, the file is either as before or complete.
 
-    A link stays one: the file that it leads to is written. What can't be replaced, such as a device, a pipe, or the
-    file that standard output goes to, is written into.
+    The text goes to a second file in the same folder, which then takes the place of the first. A link stays a link,
+    and the file that it leads to is replaced. A device, a pipe and the file that standard output goes to can't be
+    replaced, and are written into.
+
+    Args:
+        path: the file.
+        text: what it is to hold, written as UTF-8.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the file can't be written.
+        UnicodeEncodeError: the text holds half a character (a lone surrogate).
     """
     content = text.encode()
     stream = _standard_stream(path)
@@ -42,11 +48,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def _standard_stream(path: Path) -> IO[str] | None:
-    """The one of standard output and standard error that goes to a file, if one does."""
+    """Standard output or standard error, whichever of them goes to this file; None for other files."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if os.path.samestat(path.stat(), os.fstat(stream.fileno())):
                 return stream
-        except (AttributeError, OSError, ValueError):  # no such file yet; a stream that is closed, or not the system's
+        except (AttributeError, OSError, ValueError):  # there is no such file yet, or the stream is closed or replaced
             continue
     return None

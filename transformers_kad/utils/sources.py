@@ -1,22 +1,22 @@
-"""Names of models and data sets: folders here or Hub ids, and how a file names a folder so that it is found again."""
+"""Names of models and data sets, which are local folders or Hub ids, and how a saved file refers to a folder."""
 
 import os
 from pathlib import Path
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name can only be a path on this machine, not a Hub id ("name" or "owner/name")."""
+    """Whether a name can only be a local path, because a Hub id is "name" or "owner/name"."""
     starts = name.startswith((".", "~")) or Path(name).is_absolute()
     return starts or "\\" in name or name.count("/") > 1 or name.endswith("/")
 
 
 def check_source(name: str | Path) -> str:
-    """The name of a model, as text; refused if it can only be a folder and there is none.
+    """The name of a model as text, after a check that the folder exists if it can only be a local path.
 
-    Without this check, a missing folder reads like a network error.
+    Without this check, a missing folder would be reported as a network error.
 
     Raises:
-        FileNotFoundError: `name` looks like a path, and there is no such folder.
+        FileNotFoundError: `name` can only be a local path, and there is no such folder.
 
     >>> check_source("owner/name")
     'owner/name'
@@ -28,7 +28,7 @@ def check_source(name: str | Path) -> str:
 
 
 def shown_name(name: str) -> str:
-    """A model's name on a page that is passed on: a folder's own name, not where it lies; a Hub id as it is.
+    """A model's name for a page that others will see: of a folder only the last part of its path; Hub ids unchanged.
 
     >>> shown_name("owner/name")
     'owner/name'
@@ -37,11 +37,10 @@ def shown_name(name: str) -> str:
 
 
 def portable_name(name: str, folder: str | Path) -> str:
-    """How a file in `folder` is to name a model, so that it is found from every working directory.
+    """The name by which a file in `folder` refers to a model, whatever the working directory will be.
 
-    Hub ids and absolute paths stay as they are. The path of a folder that is relative to the working directory becomes
-    relative to `folder`, with "." or ".." in front, so that both can be moved together. `resolve_name` is the way
-    back.
+    Hub ids and absolute paths stay as they are. A path relative to the working directory becomes relative to `folder`
+    and begins with "." or "..", so that the model and the file can be moved together. `resolve_name` is the inverse.
     """
     if not Path(name).is_dir() or Path(name).is_absolute():
         return name
@@ -50,6 +49,6 @@ def portable_name(name: str, folder: str | Path) -> str:
 
 
 def resolve_name(name: str, folder: str | Path) -> str:
-    """The folder that a file in `folder` names relative to its own place; `name` itself if there is no such folder."""
+    """The absolute path of the folder that a file in `folder` calls `name`; `name` where there is no such folder."""
     beside = Path(folder) / name
     return str(beside.resolve()) if not Path(name).is_absolute() and beside.is_dir() else name

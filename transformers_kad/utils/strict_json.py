@@ -1,21 +1,21 @@
-"""JSON from files and command lines that people write: what is wrong with it is a `ValueError`, never a surprise."""
+"""JSON from files and command lines that people write. Everything that is wrong with it raises a `ValueError`."""
 
 import json
 from typing import Any
 
-DEEPEST = 100  # levels of objects and lists; Python can neither write nor compare what is much deeper
+DEEPEST = 100  # levels of objects and lists; Python can neither write nor compare values that are much deeper
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value that a text holds.
+    """The value of a JSON text.
 
     Args:
-        text: JSON; bytes are UTF-8, with or without a byte order mark.
+        text: JSON. Bytes are UTF-8, with or without a byte order mark.
 
     Raises:
-        ValueError: the text is not UTF-8 or not JSON, an object has a key twice (which of the two values counts is
-            not defined), objects and lists are nested more than 100 levels deep, or an integer has more digits than
-            Python reads.
+        ValueError: the text is not UTF-8 or not JSON, an object has a key twice (JSON does not define which of the
+            two values counts), objects and lists are nested more than 100 levels deep, or an integer has more digits
+            than Python reads.
 
     >>> parse_json('{"threshold": 0.4}')
     {'threshold': 0.4}
@@ -39,7 +39,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_json_object(text: str | bytes) -> dict[str, Any]:
-    """The object that a text holds; raises as `parse_json` does, and where it is something else."""
+    """The value of a JSON text that must be an object. Raises as `parse_json`, and for any other value."""
     value = parse_json(text)
     if not isinstance(value, dict):
         raise ValueError(f"a JSON object is needed, got {value!r:.80}")
@@ -56,5 +56,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _children(value: Any) -> list[Any]:
-    """What an object or a list holds; nothing for other values."""
+    """The values in an object or a list; none for other values."""
     return [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []

@@ -1,0 +1,86 @@
+"""Padding before the texts of a batch, and holes in them where rows took back different numbers of tokens."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class PaddedTexts:
+    """Texts of a batch in columns.
+
+    Attributes:
+        ids: the tokens, `(B, n)`.
+        mask: zeros at padding and holes, `(B, n)`; None while there have been none. A mask is kept when its zeros are
+            gone, since attention with a mask and without one differs by rounding.
+        lengths: how many tokens each row had after the last `keep`, `(B,)` on the CPU; None if nobody counted them.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """The number of columns n."""
+        return self.ids.shape[1]
+
+    @property
+    def full_mask(self) -> torch.Tensor:
+        """The mask `(B, n)`; ones if there is none."""
+        return torch.ones_like(self.ids) if self.mask is None else self.mask
+
+    def crop(self, columns: int) -> "PaddedTexts":
+        """The first columns of the texts."""
+        return PaddedTexts(self.ids[:, :columns], None if self.mask is None else self.mask[:, :columns])
+
+    def select_rows(self, rows: torch.Tensor) -> "PaddedTexts":
+        """Some of the rows, `(B',)` indices, in this order."""
+        lengths = None if self.lengths is None else self.lengths[rows.cpu()]
+        return PaddedTexts(self.ids[rows], None if self.mask is None else self.mask[rows], lengths)
+
+    def extend(self, ids: torch.Tensor, mask: torch.Tensor | None) -> "PaddedTexts":
+        """The texts continued by `ids` `(B, k)`, whose `mask` `(B, k)` has zeros at what is no token."""
+        texts = replace(self, ids=torch.cat([self.ids, ids], dim=-1))
+        if self.mask is None and (mask is None or bool(mask.all())):
+            return texts
+        added = torch.ones_like(ids) if mask is None else mask.to(ids)
+        return replace(texts, mask=torch.cat([self.full_mask, added], dim=-1))
+
+    def keep(self, begin: int, kept: torch.Tensor) -> "PaddedTexts":
+        """The first `begin` columns and the k behind them, with holes where `kept` `(B, k)`, on the CPU, is False."""
+        lengths = self.full_mask[:, :begin].sum(dim=-1).cpu() if self.lengths is None else self.lengths
+        texts = replace(self.crop(begin + kept.shape[1]), lengths=lengths + kept.sum(dim=-1))
+        if kept.all():
+            return texts
+        return replace(texts, mask=torch.cat([self.full_mask[:, :begin], kept.to(self.ids)], dim=-1))
+
+    def close_holes(self, columns: int) -> tuple["PaddedTexts", torch.Tensor]:
+        """Move every row's tokens to the end of so many columns, and the padding that fits there before them.
+
+        Returns:
+            The texts, and where their columns were before: indices `(B, columns)`.
+        """
+        index = self.full_mask.argsort(dim=-1, stable=True)[:, self.columns - columns :]
+        mask = None if self.mask is None else self.mask.gather(1, index)
+        return replace(self, ids=self.ids.gather(1, index), mask=mask), index
+
+
+def match_rows(held: PaddedTexts, texts: PaddedTexts) -> tuple[int, list[int]]:
+    """Find for every text the held row that shares its longest prefix.
+
+    Returns:
+        The length of the shortest of these prefixes, in columns, and the row of each text.
+    """
+    width, rows = min(held.columns, texts.columns), len(held.ids)
+    # A token and its mask in one number, since the same ids under another mask are another text.
+    known, wanted = (2 * part.ids[:, :width] + part.full_mask[:, :width] for part in (held, texts))
+    distinct, row_of = wanted.unique(dim=0, return_inverse=True)
+    order = torch.arange(rows, device=distinct.device)
+    lengths, first_best = [], []
+    for text in distinct:  # one by one, since all pairs at once would take memory quadratic in the rows
+        shared = (known == text).long().cumprod(-1).sum(-1)
+        # The first of equally good rows, since argmax leaves open which one it returns.
+        first_best.append((shared * rows - order).argmax())
+        lengths.append(shared[first_best[-1]])
+    return int(torch.stack(lengths).min()), torch.stack(first_best)[row_of].tolist()
