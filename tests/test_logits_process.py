@@ -596,7 +596,7 @@ def test_from_config_and_repr(proxy):
     config = KADConfig(rule="primal", parameters={"budget": 0.8}, component_temperature=0.7, num_assistant_tokens=3)
     kad = KADLogitsProcessor.from_config(proxy, config, trace=True)
     assert (kad.rule, kad.component_temperature, kad.num_assistant_tokens) == (PrimalDeferral(0.8), 0.7, 3)
-    assert kad.record_trace
+    assert kad.settings.trace
     assert "PrimalDeferral(budget=0.8)" in repr(kad)
     assert "LlamaForCausalLM" in repr(kad)
 
@@ -692,6 +692,6 @@ def test_sliding_windows_do_not_grow_beyond_their_size(base):
     kad = KADLogitsProcessor(proxy, ImplicitReward(), reference=reference)
     for assistant in (None, proxy):
         base.generate(PROMPT, logits_processor=[kad], assistant_model=assistant, do_sample=False, max_new_tokens=40)
-        for cached in (kad.cached_proxy, kad._cached_reference):
+        for cached in (kad.state.models.proxy, kad.state.models.reference):
             assert isinstance(cached._cache, DynamicCache)
             assert all(layer.keys.shape[-2] < 8 for layer in cached._cache.layers)

@@ -14,17 +14,19 @@ from .decoding.speculative import kad_generate
 from .decoding.verification import verify
 from .logits_process import KADLogitsProcessor
 from .models.vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
-from .records.statistics import KADStatistics, KADTrace, SequenceStatistics, TokenRecord
-from .rules.composition import RULES, BlendIn, Ensemble, ImplicitReward, make_rule, mix
+from .records.statistics import KADStatistics, SequenceStatistics, TokenRecord
+from .records.trace import KADTrace
+from .rules.base import DeferralRule, mix
 from .rules.deferral import (
     CascadeDeferral,
     ConfidenceBetDeferral,
-    DeferralRule,
     DualDeferral,
     ExactDeferral,
     NudgingDeferral,
     PrimalDeferral,
 )
+from .rules.mixtures import BlendIn, Ensemble, ImplicitReward
+from .rules.registry import RULES, make_rule
 
 # `generate` must know of KAD before the first `base.generate` is looked up.
 generate_wrapper.install()

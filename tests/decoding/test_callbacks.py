@@ -419,7 +419,7 @@ def test_rows_in_step_are_drawn_from_the_law_each_by_itself():
 @pytest.mark.slow
 def test_the_law_refuses_a_row_that_takes_the_residual_where_another_ends_the_round(monkeypatch):
     """What a row emits where another refuses is its own accepted token."""
-    decide = speculative_round.Window._read
+    decide = speculative_round.SpeculativeRound._fetch
 
     def residual_for_all(self, *arguments):
         decided = decide(self, *arguments)
@@ -427,5 +427,5 @@ def test_the_law_refuses_a_row_that_takes_the_residual_where_another_ends_the_ro
             return decided._replace(accepted=[0] * len(decided.accepted))
         return decided
 
-    monkeypatch.setattr(speculative_round.Window, "_read", residual_for_all)
+    monkeypatch.setattr(speculative_round.SpeculativeRound, "_fetch", residual_for_all)
     assert min(p_values_in_step()) < 5e-7

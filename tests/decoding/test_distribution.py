@@ -25,7 +25,8 @@ from transformers_kad import RULES, Ensemble, KADCandidateGenerator, KADLogitsPr
 from transformers_kad.decoding import speculative_round
 from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.models.text_reader import TextReader
-from transformers_kad.rules.composition import Rule, make_rule
+from transformers_kad.rules.base import Rule
+from transformers_kad.rules.registry import make_rule
 
 FALSE_ALARM = 1e-6
 P_VALUES = 90
@@ -453,18 +454,19 @@ def test_refuses_a_replacement_from_r(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_refuses_a_bonus_from_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    extend = speculative_round.Window._extend
+    make_targets, compose = speculative_round.SpeculativeRound._make_targets, speculative_round.compose
+    is_bonus = False
 
-    def with_wrong_bonus(self: Any, begin: int, *args: Any) -> Any:
-        if begin < self.draft_ids.shape[1]:
-            return extend(self, begin, *args)
-        rule, self.kad.rule = self.kad.rule, Ensemble(0.0)
-        try:
-            return extend(self, begin, *args)
-        finally:
-            self.kad.rule = rule
+    def noting_the_bonus(self: Any, begin: int, end: int) -> Any:
+        nonlocal is_bonus
+        is_bonus = begin >= self._draft_ids.shape[1]
+        return make_targets(self, begin, end)
 
-    monkeypatch.setattr(speculative_round.Window, "_extend", with_wrong_bonus)
+    def with_wrong_bonus(rule: Any, *logits: Any, **settings: Any) -> Any:
+        return compose(Ensemble(0.0) if is_bonus else rule, *logits, **settings)
+
+    monkeypatch.setattr(speculative_round.SpeculativeRound, "_make_targets", noting_the_bonus)
+    monkeypatch.setattr(speculative_round, "compose", with_wrong_bonus)
     assert speculative_p_value("dual", 1, 500) < THRESHOLD
 
 

@@ -17,7 +17,7 @@ from transformers_kad.decoding.draft_length import (
     DraftLength,
     Stopwatch,
 )
-from transformers_kad.rules.composition import make_rule
+from transformers_kad.rules.registry import make_rule
 
 
 def settled(step, rest, acceptance, rows=1, rounds=200, bonus_at_once=False):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_batches import padded
-from test_proxy_inputs import make
+from test_forward_inputs import make
 from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -172,7 +172,7 @@ def test_calls_within_and_outside_inference_mode_take_turns(uncompiled, base, ki
 
 DEFAULT_DEVICE = """
 import sys
-sys.path.insert(0, "tests")
+sys.path[:0] = ["tests", "tests/models", "tests/decoding"]
 import torch
 from test_batches import padded
 from test_units import ALIGNMENT, make_base, make_proxy, prompts

@@ -1,25 +1,19 @@
-"""The wrapper of generate: what it touches, what it refuses, and what it rests on in transformers."""
+"""The wrapper of generate: what it touches, how it keeps the records, and what it rests on in transformers."""
 
+import functools
 import inspect
-import re
+import threading
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_model
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    GenerationConfig,
     GenerationMixin,
-    LogitsProcessor,
-    WatermarkingConfig,
 )
 from transformers.generation import BaseStreamer
-from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, kad_generate
 from transformers_kad.decoding import generate_wrapper
+from transformers_kad.decoding.open_call import OpenCall
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -57,139 +51,6 @@ def test_positional_arguments_are_understood(base, proxy):
     assert torch.equal(base.generate(PROMPT, None, [kad], **GREEDY), expected)
 
 
-def refused(base, message, error=ValueError, inputs=PROMPT, **arguments):
-    with pytest.raises(error, match=message):
-        base.generate(inputs, **{**GREEDY, **arguments})
-
-
-def test_two_kad_processors_are_refused(base, proxy):
-    refused(base, "one KAD processor", logits_processor=[KADLogitsProcessor(proxy), KADLogitsProcessor(proxy)])
-
-
-def test_another_assistant_is_refused(base, proxy):
-    refused(base, "kad.proxy", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=tiny_model(seed=5))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("penalty_alpha", 0.6),
-        ("dola_layers", "low"),
-        ("use_mtp", True),
-        ("assistant_ensemble_weight", 0.5),
-        ("force_words_ids", [[3]]),
-    ],
-)
-def test_other_ways_of_decoding_are_refused_with_drafts(base, proxy, name, value):
-    kad = KADLogitsProcessor(proxy)
-    refused(base, f"`{name}={re.escape(repr(value))}`", logits_processor=[kad], assistant_model=proxy, **{name: value})
-    refused(base, f"`{name}=", logits_processor=[kad], custom_generate=kad_generate, **{name: value})
-
-
-def test_every_way_of_decoding_of_this_transformers_is_drafted_or_refused():
-    """If this fails, a new transformers decodes in a way that the loop would take for sampling."""
-    handled = {"greedy_search", "sample", "assisted_generation"}
-    of_beams = {"beam_search", "beam_sample", "group_beam_search"}  # refused by `num_beams`
-    refused_by_name = {"dola_generation", "contrastive_search", "constrained_beam_search"}
-    assert {mode.value for mode in GENERATION_MODES_MAPPING} == handled | of_beams | refused_by_name
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-def test_ids_of_one_dimension_are_refused(base, proxy, speculative):
-    kad = KADLogitsProcessor(proxy)
-    assistant = {"assistant_model": proxy} if speculative else {}
-    refused(base, r"shape \(B, L\).*got \(5,\)", inputs=PROMPT[0], logits_processor=[kad], **assistant)
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-@pytest.mark.parametrize("name", ["inputs", "attention_mask"])
-@pytest.mark.parametrize("value", [PROMPT.tolist(), {"input_ids": PROMPT}])
-def test_inputs_that_are_no_tensors_are_refused(base, proxy, name, value, speculative):
-    assistant = {"assistant_model": proxy} if speculative else {}
-    settings = {"logits_processor": [KADLogitsProcessor(proxy)], **assistant, name: value}
-    refused(base, rf"must be a tensor, got {type(value).__name__}.*\*\*inputs", TypeError, **settings)
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-@pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
-@pytest.mark.parametrize("value", [torch.arange(3)[None], torch.arange(5)])
-def test_inputs_for_every_token_must_be_for_every_token(name, value, speculative):
-    base, proxy = tiny_model("gpt2", seed=1), tiny_model("gpt2", seed=2)
-    assistant = {"assistant_model": proxy} if speculative else {}
-    settings = {"logits_processor": [KADLogitsProcessor(proxy)], **assistant, name: value}
-    refused(base, f"`{name}` .* one value for each token of `input_ids` \\(1, 5\\)", **settings)
-
-
-@pytest.mark.parametrize("speculative", [False, True])
-def test_ids_that_the_base_can_not_read_are_an_error(base, proxy, speculative):
-    """Of a tokenizer that is not the base's; the proxy may have fewer rows than the base, the base may not."""
-    assistant = {"assistant_model": proxy} if speculative else {}
-    kad = KADLogitsProcessor(proxy)
-    refused(base, "out of range", IndexError, inputs=PROMPT + 40, logits_processor=[kad], **assistant)
-
-
-def test_an_encoder_decoder_base_is_refused(proxy):
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 50}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    bart = BartForConditionalGeneration(BartConfig(**sizes, **heads)).eval()
-    refused(bart, "encoder-decoder model Bart", logits_processor=[KADLogitsProcessor(proxy)])
-
-
-def test_the_paged_cache_is_refused(base, proxy):
-    refused(base, "paged", logits_processor=[KADLogitsProcessor(proxy)], cache_implementation="paged")
-
-
-def test_prompt_lookup_is_refused(base, proxy):
-    refused(
-        base, "prompt_lookup_num_tokens=3", logits_processor=[KADLogitsProcessor(proxy)], prompt_lookup_num_tokens=3
-    )
-
-
-def test_beams_together_with_an_assistant_are_refused(base, proxy):
-    refused(base, "num_beams=2", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, num_beams=2)
-
-
-@pytest.mark.parametrize("arguments", [{"inputs": PROMPT.repeat(2, 1)}, {"num_return_sequences": 2}])
-def test_a_streamer_of_several_sequences_in_speculative_mode_is_refused(base, proxy, arguments):
-    class Silent(BaseStreamer):
-        def put(self, value):
-            pass
-
-        def end(self):
-            pass
-
-    arguments = {"do_sample": True, "streamer": Silent(), **arguments}
-    refused(base, "got 2", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, **arguments)
-
-
-def test_a_trace_with_beams_is_refused(base, proxy):
-    refused(base, "trace", logits_processor=[KADLogitsProcessor(proxy, trace=True)], num_beams=2)
-
-
-def test_a_proxy_in_training_mode_is_refused(base):
-    proxy = tiny_model(seed=2)
-    kad = KADLogitsProcessor(proxy)
-    proxy.train()
-    refused(base, "proxy Llama.* training mode", logits_processor=[kad])
-    with pytest.raises(ValueError, match="training mode"):
-        kad(PROMPT, torch.zeros(1, 50))
-    proxy.eval()
-    reference = tiny_model(seed=3)
-    kad = KADLogitsProcessor(proxy, "implicit_reward", reference=reference)
-    reference.train()
-    refused(base, "reference Llama.* training mode", logits_processor=[kad])
-
-
-def test_an_adapter_inside_the_base_is_refused():
-    base = tiny_model(seed=1)
-    proxy = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).eval()
-    refused(base, "base model itself", logits_processor=[KADLogitsProcessor(proxy)])
-
-
-def test_a_processor_without_a_list_is_refused(base, proxy):
-    refused(base, r"\[kad\]", error=TypeError, logits_processor=KADLogitsProcessor(proxy))
-
-
 @pytest.mark.parametrize("eos", [7, [7, 9], (7, 9), torch.tensor(7), torch.tensor([7, 9])])
 def test_ends_of_sequence_in_every_form(base, proxy, eos, monkeypatch):
     monkeypatch.setattr(base.generation_config, "pad_token_id", None)
@@ -197,50 +58,6 @@ def test_ends_of_sequence_in_every_form(base, proxy, eos, monkeypatch):
     expected = base.generate(PROMPT, eos_token_id=[7, 9] if len(torch.as_tensor(eos).shape) else 7, **GREEDY)
     assert base.generate(PROMPT, logits_processor=[kad], eos_token_id=eos, **GREEDY).shape[0] == len(expected)
     assert kad.statistics.tokens <= 4
-
-
-def test_a_sharded_proxy_is_refused(base, proxy, monkeypatch):
-    monkeypatch.setattr(generate_wrapper, "is_fsdp_managed_module", lambda model: model is proxy)
-    refused(base, "sharded", logits_processor=[KADLogitsProcessor(proxy)])
-
-
-def test_synced_gpus_in_speculative_mode_are_refused(base, proxy):
-    refused(base, "synced_gpus", logits_processor=[KADLogitsProcessor(proxy)], assistant_model=proxy, synced_gpus=True)
-
-
-def test_a_part_of_the_text_with_a_longer_mask_is_refused(base, proxy):
-    refused(
-        base,
-        "whole text",
-        logits_processor=[KADLogitsProcessor(proxy)],
-        attention_mask=torch.ones(1, 9, dtype=torch.long),
-    )
-
-
-def test_a_proxy_prompt_for_another_batch_size_is_refused(base, proxy):
-    kad = KADLogitsProcessor(proxy)
-    with kad.proxy_prompt(PROMPT.repeat(3, 1)):
-        refused(base, "3 prompts, the call has 1", logits_processor=[kad])
-    with pytest.raises(ValueError, match=r"\(5,\)"), kad.proxy_prompt(PROMPT[0]):
-        pass
-
-
-def test_an_assistant_and_another_custom_generate_are_refused(base, proxy):
-    refused(
-        base,
-        "either",
-        logits_processor=[KADLogitsProcessor(proxy)],
-        assistant_model=proxy,
-        custom_generate=lambda model, input_ids, **kwargs: input_ids,
-    )
-
-
-def test_nothing_is_left_open_after_a_refusal(base, proxy):
-    kad = KADLogitsProcessor(proxy)
-    expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
-    refused(base, "num_beams=2", logits_processor=[kad], assistant_model=proxy, num_beams=2)
-    refused(base, "not used by the model", logits_processor=[kad], max_new_tokns=3)  # by transformers, half way in
-    assert torch.equal(base.generate(PROMPT, logits_processor=[kad], **GREEDY), expected)
 
 
 @pytest.mark.parametrize("speculative", [False, True])
@@ -257,19 +74,6 @@ def test_a_call_after_one_whose_exception_is_kept(base, proxy, speculative):
             kept.append(exception)
     assert len(kept) == 2
     assert torch.equal(base.generate(ids, **settings), expected)
-
-
-def test_a_proxy_that_ends_its_turns_otherwise_is_warned_about_once(base, caplog):
-    proxy = tiny_model(seed=2)
-    proxy.generation_config.eos_token_id = [7, 9]
-    kad = KADLogitsProcessor(proxy)
-    with caplog.at_level("WARNING", logger="transformers_kad.decoding.generate_wrapper"):
-        for _ in range(2):
-            base.generate(PROMPT, logits_processor=[kad], eos_token_id=9, **GREEDY)
-        base.generate(PROMPT, logits_processor=[kad], eos_token_id=[7, 9], **GREEDY)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 1
-    assert "eos_token_id=[7, 9]" in messages[0]
 
 
 def test_a_custom_decoding_method_of_the_users_gets_the_processor(base, proxy):
@@ -303,7 +107,7 @@ def test_a_decoding_method_that_skips_the_processor_keeps_its_text_and_is_named(
             input_ids = torch.cat([input_ids, scores.argmax(-1, keepdim=True)], dim=1)
         return input_ids
 
-    with caplog.at_level("WARNING", logger="transformers_kad.records.statistics"):
+    with caplog.at_level("WARNING", logger="transformers_kad.records.recorders"):
         ids = base.generate(PROMPT, logits_processor=[kad], custom_generate=decode, **GREEDY)
     assert ids.shape[1] == PROMPT.shape[1] + 5
     assert f"for {5 - asked} of the 5 tokens" in caplog.text
@@ -345,58 +149,159 @@ def test_what_the_wrapper_rests_on_in_transformers(base, proxy):
         assert name in prepare, WHAT_TO_DO + f"prepare_inputs_for_generation has no {name}"
 
 
-def prepared(base, **settings):
-    """The processors that `generate` would call for a call with a KAD processor, in order."""
-    marker, seen = Marker(), []
-
-    def record(model, input_ids, logits_processor, **model_kwargs):
-        seen.extend(logits_processor)
-        return input_ids
-
-    arguments = {"logits_processor": [marker], "custom_generate": record, "do_sample": True, "max_new_tokens": 4}
-    GenerationMixin.generate.__kad_original__(base, PROMPT, **arguments, **settings)
-    return [type(p).__name__ for p in seen[seen.index(marker) + 1 :]]
+def emit_two_a_step(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    """A decoding method that asks for every second token, and takes the next one unasked."""
+    for _ in range(2):
+        scores = logits_processor(input_ids, model(input_ids).logits[:, -1])
+        input_ids = torch.cat([input_ids, scores.topk(2).indices], dim=-1)
+    return input_ids
 
 
-class Marker(LogitsProcessor):
-    def __call__(self, input_ids, scores):
-        return scores
+def return_a_list(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    return [emit_two_a_step(model, input_ids, logits_processor, stopping_criteria, generation_config)]
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "warper"),
-    [
-        ("temperature", 0.7, "TemperatureLogitsWarper"),
-        ("top_h", 0.4, "TopHLogitsWarper"),
-        ("top_k", 20, "TopKLogitsWarper"),
-        ("top_p", 0.9, "TopPLogitsWarper"),
-        ("min_p", 0.05, "MinPLogitsWarper"),
-        ("typical_p", 0.9, "TypicalLogitsWarper"),
-        ("epsilon_cutoff", 3e-4, "EpsilonLogitsWarper"),
-        ("eta_cutoff", 3e-4, "EtaLogitsWarper"),
-        ("watermarking_config", WatermarkingConfig(), "WatermarkLogitsProcessor"),
-    ],
-)
-def test_what_generate_puts_behind_the_processors(base, proxy, name, value, warper):
-    KADLogitsProcessor(proxy)
-    off = dict(generate_wrapper.WARPERS)
-    assert prepared(base, **off) == [], WHAT_TO_DO + "a warper that no value of WARPERS switches off"
-    assert prepared(base, **{**off, name: value}) == [warper], WHAT_TO_DO + f"{name} makes no {warper}"
-    assert prepared(base, **{**off, name: None}) == [], WHAT_TO_DO + f"{name}=None is not off"
+def return_more_rows(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    logits_processor(input_ids, model(input_ids).logits[:, -1])
+    return input_ids.repeat(3, 2)
 
 
-def test_nothing_else_can_come_behind_the_processors(base, proxy):
-    """Every setting that generate reads behind the user's processors has its place in WARPERS."""
-    KADLogitsProcessor(proxy)
-    source = inspect.getsource(GenerationMixin._get_logits_processor)
-    _, merged, behind = source.partition("_merge_criteria_processor_list")
-    assert merged, WHAT_TO_DO + "where the user's processors come"
-    read = set(re.findall(r"generation_config\.(\w+)", behind))
-    known = {*generate_wrapper.WARPERS, "do_sample", "num_beams", "_eos_token_tensor", "renormalize_logits"}
-    assert read == known, WHAT_TO_DO + f"the settings {read ^ known} of what comes behind the processors"
-    off = {name: value for name, value in generate_wrapper.WARPERS.items() if name != "top_k"}
-    assert prepared(base, **off) == ["TopKLogitsWarper"], WHAT_TO_DO + "its top_k without any setting"
-    assert GenerationConfig._get_default_generation_params()["top_k"] == generate_wrapper.DEFAULT_TOP_K, (
-        WHAT_TO_DO + "its top_k"
-    )
-    assert prepared(base, **generate_wrapper.WARPERS, renormalize_logits=True) == ["LogitNormalization"]
+def return_one_dimension(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    return input_ids[0]
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("method", [emit_two_a_step, return_a_list, return_more_rows, return_one_dimension])
+def test_bookkeeping_never_destroys_what_a_decoding_method_returned(base, proxy, caplog, method, trace):
+    kad = KADLogitsProcessor(proxy, trace=trace)
+    base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    before = kad.statistics
+    result = base.generate(PROMPT, logits_processor=[kad], custom_generate=method, **GREEDY)
+    expected = {emit_two_a_step: (1, 9), return_more_rows: (3, 10), return_one_dimension: (5,)}
+    if method is return_a_list:
+        assert isinstance(result, list)
+        assert result[0].shape == (1, 9)
+    else:
+        assert result.shape == expected[method]
+    assert "statistics" in caplog.text or "may not be guided by the proxy" in caplog.text
+    assert kad.statistics is not before
+    if kad.statistics is not None:
+        assert kad.statistics.tokens == result.shape[1] - 5 if len(result) == 1 else 15
+        assert kad.statistics.deferral_mass is None
+    assert kad.trace is None
+    assert base.generate(PROMPT, logits_processor=[kad], **GREEDY).shape == (1, 9)
+    assert kad.statistics == before
+
+
+def test_no_fault_of_the_bookkeeping_destroys_a_finished_generation(base, proxy, monkeypatch, caplog):
+    def fail(self, sequences, proxy_forwards):
+        raise RuntimeError("sizes do not match")
+
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    monkeypatch.setattr(OpenCall, "finish", fail)
+    for assistant in (None, proxy):
+        ids = base.generate(PROMPT, logits_processor=[kad], assistant_model=assistant, **GREEDY)
+        assert torch.equal(ids, expected)
+        assert kad.statistics is None
+    assert "RuntimeError('sizes do not match')" in caplog.text
+
+
+def test_kad_generate_with_some_arguments_bound(base, proxy):
+    """It is the project's loop all the same, which decodes speculatively."""
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **GREEDY)
+    statistics = kad.statistics
+    assert statistics.drafted
+    streamer = CollectTokens()
+    for loop in (functools.partial(kad_generate), functools.partial(kad_generate, streamer=streamer)):
+        ids = base.generate(PROMPT, logits_processor=[kad], custom_generate=loop, **GREEDY)
+        assert torch.equal(ids, expected)
+        assert kad.statistics.drafted == statistics.drafted
+    assert streamer.tokens == expected[0, 5:].tolist()
+
+
+class CollectTokens(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.tolist()
+
+    def end(self):
+        pass
+
+
+def test_many_threads_wrap_generate_once():
+    generate_wrapper.uninstall()
+    original = GenerationMixin.generate
+    assert not hasattr(original, "__kad_original__")
+    try:
+        barrier = threading.Barrier(8)
+
+        def install():
+            barrier.wait()
+            generate_wrapper.install()
+
+        threads = [threading.Thread(target=install) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert GenerationMixin.generate.__kad_original__ is original
+    finally:
+        generate_wrapper.install()
+
+
+def test_without_the_wrapper_a_call_is_an_error(base, proxy):
+    kad = KADLogitsProcessor(proxy)
+    generate_wrapper.uninstall()
+    try:
+        generate_wrapper.uninstall()  # a second time changes nothing
+        with pytest.raises(RuntimeError, match="looked up before transformers_kad was imported"):
+            base.generate(PROMPT, logits_processor=[kad], **GREEDY)
+    finally:
+        generate_wrapper.install()
+    assert base.generate(PROMPT, logits_processor=[kad], **GREEDY).shape == (1, 9)
+
+
+def test_a_wrapper_around_the_wrapper_is_not_lost(monkeypatch):
+    @functools.wraps(GenerationMixin.generate)
+    def other(self, *args, **kwargs):
+        return GenerationMixin.generate.__wrapped__(self, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", other)
+    with pytest.raises(RuntimeError, match="was wrapped again"):
+        generate_wrapper.uninstall()
+    assert GenerationMixin.generate is other
+
+
+GROUP_BEAMS = """
+import torch
+from transformers import GenerationMixin
+
+
+def search(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    ids = input_ids.repeat_interleave(2, 0)
+    while ids.shape[1] < generation_config.max_length:
+        scores = [logits_processor(ids[group::2], model(ids[group::2]).logits[:, -1]) for group in range(2)]
+        new = torch.stack([scores[0].topk(1).indices[:, 0], scores[1].topk(2).indices[:, 1]], 1)
+        ids = torch.cat([ids, new.view(-1, 1)], -1)
+    return ids
+
+
+def generate(model, *args, **kwargs):
+    return GenerationMixin.generate(model, *args, custom_generate=search, **kwargs)
+"""
+
+
+def test_a_mode_from_the_hub_that_calls_generate_inside_and_the_processors_by_group(base, proxy, tmp_path, caplog):
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text(GROUP_BEAMS)
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    mode = {"custom_generate": str(tmp_path), "trust_remote_code": True}
+    ids = base.generate(PROMPT, logits_processor=[kad], **mode, **GREEDY)
+    assert torch.equal(ids[0], base.generate(PROMPT, logits_processor=[kad], **GREEDY)[0])  # the first group is greedy
+    assert ids.shape == (2, 9)
+    assert "the statistics of this call can't be told" in caplog.text
+    assert "thread" not in caplog.text

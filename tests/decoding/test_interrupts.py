@@ -9,8 +9,7 @@ from tiny_models import tiny_model
 from transformers import StoppingCriteria
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
-from transformers_kad import logits_process as logits_process_module
-from transformers_kad.decoding import generate_wrapper
+from transformers_kad.decoding import generate_wrapper, open_call, processor_state, proxy_models, token_by_token
 from transformers_kad.models import cached_model
 
 PROMPT = torch.tensor([[5, 9, 3, 7, 7, 1, 2, 8]])
@@ -55,7 +54,8 @@ def lines_run(files, call):
 def test_the_call_after_an_interrupt_is_right(base, speculative, architecture):
     """Every line of the wrapper and of the proxy's cache, in a call that goes on from the one before."""
     model = tiny_model(architecture, seed=2)
-    files = {generate_wrapper.__file__, logits_process_module.__file__, cached_model.__file__}
+    modules = (generate_wrapper, open_call, processor_state, proxy_models, token_by_token, cached_model)
+    files = {module.__file__ for module in modules}
     kad = KADLogitsProcessor(model, DualDeferral(0.6), num_assistant_tokens=3)
     settings = {"logits_processor": [kad], **GREEDY, "assistant_model": model if speculative else None}
 
@@ -81,7 +81,7 @@ def test_a_processor_is_free_once_the_frames_of_an_interrupted_call_are_gone(bas
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(KADLogitsProcessor, "close", interrupt)
+        patch.setattr(processor_state.ProcessorState, "close", interrupt)
         with pytest.raises(KeyboardInterrupt):
             base.generate(PROMPT, logits_processor=[kad], **GREEDY)
     assert torch.equal(base.generate(PROMPT, logits_processor=[kad], **GREEDY), expected)
@@ -137,10 +137,10 @@ def test_reset_within_a_call_waits_for_its_end(base, proxy, speculative):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
     settings = {"logits_processor": [kad], **GREEDY, "assistant_model": proxy if speculative else None}
     expected = base.generate(PROMPT, **settings)
-    assert kad.cached_proxy.cached_length > 0
+    assert kad.state.models.proxy.cached_length > 0
     ids = base.generate(PROMPT, stopping_criteria=[Ask(lambda _: kad.reset())], **settings)
     assert torch.equal(ids, expected)
-    assert kad.cached_proxy.cached_length == 0
+    assert kad.state.models.proxy.cached_length == 0
 
 
 def test_a_call_within_a_call_of_the_same_processor_is_refused(base, proxy):
@@ -149,7 +149,7 @@ def test_a_call_within_a_call_of_the_same_processor_is_refused(base, proxy):
     expected = base.generate(PROMPT, **settings)
 
     def ask(input_ids):
-        with pytest.raises(RuntimeError, match="in use by another call"):
+        with pytest.raises(RuntimeError, match="in use by a call of `generate` that calls `generate` again"):
             base.generate(input_ids, **settings)
 
     assert torch.equal(base.generate(PROMPT, stopping_criteria=[Ask(ask)], **settings), expected)

@@ -35,15 +35,14 @@ from transformers_kad import (
     PrimalDeferral,
     align_vocabularies,
     kad_generate,
-    logits_process,
 )
 from transformers_kad.decoding import lazy
-from transformers_kad.decoding.generate_wrapper import OpenCall
+from transformers_kad.decoding.open_call import OpenCall
 from transformers_kad.integrations.loading.models import load_model, load_tokenizer
 from transformers_kad.models.cached_model import CachedModel
-from transformers_kad.records.statistics import StepRecorder
-from transformers_kad.rules.composition import Rule, make_rule
-from transformers_kad.rules.deferral import DeferralRule
+from transformers_kad.records.recorders import StepRecorder
+from transformers_kad.rules.base import DeferralRule, Rule
+from transformers_kad.rules.registry import make_rule
 
 FALSE_ALARM = 1e-6
 P_VALUES = 30
@@ -85,7 +84,7 @@ class Step:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     """Every step of every call: the draw from the base, and the distributions that tokens were drawn from."""
     seen: list[Step] = []
-    draw, draw_from_base = lazy.draw, logits_process.draw_from_base
+    draw, draw_from_base = lazy.draw, lazy.draw_from_base
     probs: list[torch.Tensor] = []
 
     def record_draw(given: torch.Tensor) -> torch.Tensor:
@@ -99,7 +98,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         return seen[-1].drawn
 
     monkeypatch.setattr(lazy, "draw", record_draw)
-    monkeypatch.setattr(logits_process, "draw_from_base", record_step)
+    monkeypatch.setattr(lazy, "draw_from_base", record_step)
     return seen
 
 
@@ -382,12 +381,12 @@ def p_value_of(setting: Setting) -> float:
 
 
 def plant_keep_the_deferred(monkeypatch):
-    monkeypatch.setattr(logits_process, "draw_again", lambda drawn, base_logits, proxy_logits: drawn.tokens)
+    monkeypatch.setattr(lazy, "draw_again", lambda drawn, base_logits, proxy_logits: drawn.tokens)
 
 
 def plant_draw_the_kept_again(monkeypatch):
     monkeypatch.setattr(
-        logits_process, "draw_again", lambda drawn, base_logits, proxy_logits: lazy.draw(proxy_logits.softmax(-1))
+        lazy, "draw_again", lambda drawn, base_logits, proxy_logits: lazy.draw(proxy_logits.softmax(-1))
     )
 
 
@@ -417,10 +416,8 @@ def plant_the_proxy_one_token_behind(monkeypatch):
 
 
 def plant_the_base_in_the_proxys_place(monkeypatch):
-    draw_again = logits_process.draw_again
-    monkeypatch.setattr(
-        logits_process, "draw_again", lambda drawn, base_logits, _: draw_again(drawn, base_logits, base_logits)
-    )
+    draw_again = lazy.draw_again
+    monkeypatch.setattr(lazy, "draw_again", lambda drawn, base_logits, _: draw_again(drawn, base_logits, base_logits))
 
 
 @pytest.mark.parametrize(
@@ -439,9 +436,9 @@ def test_refuses(monkeypatch, plant):
 
 
 def test_refuses_a_q_that_was_not_tempered(monkeypatch):
-    draw_again = logits_process.draw_again
+    draw_again = lazy.draw_again
     monkeypatch.setattr(
-        logits_process,
+        lazy,
         "draw_again",
         lambda drawn, base_logits, proxy_logits: draw_again(drawn, base_logits, 0.7 * proxy_logits),
     )
@@ -450,7 +447,7 @@ def test_refuses_a_q_that_was_not_tempered(monkeypatch):
 
 def test_refuses_a_q_that_keeps_its_bans(monkeypatch):
     monkeypatch.setattr(
-        logits_process,
+        lazy,
         "draw_again",
         lambda drawn, base_logits, proxy_logits: torch.where(
             drawn.deferred, lazy.draw(proxy_logits.softmax(-1)), drawn.tokens
@@ -467,7 +464,7 @@ def test_refuses_bans_taken_from_q_without_renormalising(monkeypatch):
         allowed = base_logits.gather(-1, again[:, None]).squeeze(-1) > -torch.inf
         return torch.where(drawn.deferred & allowed, again, drawn.tokens)
 
-    monkeypatch.setattr(logits_process, "draw_again", not_renormalised)
+    monkeypatch.setattr(lazy, "draw_again", not_renormalised)
     assert p_value_of(Setting(suppressed=(3,))) < THRESHOLD
 
 
@@ -625,7 +622,7 @@ def test_sliding_windows_do_not_grow_beyond_their_size(base):
     kad = make_lazy(tiny_model("mistral", seed=2), DualDeferral(0.15))  # a window of 8
     torch.manual_seed(13)
     base.generate(LONG, logits_processor=[kad], **(SAMPLING | {"max_new_tokens": 60}))
-    assert all(layer.keys.shape[-2] < 8 for layer in kad.cached_proxy._cache.layers)
+    assert all(layer.keys.shape[-2] < 8 for layer in kad.state.models.proxy._cache.layers)
 
 
 def test_statistics_are_those_of_the_text(base, proxy):
@@ -877,13 +874,14 @@ def test_a_token_that_was_not_drawn_raises(base, proxy):
     with torch.no_grad():
         scores = base(LONG).logits[:, -1]
     for replaced in (False, True):
-        call = OpenCall(StepRecorder(False), prompt_length=LONG.shape[1], pad_token_id=0)
-        kad.open(call)
-        token = kad.step(LONG, scores).argmax(-1, keepdim=True)
+        call = OpenCall(kad.settings, kad.state.models, lambda ids: (ids, None), StepRecorder(False), LONG.shape[1])
+        kad.state.open(call)
+        step = lazy.LazyStep(call)
+        token = step(LONG, scores).argmax(-1, keepdim=True)
         other = (token + 1).clamp(max=49).where(token < 49, 1)
         if replaced:
             with pytest.raises(RuntimeError, match="drew another token at position 8 of sequence 0"):
-                kad.step(torch.cat([LONG, other], 1), scores)
+                step(torch.cat([LONG, other], 1), scores)
         else:
-            kad.step(torch.cat([LONG, token], 1), scores)
-        kad.close(call)
+            step(torch.cat([LONG, token], 1), scores)
+        kad.state.close(call)

@@ -124,9 +124,9 @@ def test_holes_do_not_count_as_context(base, tokenizer, alignment):
     assert longest < prompts.max() + ids.shape[1]
     proxy = make_proxy()
     kad = make_kad(alignment, proxy)
-    kad.cached_proxy.context_length = longest
+    kad.state.models.proxy.context_length = longest
     assert generated(base, tokenizer, kad, TEXTS) == rows
-    kad.cached_proxy.context_length = longest - 1
+    kad.state.models.proxy.context_length = longest - 1
     kad.reset()
     with pytest.raises(ValueError, match=f"The text has {longest} tokens, but the proxy .* ends at {longest - 1}"):
         generated(base, tokenizer, kad, TEXTS)

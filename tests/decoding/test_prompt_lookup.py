@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from transformers import LogitsProcessor
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
-from transformers_kad.rules.composition import make_rule
+from transformers_kad.rules.registry import make_rule
 
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 

@@ -133,8 +133,10 @@ def test_the_length_limit_holds_to_the_token(base, proxy, limit, monkeypatch):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.8), num_assistant_tokens=3)
     settings = {"do_sample": False, "logits_processor": [kad]}
     texts = []
-    forward = kad.cached_proxy._forward
-    monkeypatch.setattr(kad.cached_proxy, "_forward", lambda ids, *args: texts.append(ids) or forward(ids, *args))
+    forward = kad.state.models.proxy._forward
+    monkeypatch.setattr(
+        kad.state.models.proxy, "_forward", lambda read, *args: texts.append(read.ids) or forward(read, *args)
+    )
     ids = base.generate(PROMPT, max_new_tokens=limit, assistant_model=proxy, **settings)
     assert len(new_tokens(ids)) == limit
     assert max(text.shape[1] for text in texts) <= PROMPT.shape[1] + limit - 1  # nothing drafted in vain

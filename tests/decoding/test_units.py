@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor, align_vocabularies
-from transformers_kad.models.cached_model import CachedModel, ContextLengthError
+from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.models.model_errors import ContextLengthError
 from transformers_kad.models.static_model import CAPACITY_STEP
 from transformers_kad.models.text_reader import TextReader
 

@@ -28,7 +28,7 @@ from transformers_kad import (
     verify,
 )
 from transformers_kad.decoding import verification
-from transformers_kad.rules import knapsack
+from transformers_kad.rules import arithmetic
 
 # The probability that a correct `verify` fails any comparison of this module, had the seeds not been fixed. By
 # Bonferroni each comparison gets an equal part; `assert_same_law` counts that there are no more than planned.
@@ -263,7 +263,7 @@ LAWS = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 0.97, 0.03, 0.0], [0.25, 0.0, 0
 @pytest.mark.parametrize("scale", [1.0, 0.037, 250.0])
 @pytest.mark.parametrize("at_once", [2**18, 999])
 def test_tokens_are_drawn_with_their_probabilities_also_where_these_do_not_sum_to_one(scale, at_once, monkeypatch):
-    monkeypatch.setattr(knapsack, "CONVERTED_AT_ONCE", at_once)
+    monkeypatch.setattr(arithmetic, "CONVERTED_AT_ONCE", at_once)
     states = torch.arange(ROWS) % len(LAWS)
     tokens = verification.draw(LAWS[states] * scale, torch.Generator().manual_seed(int(scale * 100) + at_once))
     assert tokens.shape == (ROWS,)
@@ -329,7 +329,7 @@ def test_a_draw_depends_on_its_generator_alone_and_not_on_the_parts_it_is_made_i
     torch.manual_seed(0)
     state = torch.get_rng_state()
     for at_once in (1, 120, 10_000):
-        monkeypatch.setattr(knapsack, "CONVERTED_AT_ONCE", at_once)
+        monkeypatch.setattr(arithmetic, "CONVERTED_AT_ONCE", at_once)
         assert torch.equal(verification.draw(p, torch.Generator().manual_seed(5)), first)
     assert not torch.equal(verification.draw(p, torch.Generator().manual_seed(6)), first)
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,6 +1,6 @@
 """KADCandidateGenerator: drafts with the proxy, and keeps the distributions that the draft was drawn from."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,8 @@ from ..models.cached_model import CachedModel
 from ..models.text_reader import TextReader
 from ..models.vocabulary import VocabularyAlignment
 from .draft_length import Stopwatch
+from .proxy_text import TextMap
 from .verification import draw
-
-# Maps the base's texts (B, L) to the proxy's texts and their attention mask (None: no padding).
-ProxyText = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,14 @@ class Draft:
         lengths: how many tokens each row drafted, at most n, `(B,)`.
         proxy_logits: the proxy's logits, tempered, at the drafted positions, `(B, n, V)`, or at the bonus position
             behind them as well, `(B, n + 1, V)`.
+        from_proxy: whether `probs` is the softmax of `proxy_logits`, so that it need not be taken again.
     """
 
     ids: torch.Tensor
     probs: torch.Tensor
     lengths: torch.Tensor
     proxy_logits: torch.Tensor
+    from_proxy: bool = False
 
 
 class KADCandidateGenerator(CandidateGenerator):
@@ -66,7 +66,7 @@ class KADCandidateGenerator(CandidateGenerator):
         component_temperature: float = 1.0,
         eos_token_ids: Collection[int] = (),
         max_length: int | None = None,
-        proxy_text: ProxyText = lambda input_ids: (input_ids, None),
+        proxy_text: TextMap = lambda input_ids: (input_ids, None),
         chunk_size: int | None = None,
         vocabulary_alignment: VocabularyAlignment | None = None,
     ) -> None:
@@ -88,8 +88,8 @@ class KADCandidateGenerator(CandidateGenerator):
 
     @property
     def is_synchronous(self) -> bool:
-        """Whether looking at a tensor costs nothing, as on the CPU; elsewhere it would wait for the device."""
-        return self._device.type == "cpu"
+        """Whether values can be read without waiting for the device, as on the CPU."""
+        return bool(self._device.type == "cpu")
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft a continuation of each text.
@@ -126,13 +126,13 @@ class KADCandidateGenerator(CandidateGenerator):
         Raises:
             ContextLengthError: a text is longer than the proxy's context.
         """
-        rooms = self._rooms(tokens, lengths)
+        draft_limits = self._draft_limits(tokens, lengths)
         self._next = tokens
         ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         ended = [False] * len(lengths)
-        for _ in range(max(rooms)):
+        for _ in range(max(draft_limits)):
             logits.append(self.next_logits())
-            # Greedy drafts are compared with argmax r: from what they were drawn plays no part.
+            # Greedy drafts are compared with argmax r, so that q itself plays no part.
             probs.append(logits[-1].softmax(-1) if self.do_sample else logits[-1])
             ids.append(self._draw(probs[-1]))
             self._next = ids[-1][:, None]
@@ -151,8 +151,9 @@ class KADCandidateGenerator(CandidateGenerator):
         return Draft(
             drafted,
             torch.stack(probs, dim=1) if ids else nothing,
-            self._lengths(drafted, rooms),
+            self._lengths(drafted, draft_limits),
             torch.stack(logits, dim=1) if logits else nothing,
+            from_proxy=self.do_sample,
         )
 
     def next_logits(self) -> torch.Tensor:
@@ -168,22 +169,22 @@ class KADCandidateGenerator(CandidateGenerator):
         """Between rounds: go on with some of the rows, in this order."""
         self.reader.select_rows(rows)
 
-    def _rooms(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
-        """How many tokens each row may draft."""
-        rooms = []
+    def _draft_limits(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
+        """The largest number of tokens that each row may draft."""
+        draft_limits = []
         for length, left in zip(lengths, self.reader.own_tokens_left(tokens), strict=True):
             limits = [self.num_assistant_tokens]
             if self.max_length is not None:
                 limits.append(self.max_length - length - 1)
             if left is not None:
                 limits.append(left)
-            rooms.append(max(min(limits), 0))
-        return rooms
+            draft_limits.append(max(min(limits), 0))
+        return draft_limits
 
-    def _lengths(self, ids: torch.Tensor, rooms: list[int]) -> torch.Tensor:
-        """How many of the drafted tokens `(B, n)` count: up to a row's room, and to its first end of sequence."""
+    def _lengths(self, ids: torch.Tensor, draft_limits: list[int]) -> torch.Tensor:
+        """How many of the drafted tokens `(B, n)` count: up to a row's limit, and to its first end of sequence."""
         ends = torch.isin(ids, self._eos).long()
-        within = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(rooms, device=ids.device)[:, None]
+        within = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(draft_limits, device=ids.device)[:, None]
         return (within & (ends.cumsum(-1) == ends)).sum(-1)
 
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,21 @@
-"""Sampling that asks the proxy only where it is needed: draw from the base first.
+"""Token by token with few forwards of the proxy: it is asked only where the token drawn is a deferred one.
 
-    r_v = (1 - d_v) p_v + D q_v
-
-Read as sampling: draw v ~ p; if d_v = 1, throw it away and draw from q instead. Where d does not depend on q, a
-token that is kept costs no forward of the proxy.
+r_v = (1 - d_v) p_v + D q_v is the law of the following draw. Draw v ~ p; where d_v = 1, throw v away and draw from q
+instead, so that q is drawn from with probability D, whatever v was. Where d does not depend on q, a token that is kept
+costs no forward of the proxy.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from ..rules.composition import Ensemble, compose
-from ..rules.deferral import DeferralRule, deferral_mass
+from ..models.model_errors import is_unusable
+from ..records.recorders import StepRecorder
+from ..rules.base import DeferralRule, deferral_mass
+from ..rules.composition import proxy_distribution
+from .open_call import OpenCall
+from .token_by_token import TokenStep
 from .verification import draw
-
-PROXY_ALONE = Ensemble(weight=0.0)  # r = q
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,47 @@ def draw_again(drawn: BaseDraw, base_logits: torch.Tensor, proxy_logits: torch.T
 
     Both models' logits are tempered, `(rows, V)`. Ids at -inf in `base_logits` are banned from q, as in `compose`.
     """
-    q = compose(PROXY_ALONE, base_logits, proxy_logits).proxy_probs
-    return torch.where(drawn.deferred, draw(q), drawn.tokens)
+    return torch.where(drawn.deferred, draw(proxy_distribution(base_logits, proxy_logits)), drawn.tokens)
 
 
 def force(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Scores `(rows, vocabulary)` float32 that leave one token to each row: 0 there, -inf elsewhere."""
     scores = torch.full((len(tokens), vocabulary), -torch.inf, device=tokens.device)
     return scores.scatter_(-1, tokens[:, None], 0.0)
+
+
+class LazyStep(TokenStep):
+    """Draws the token itself, and asks the proxy only where a row that goes on draws a deferred one."""
+
+    def __init__(self, call: OpenCall) -> None:
+        super().__init__(call)
+        self._forced: torch.Tensor | None = None  # (rows,): the tokens of the step before
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores that force a token drawn from r, for texts `(rows, L)` and the base's scores `(rows, V)`."""
+        call, rule = self.call, self.call.settings.rule
+        assert isinstance(rule, DeferralRule)
+        base_logits = self._tempered_base(scores)
+        drawn = draw_from_base(rule, base_logits)
+        ended = call.ended(input_ids)
+        replaced = torch.zeros_like(ended) if self._forced is None else input_ids[:, -1] != self._forced
+        flags = torch.stack([drawn.deferred, is_unusable(scores), replaced.to(ended)]) & ~ended
+        asks, unusable, replaced_rows = flags.tolist()
+        self._check("base", unusable, input_ids)
+        if any(replaced_rows):
+            raise RuntimeError(
+                f"`lazy=True` drew another token at position {input_ids.shape[1] - 1} of sequence "
+                f"{replaced_rows.index(True)} than was emitted: something after KAD chose it. Leave out `lazy`."
+            )
+        tokens = drawn.tokens
+        if any(asks):
+            texts = self._proxy_texts(input_ids)
+            proxy_logits = texts.logits(call.models.proxy)
+            tokens = draw_again(drawn, base_logits, self._in_base_vocabulary(proxy_logits, scores.shape[-1]))
+            call.models.crop(texts.ids.shape[1])
+            self._check("proxy", (is_unusable(proxy_logits).to(ended) & ~ended).tolist(), input_ids)
+        self._forced = tokens.to(input_ids.device)
+        if isinstance(call.recorder, StepRecorder):
+            call.recorder.record_mass(input_ids, drawn.deferral_mass, None)
+            call.base_forwards += 1
+        return force(tokens, scores.shape[-1])

@@ -30,8 +30,8 @@ class PromptLookup(KADCandidateGenerator):
                 torch.cat([text, token], dim=-1)
                 for text, token in zip(self._texts, tokens.cpu().split(1), strict=True)
             ]
-        rooms = self._rooms(tokens, lengths)
-        found = [self._look_up(text, room) for text, room in zip(self._texts, rooms, strict=True)]
+        limits = self._draft_limits(tokens, lengths)
+        found = [self._look_up(text, limit) for text, limit in zip(self._texts, limits, strict=True)]
         found = self.reader.cut_to_context(tokens, found)
         longest = max(map(len, found))
         self._found = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long, device="cpu")
@@ -55,14 +55,14 @@ class PromptLookup(KADCandidateGenerator):
         super().select_rows(rows)
         self._texts = [self._texts[row] for row in rows]
 
-    def _look_up(self, text: torch.Tensor, room: int) -> list[int]:
-        """What followed the longest match of the end of a text `(1, L)`, at most `room` tokens, up to an end."""
-        if room == 0 or text.shape[1] < 2:
+    def _look_up(self, text: torch.Tensor, limit: int) -> list[int]:
+        """What followed the longest match of the end of a text `(1, L)`: at most `limit` tokens, up to an end."""
+        if limit == 0 or text.shape[1] < 2:
             return []
         lookup = PromptLookupCandidateGenerator(
-            num_output_tokens=room, max_matching_ngram_size=LONGEST_MATCH, max_length=text.shape[1] + room + 1
+            num_output_tokens=limit, max_matching_ngram_size=LONGEST_MATCH, max_length=text.shape[1] + limit + 1
         )
         candidates, _ = lookup.get_candidates(text)
-        ids = candidates[0, text.shape[1] :].tolist()
+        ids: list[int] = candidates[0, text.shape[1] :].tolist()
         ends = [at for at, token in enumerate(ids) if token in self.eos_token_ids]
         return ids[: ends[0] + 1] if ends else ids

@@ -1,0 +1,132 @@
+"""Token by token: what stands in the list of processors of a call, and makes log r of the base's scores."""
+
+from typing import NamedTuple
+
+import torch
+from transformers import LogitsProcessor
+
+from ..models.cached_model import CachedModel
+from ..models.model_errors import is_unusable, unusable_logits_error
+from ..models.text_reader import tempered
+from ..models.vocabulary import align_vocabulary
+from ..records.recorders import StepRecorder
+from ..rules.composition import compose, with_bans
+from .open_call import OpenCall
+
+
+class TokenStep(LogitsProcessor):
+    """Stands in for a KAD processor in the list of one call, so that only the call itself continues its texts.
+
+    A processor may be asked by hand as well, by a stopping criterion for example. Were the processor itself in the
+    list, it could not tell such a question from the next step of the call.
+    """
+
+    is_kad_processor = True
+
+    def __init__(self, call: OpenCall) -> None:
+        self.call = call
+        self._last_shape: tuple[int, int] | None = None  # of the texts when the proxy last read them
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """See `KADLogitsProcessor.__call__`."""
+        raise NotImplementedError
+
+    def _proxy_texts(self, input_ids: torch.Tensor) -> "_ProxyTexts":
+        """The base's texts `(rows, L)` as the proxy and the reference read them."""
+        call = self.call
+        before, self._last_shape = self._last_shape, (len(input_ids), input_ids.shape[1])
+        is_longer = before is not None and before[0] == len(input_ids) and before[1] < input_ids.shape[1]
+        return _ProxyTexts(
+            *call.proxy_text(input_ids),
+            continues=call.rows_stay and is_longer,
+            chunk_size=call.chunk_size,
+            prompt_length=call.proxy_prompt_length,
+            ended=call.ended(input_ids),
+        )
+
+    def _in_base_vocabulary(self, logits: torch.Tensor, vocabulary: int) -> torch.Tensor:
+        """Logits of the proxy or the reference over the base's vocabulary, tempered, `(rows, V)` float32."""
+        settings = self.call.settings
+        aligned = align_vocabulary(logits, vocabulary, settings.vocabulary_alignment)
+        return tempered(aligned, settings.component_temperature)
+
+    def _tempered_base(self, scores: torch.Tensor) -> torch.Tensor:
+        """The base's scores with all bans at -inf, tempered."""
+        return tempered(with_bans(scores), self.call.settings.component_temperature)
+
+    def _check(self, role: str, unusable: list[bool], input_ids: torch.Tensor) -> None:
+        """Raise if a row of a model's logits is unusable."""
+        if any(unusable):
+            model = next((cached.model for cached in self.call.models if cached.role == role), None)
+            raise unusable_logits_error(role, model, input_ids.shape[1], unusable.index(True))
+
+
+class EagerStep(TokenStep):
+    """Asks the proxy for q at every token."""
+
+    def __init__(self, call: OpenCall) -> None:
+        super().__init__(call)
+        self._texts_before: torch.Tensor | None = None  # (rows, L) of the step before, where rows do not stay
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Log r of the next token of texts `(rows, L)`, for the base's scores `(rows, V)`."""
+        call, vocabulary = self.call, scores.shape[-1]
+        texts = self._proxy_texts(input_ids)
+        logits = [texts.logits(cached) for cached in call.models]
+        composition = compose(
+            call.settings.rule,
+            self._tempered_base(scores),
+            *(self._in_base_vocabulary(of_model, vocabulary) for of_model in logits),
+        )
+        call.models.crop(texts.ids.shape[1])
+        unusable = torch.stack([is_unusable(of_model).to(scores.device) for of_model in (scores, *logits)])
+        read_rows = (unusable & ~call.ended(input_ids)).tolist()
+        for role, rows in zip(("base", "proxy", "reference"), read_rows, strict=False):
+            self._check(role, rows, input_ids)
+        if isinstance(call.recorder, StepRecorder):
+            call.recorder.record(input_ids, composition, self._parents(input_ids))
+            call.base_forwards += 1
+        # `generate` chooses a token for rows that have ended too, and needs a distribution to do so.
+        return composition.target_probs.log().masked_fill(unusable.any(0)[:, None], 0.0)
+
+    def _parents(self, input_ids: torch.Tensor) -> list[int] | None:
+        """The row of the step before that each of the texts `(rows, L)` continues; None where row i continues row i.
+
+        Of several equal texts it is the first among the beams of the same prompt; without beams it is the row of the
+        same number, if that is one of them. A text that continues none stands for the row of its own number.
+        """
+        if self.call.rows_stay:
+            return None
+        before, self._texts_before = self._texts_before, input_ids
+        if before is None or before.shape[1] > input_ids.shape[1]:
+            return list(range(len(input_ids)))
+        same = torch.stack([(text[: before.shape[1]] == before).all(-1) for text in input_ids])
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        parents = torch.arange(len(before), device=input_ids.device)
+        if self.call.beams > 1:
+            same &= rows[:, None] // self.call.beams == parents // self.call.beams
+        else:  # equal prompts are rows of their own
+            same &= (rows[:, None] == parents) | ~(same & (rows[:, None] == parents)).any(-1, keepdim=True)
+        return torch.where(same.any(-1), same.int().argmax(-1), rows).tolist()
+
+
+class _ProxyTexts(NamedTuple):
+    """What the proxy and the reference are to read: the arguments of `CachedModel.logits`."""
+
+    ids: torch.Tensor  # (rows, L')
+    mask: torch.Tensor | None = None
+    continues: bool = False
+    chunk_size: int | None = None
+    prompt_length: int | None = None
+    ended: torch.Tensor | None = None  # (rows,): rows whose logits nobody reads
+
+    def logits(self, model: CachedModel) -> torch.Tensor:
+        """A model's logits for the next token, in its own vocabulary, `(rows, V')`."""
+        return model.logits(
+            self.ids,
+            self.mask,
+            continues=self.continues,
+            chunk_size=self.chunk_size,
+            prompt_length=self.prompt_length,
+            ended=self.ended,
+        )[:, -1]
