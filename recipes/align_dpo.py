@@ -7,19 +7,20 @@
     python recipes/align_dpo.py --proxy my_proxy --base Qwen/Qwen3-8B-Base \
         --data preferences.jsonl --output_dir my_better_proxy
 
-On several GPUs by `torchrun --nproc_per_node 8 recipes/align_dpo.py ...` or `accelerate launch`.
+On several GPUs: `torchrun --nproc_per_node 8 recipes/align_dpo.py ...` or `accelerate launch`.
 
-`preferences.jsonl` has one pair of answers a line: `{"prompt": "...", "chosen": "...", "rejected": "..."}`, strings or
-lists of messages; `tools` and `chat_template_kwargs` go to the chat template. A Hub data set with such fields does as
-well. Only a LoRA adapter is trained (TRL's `DPOTrainer`, peft); the proxy without it is the reference. The proxy is
-best fine-tuned first (align_sft.py), and may be that adapter: it is merged, and the new one comes on top of it.
+`preferences.jsonl` has one pair of answers in each line: `{"prompt": "...", "chosen": "...", "rejected": "..."}`,
+strings or lists of messages; `tools` and `chat_template_kwargs` are passed to the chat template. A Hub data set with
+these fields works as well. Only a LoRA adapter is trained (TRL's `DPOTrainer`, peft); the proxy without it is the
+reference. The proxy should be fine-tuned first (align_sft.py). It may be the adapter of that run, which is then merged
+before the new adapter is added.
 
-Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
-that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
+Before any weights are loaded, the recipe checks that the proxy can guide the base (both must have the same ids for the
+same strings) and that every line is well formed. Examples that are too long are skipped, counted and reported; nothing
+is truncated.
 
 The output folder gets the adapter, the tokenizer with its chat template, `kad_config.json`, a model card and
-`training.json`; the lines of Python that use them are printed. A run that was killed goes on with
-`--resume_from_checkpoint`.
+`training.json`. The recipe prints Python code that uses them. `--resume_from_checkpoint` continues an interrupted run.
 """
 
 import os
@@ -29,7 +30,12 @@ from dataclasses import dataclass, field
 
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.training import AlignmentError
-from transformers_kad.recipes.training.arguments import AlignmentArguments, hush, say, start_processes
+from transformers_kad.recipes.training.arguments import (
+    AlignmentArguments,
+    distributed_state,
+    log,
+    silence_training_libraries,
+)
 from transformers_kad.recipes.training.checks import check_pair
 from transformers_kad.recipes.training.data import load_examples
 from transformers_kad.recipes.training.output import check_output, checkpoint_to_resume
@@ -39,11 +45,11 @@ from transformers_kad.recipes.training.trainers import dpo_trainer, fit
 
 @dataclass(kw_only=True)
 class DPOArguments(AlignmentArguments):
-    """Arguments of preference training."""
+    """The arguments of preference training."""
 
-    learning_rate: float = field(default=1e-5, metadata={"help": "Highest learning rate; it falls along a cosine."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of a cosine schedule."})
     beta: float = field(
-        default=0.1, metadata={"help": "How strongly the proxy is held to what it was; less lets it move farther."}
+        default=0.1, metadata={"help": "How strongly the trained proxy is kept close to the original one."}
     )
 
     def __post_init__(self) -> None:
@@ -53,10 +59,10 @@ class DPOArguments(AlignmentArguments):
 
 
 def align(arguments: DPOArguments, command: list[str]) -> None:
-    """Check, train, publish."""
-    with start_processes(arguments.use_cpu).main_process_first():  # of several, the first finds what is wrong
+    """Check the inputs, train, and publish the result."""
+    with distributed_state(arguments.use_cpu).main_process_first():  # so that only the main process reports errors
         if check_output(arguments):
-            say(f"The run in {arguments.output_dir} has finished already.")
+            log(f"The run in {arguments.output_dir} has already finished.")
             return
         check_upload(arguments)
         checkpoint = checkpoint_to_resume(arguments)
@@ -72,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     argv = sys.argv[1:] if argv is None else argv
     (arguments,) = parse_arguments([DPOArguments], __doc__, argv)
-    hush()
+    silence_training_libraries()
     try:
         align(arguments, [os.path.relpath(__file__), *argv])
     except AlignmentError as error:

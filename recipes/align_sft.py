@@ -7,20 +7,20 @@
     python recipes/align_sft.py --proxy Qwen/Qwen3-0.6B-Base --base Qwen/Qwen3-8B-Base \
         --data chats.jsonl --output_dir my_proxy
 
-On several GPUs by `torchrun --nproc_per_node 8 recipes/align_sft.py ...` or `accelerate launch`.
+On several GPUs: `torchrun --nproc_per_node 8 recipes/align_sft.py ...` or `accelerate launch`.
 
-`chats.jsonl` has one example a line: `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-"content": "..."}]}`, or `{"prompt": "...", "completion": "..."}`. A Hub data set with such fields does as well. The
-loss is on the assistant's turns only, in the base's chat template; a turn with `"weight": 0` or `"train": false` has
-none. `tools` and `chat_template_kwargs` of a line go to the template. Only a LoRA adapter is trained (TRL's
-`SFTTrainer`, peft).
+`chats.jsonl` has one example in each line: `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
+"content": "..."}]}`, or `{"prompt": "...", "completion": "..."}`. A Hub data set with these fields works as well. The
+loss is on the assistant's turns only, formatted by the base's chat template; a turn with `"weight": 0` or `"train":
+false` has no loss. `tools` and `chat_template_kwargs` of a line are passed to the template. Only a LoRA adapter is
+trained (TRL's `SFTTrainer`, peft).
 
-Before any weights are loaded it is checked that the proxy can serve the base (the same ids for the same strings) and
-that every line can be used. What is too long is skipped, counted and reported; nothing is cut.
+Before any weights are loaded, the recipe checks that the proxy can guide the base (both must have the same ids for the
+same strings) and that every line is well formed. Examples that are too long are skipped, counted and reported; nothing
+is truncated.
 
 The output folder gets the adapter, the tokenizer with its chat template, `kad_config.json`, a model card and
-`training.json`; the lines of Python that use them are printed. A run that was killed goes on with
-`--resume_from_checkpoint`.
+`training.json`. The recipe prints Python code that uses them. `--resume_from_checkpoint` continues an interrupted run.
 """
 
 import os
@@ -30,7 +30,12 @@ from dataclasses import dataclass
 
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.training import AlignmentError
-from transformers_kad.recipes.training.arguments import AlignmentArguments, hush, say, start_processes
+from transformers_kad.recipes.training.arguments import (
+    AlignmentArguments,
+    distributed_state,
+    log,
+    silence_training_libraries,
+)
 from transformers_kad.recipes.training.checks import check_pair
 from transformers_kad.recipes.training.data import load_examples
 from transformers_kad.recipes.training.output import check_output, checkpoint_to_resume
@@ -40,14 +45,14 @@ from transformers_kad.recipes.training.trainers import fit, sft_trainer
 
 @dataclass(kw_only=True)
 class SFTArguments(AlignmentArguments):
-    """Arguments of supervised fine-tuning: those that every alignment takes."""
+    """The arguments of supervised fine-tuning, which are those of every alignment recipe."""
 
 
 def align(arguments: SFTArguments, command: list[str]) -> None:
-    """Check, train, publish."""
-    with start_processes(arguments.use_cpu).main_process_first():  # of several, the first finds what is wrong
+    """Check the inputs, train, and publish the result."""
+    with distributed_state(arguments.use_cpu).main_process_first():  # so that only the main process reports errors
         if check_output(arguments):
-            say(f"The run in {arguments.output_dir} has finished already.")
+            log(f"The run in {arguments.output_dir} has already finished.")
             return
         check_upload(arguments)
         checkpoint = checkpoint_to_resume(arguments)
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run."""
     argv = sys.argv[1:] if argv is None else argv
     (arguments,) = parse_arguments([SFTArguments], __doc__, argv)
-    hush()
+    silence_training_libraries()
     try:
         align(arguments, [os.path.relpath(__file__), *argv])
     except AlignmentError as error:

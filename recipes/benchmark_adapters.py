@@ -2,14 +2,14 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad", "tqdm"]
 # ///
-"""How much slower is a LoRA proxy that is not merged into its weights, and when does merging pay?
+"""How much slower is a LoRA proxy whose adapter is not merged, and when does merging pay?
 
     python recipes/benchmark_adapters.py                 # about 90 seconds on 2 CPU cores
 
-Measures one proxy step (one token, a cache of --context tokens before it) for random models of several sizes: merged,
-unmerged, and unmerged with the adapter switched off, as the rule implicit_reward needs it for q0. The three take turns
-in one run; the table shows medians over the repetitions, the ratios to the merged one with their quartiles, and after
-how many tokens the time for merging is earned back.
+Measures a proxy step (one token, with --context tokens in the cache) for random models of several sizes: merged,
+unmerged, and unmerged with the adapter switched off, as the rule implicit_reward needs it for q0. The three variants
+take turns in one run. The table shows medians over the repetitions, ratios to the merged variant with their quartiles,
+and the number of tokens after which merging has saved more time than it took.
 """
 
 import json
@@ -23,17 +23,18 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.utils.files import write_whole
 
 # isort: split
-# Only now: transformers_kad imports torchao without what it prints.
+# These imports follow transformers_kad, which suppresses the messages of torchao.
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Width, layers: roughly 1 M, 30 M and 150 M parameters without embeddings.
+# Width and layers: about 1 M, 30 M and 150 M parameters without embeddings.
 SIZES = {"1M": (128, 4), "30M": (512, 9), "150M": (1024, 12)}
 VARIANTS = ("merged", "unmerged", "adapter off")
 
@@ -42,14 +43,16 @@ VARIANTS = ("merged", "unmerged", "adapter off")
 class BenchmarkArguments:
     """Arguments of the benchmark."""
 
-    sizes: list[str] = field(default_factory=lambda: list(SIZES), metadata={"help": f"Of {', '.join(SIZES)}."})
+    sizes: list[str] = field(
+        default_factory=lambda: list(SIZES), metadata={"help": f"Model sizes, of {', '.join(SIZES)}."}
+    )
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter, on all linear layers."})
-    context: int = field(default=128, metadata={"help": "Tokens in the cache before the step."})
-    steps: int = field(default=10, metadata={"help": "Steps a repetition."})
-    repetitions: int = field(default=15, metadata={"help": "Repetitions of each variant, in turns."})
-    device: str = field(default="cpu", metadata={"help": "cpu, cuda, ..."})
-    dtype: str = field(default="float32", metadata={"help": "float32 or bfloat16."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    context: int = field(default=128, metadata={"help": "Tokens in the cache before a step."})
+    steps: int = field(default=10, metadata={"help": "Steps in a repetition."})
+    repetitions: int = field(default=15, metadata={"help": "Repetitions of each variant."})
+    device: str = field(default="cpu", metadata={"help": "Device: cpu, cuda, ..."})
+    dtype: str = field(default="float32", metadata={"help": "dtype: float32 or bfloat16."})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the results."})
 
     def __post_init__(self) -> None:
         for size in self.sizes:
@@ -61,7 +64,7 @@ class BenchmarkArguments:
 
 
 def build(arguments: BenchmarkArguments, size: str) -> tuple[dict[str, CachedModel], float]:
-    """One random model in the three variants, and the seconds that merging took."""
+    """A random model in the three variants, and the time that merging took in seconds."""
     width, layers = SIZES[size]
     config = LlamaConfig(
         vocab_size=1000,
@@ -92,7 +95,7 @@ def build(arguments: BenchmarkArguments, size: str) -> tuple[dict[str, CachedMod
 
 
 def time_steps(cached: CachedModel, context: int, steps: int, synchronize: Callable[[], None]) -> float:
-    """Seconds a step."""
+    """The time of a step in seconds."""
     ids = torch.arange(context + steps, device=cached.model.device)[None] % 1000
     cached.reset()
     cached.logits(ids[:, :context])
@@ -114,7 +117,7 @@ def measure(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
         for repetition in tqdm(range(arguments.repetitions + 1), desc=size, leave=False, disable=None):
             for name in VARIANTS:
                 seconds = time_steps(models[name], arguments.context, arguments.steps, synchronize)
-                if repetition:  # the first one warms up
+                if repetition:  # the first repetition warms up
                     times[name].append(seconds)
         row: dict[str, Any] = {"size": size, "merging": merging}
         for name in VARIANTS:
@@ -143,15 +146,15 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
     (arguments,) = parse_arguments([BenchmarkArguments], __doc__, argv)
-    quieten()
+    silence_libraries()
     environment = describe_environment(arguments.device)
     rows = measure(arguments)
     print(table(rows))
     print(f"\n{environment['device']}, {arguments.dtype}, LoRA rank {arguments.lora_rank} on all linear layers")
-    print("Do not merge where the adapter must stay apart: several adapters, implicit_reward, a quantized model.")
+    print("Do not merge if the adapter is needed on its own: several adapters, implicit_reward, a quantized model.")
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps({"rows": rows, "environment": environment}, indent=2) + "\n")
+        write_whole(arguments.output, json.dumps({"rows": rows, "environment": environment}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,22 +2,22 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad", "tqdm"]
 # ///
-"""What does a rule cost, in softmaxes of the same tensor?
+"""How much does a rule cost, relative to a softmax of the same tensor?
 
     python recipes/benchmark_rules.py                    # about three minutes
 
-Times every rule on random distributions over --vocabulary tokens, for each number of rows in --rows: *peaked*, where
-20 tokens hold nearly everything, as where a model knows what comes next; *flat*, where thousands do; *equal*, where
-all tokens tie. Each time is a ratio to that of a softmax of the same tensor, taken right before it; the tables show
-medians over the repetitions with their quartiles.
+Times every rule on random distributions over --vocabulary tokens, for each number of rows in --rows. Distributions are
+*peaked* (20 tokens have nearly all of the mass, as where a model is sure of the next token), *flat* (thousands of
+tokens have it) or *equal* (all tokens tie). Each time is divided by that of a softmax of the same tensor, measured
+right before. The tables show medians over the repetitions with their quartiles.
 
-- The rule: `defer`, or the target for rules that are no mask.
-- The whole step of a round, from the models' logits to the accepted tokens, with 5 draft tokens a sequence where the
-  rows are a multiple of 6, and one sequence otherwise.
+- The rule: `defer`, or the target distribution for rules without a deferral mask.
+- The whole step of a round, from the models' logits to the accepted tokens, with 5 draft tokens per sequence if the
+  number of rows is a multiple of 6, and with one sequence otherwise.
 - `ExactDeferral`, in milliseconds for one position.
 
-All in float32 on the CPU, by one thread. What is counted is the CPU time of that thread, which other processes disturb
-less than the time on the clock.
+All of this is in float32 on the CPU, in one thread. The times are CPU times of that thread, which other processes
+disturb less than wall-clock time.
 """
 
 import json
@@ -45,11 +45,13 @@ from transformers_kad import (
     PrimalDeferral,
 )
 from transformers_kad.decoding.verification import count_accepted, draw, draw_next
-from transformers_kad.models.cached_model import is_unusable
+from transformers_kad.models.model_errors import is_unusable
 from transformers_kad.recipes.benchmarking.bounds import quartiles
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.environment import describe_environment
-from transformers_kad.rules.composition import Rule, compose
+from transformers_kad.rules.base import Rule
+from transformers_kad.rules.composition import compose
+from transformers_kad.utils.files import write_whole
 
 DISTRIBUTIONS = ("peaked", "flat", "equal")
 PEAKS = 20
@@ -61,10 +63,10 @@ EXACT_BUDGETS = (0.1, 0.5, 0.9)
 class BenchmarkArguments:
     """Arguments of the benchmark."""
 
-    vocabulary: int = field(default=150_000, metadata={"help": "Tokens of a distribution."})
-    rows: list[int] = field(default_factory=lambda: [1, 6, 48], metadata={"help": "Positions at once."})
-    repetitions: int = field(default=15, metadata={"help": "Repetitions of each measurement, in turns."})
-    output: Path | None = field(default=None, metadata={"help": "JSON file for the figures."})
+    vocabulary: int = field(default=150_000, metadata={"help": "Number of tokens."})
+    rows: list[int] = field(default_factory=lambda: [1, 6, 48], metadata={"help": "Numbers of positions in a tensor."})
+    repetitions: int = field(default=15, metadata={"help": "Repetitions of each measurement."})
+    output: Path | None = field(default=None, metadata={"help": "JSON file for the results."})
 
     def __post_init__(self) -> None:
         if self.vocabulary < 2 * PEAKS:
@@ -76,7 +78,7 @@ class BenchmarkArguments:
 
 
 def rules(vocabulary: int) -> list[Rule]:
-    """Every rule but the exact one; the dual and the primal rule also where they split a flat distribution in half."""
+    """All rules except the exact one. Dual and primal also with parameters that split a flat distribution in half."""
     return [
         DualDeferral(0.4),
         DualDeferral(1 / vocabulary),
@@ -92,7 +94,7 @@ def rules(vocabulary: int) -> list[Rule]:
 
 
 def label(rule: Rule) -> str:
-    """A rule as the tables name it."""
+    """The name of a rule in the tables."""
     parameters = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in vars(rule).values()]
     return f"{type(rule).__name__}({', '.join(parameters)})"
 
@@ -111,7 +113,7 @@ def random_logits(distribution: str, rows: int, vocabulary: int) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Round:
-    """The logits of a round: every sequence's window of positions, the last of them behind the draft."""
+    """The logits of a round: a window of positions for each sequence, the last of them after the draft."""
 
     base: torch.Tensor  # (B, n, V)
     draft: torch.Tensor  # (B, n - 1, V): the proxy's
@@ -121,7 +123,7 @@ class Round:
 
     @classmethod
     def of(cls, logits: torch.Tensor) -> "Round":
-        """A base with these logits, models that differ from it at random, and a draft drawn from the proxy."""
+        """A round of a base with these logits, a proxy and a reference that differ at random, and a sampled draft."""
         rows, vocabulary = logits.shape
         sequences = rows // POSITIONS_PER_SEQUENCE if rows % POSITIONS_PER_SEQUENCE == 0 else 1
         generator = torch.Generator().manual_seed(1)
@@ -132,7 +134,7 @@ class Round:
         return cls(logits.view(proxy.shape), drafted, proxy[:, -1].contiguous(), reference, ids)
 
     def step(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `kad_generate` does with the logits: the rule, accept or refuse, the next token, what is unusable."""
+        """The computations of `kad_generate`: the rule, verification, the next token, and the check of the logits."""
         draft_probs = self.draft.softmax(-1)
         proxy = torch.cat([self.draft, self.bonus[:, None]], dim=1)
         reference = self.reference if rule.needs_reference else None
@@ -156,7 +158,7 @@ def measure_ratios(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
             for repetition in tqdm(rounds, desc=f"{rows} rows, {distribution}", leave=False, disable=None):
                 for task, run in tasks.items():
                     pair = time_once(softmax), time_once(run)
-                    if repetition:  # the first one warms up
+                    if repetition:  # the first repetition warms up
                         times[task].append(pair)
             for (name, part), pairs in times.items():
                 found.append(
@@ -173,7 +175,7 @@ def measure_ratios(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
 
 
 def rule_tasks(window: Round, rules: list[Rule]) -> dict[tuple[str, str], Callable[[], object]]:
-    """What is timed, by the name of the rule and the part."""
+    """The functions that are timed, by the name of the rule and the part."""
     proxy = torch.cat([window.draft, window.bonus[:, None]], dim=1).flatten(0, 1)
     p, q, q0 = (logits.softmax(-1) for logits in (window.base.flatten(0, 1), proxy, window.reference))
     tasks: dict[tuple[str, str], Callable[[], object]] = {}
@@ -185,13 +187,15 @@ def rule_tasks(window: Round, rules: list[Rule]) -> dict[tuple[str, str], Callab
 
 
 def measure_exact(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
-    """A row for each distribution and budget: the quartiles of the seconds for a position, and the longest."""
+    """A row for each distribution and budget: the quartiles of the time for a position, and the longest time."""
     found = []
     for distribution in DISTRIBUTIONS:
         positions = random_logits(distribution, arguments.repetitions + 1, arguments.vocabulary).softmax(-1)
         for budget in EXACT_BUDGETS:
             defer = ExactDeferral(budget).defer
-            seconds = [time_once(partial(defer, position)) for position in positions][1:]  # the first one warms up
+            seconds = [time_once(partial(defer, position)) for position in positions][
+                1:
+            ]  # the first repetition warms up
             kept = (~PrimalDeferral(budget).defer(positions)).sum(-1)
             found.append(
                 {
@@ -206,11 +210,11 @@ def measure_exact(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
 
 
 def keep_freed_memory() -> torch.Tensor:
-    """Let the allocator keep what is freed, as long as the tensor lives that is returned.
+    """Make the allocator keep freed memory as long as the returned tensor exists.
 
-    glibc hands large blocks back to the system when they are freed, or does not, depending on what was freed before
-    and what lies behind them. To get the pages of a tensor anew costs more than a softmax of it. Blocks of up to 32 MB
-    are kept once one was freed, and those in front of a living one.
+    Whether glibc returns large freed blocks to the system depends on earlier blocks and on the blocks behind them, and
+    getting new pages for a tensor costs more than its softmax. glibc keeps blocks of up to 32 MB once such a block was
+    freed, and blocks in front of one that is in use.
     """
     size = 31 * 2**20
     torch.empty(size, dtype=torch.uint8)
@@ -221,14 +225,14 @@ def keep_freed_memory() -> torch.Tensor:
 
 
 def time_once(run: Callable[[], object]) -> float:
-    """Seconds of this thread that a call takes."""
+    """The CPU time of a call in this thread, in seconds."""
     started = time.thread_time()
     run()
     return time.thread_time() - started
 
 
 def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:
-    """One part of the ratios as Markdown."""
+    """The ratios of one part as a Markdown table."""
     ratios = [row for row in ratios if row["part"] == part]
     counts = sorted({row["rows"] for row in ratios})
     cells: dict[tuple[str, str], dict[int, str]] = {}
@@ -244,7 +248,7 @@ def ratio_table(ratios: list[dict[str, Any]], part: str) -> str:
 
 
 def summary_table(ratios: list[dict[str, Any]]) -> str:
-    """Rules and whole steps side by side, at the number of rows where they cost most."""
+    """Rules and whole steps side by side, at the number of rows with the highest cost."""
     parts, kinds = ("rule", "step"), list(dict.fromkeys(row["distribution"] for row in ratios))
     worst: dict[str, dict[tuple[str, str], float]] = {}
     for row in ratios:
@@ -258,7 +262,7 @@ def summary_table(ratios: list[dict[str, Any]]) -> str:
 
 
 def exact_table(rows: list[dict[str, Any]]) -> str:
-    """The exact rule's times as Markdown."""
+    """The times of the exact rule as a Markdown table."""
     lines = ["| budget | distribution | nucleus | ms a position | longest |", "|---:|---|---:|---:|---:|"]
     for row in rows:
         low, middle, high = (f"{1000 * seconds:.1f}" for seconds in row["seconds"])
@@ -278,13 +282,13 @@ def main(argv: list[str] | None = None) -> None:
     del kept
     print(f"The rule, in softmaxes of its {arguments.vocabulary:,} tokens:\n\n{ratio_table(ratios, 'rule')}\n")
     print(f"The whole step, from logits to accepted tokens:\n\n{ratio_table(ratios, 'step')}\n")
-    print(f"Both, at the number of rows where they cost most:\n\n{summary_table(ratios)}\n")
+    print(f"Both, at the number of rows with the highest cost:\n\n{summary_table(ratios)}\n")
     print(f"ExactDeferral:\n\n{exact_table(exact)}\n")
     print(environment["device"])
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         figures = {"vocabulary": arguments.vocabulary, "ratios": ratios, "exact": exact, "environment": environment}
-        arguments.output.write_text(json.dumps(figures, indent=2) + "\n")
+        write_whole(arguments.output, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad[eval]"]
 # ///
-r"""How fast is KAD, beside the base alone and stock assisted decoding, and how far from what the forwards allow?
+r"""How fast is KAD, compared with the base alone and assisted decoding, and with the bound set by forward passes?
 
-The tiny pair, its models inflated to a realistic cost: what results/speed/ holds, about an hour on 2 CPU cores.
+The tiny pair with its models inflated to a realistic cost, for results/speed/, about an hour on 2 CPU cores:
 
     pair="--inflate base=300M,proxy=30M --dtype bfloat16 --threshold 0.5"
     python recipes/benchmark_speed.py $pair --output tiny_pair --repetitions 12 --draft_lengths 3,5,7 \
@@ -16,7 +16,7 @@ The tiny pair, its models inflated to a realistic cost: what results/speed/ hold
     python recipes/benchmark_speed.py $pair --output copying --task copying --repetitions 3 --draft_lengths 3,5,8 \
         --methods speculative,prompt_lookup
 
-Automatic draft lengths beside fixed ones where a proxy step costs more, and where less is accepted:
+Automatic and fixed draft lengths with a more costly proxy, and with a lower acceptance rate:
 
     python recipes/benchmark_speed.py --inflate base=300M,proxy=100M --dtype bfloat16 --threshold 0.5 --repetitions 7 \
         --output costly_proxy --methods token_by_token,speculative,auto --draft_lengths 1,2,3,5,7,10
@@ -28,28 +28,30 @@ How time and memory grow with the text, the vocabulary and the batch:
     python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
     python recipes/benchmark_speed.py --growth vocabulary batch --batch_size 2 --repetitions 1 --output growth
 
-A real pair, and one that exists only as configurations, its acceptance set by the share that is deferred:
+A real pair, and one with random weights whose acceptance rate is determined by the deferral mass:
 
     python recipes/benchmark_speed.py --base Qwen/Qwen3-14B-Base --proxy Qwen/Qwen3-1.7B --dtype bfloat16
     python recipes/benchmark_speed.py --random_weights base=Qwen/Qwen3-14B-Base,proxy=Qwen/Qwen3-1.7B \
         --deferral_mass 0.8 --dtype bfloat16 --device cuda --output qwen3_random
 
-Methods: base, base_compiled (a static cache, compiled by transformers), proxy, assisted (stock assisted decoding with
-the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto, prompt_lookup and
-compiled; those that draft run with every draft length, or as in assisted:5 with their own. All sample, unwarped, the
-same number of tokens behind the same fresh prompts; nothing ends a text. In every repetition they take turns, and each
-is compared with the base alone of that repetition at the same batch size.
+Methods: base, base_compiled (with a static cache, compiled by transformers), proxy, assisted (assisted decoding of
+transformers with the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto,
+prompt_lookup and compiled. Methods that draft run with every draft length, or with their own as in assisted:5. All of
+them sample the same number of tokens after the same new prompts, without temperature, top-k or end of sequence. In
+every repetition they take turns, and each is compared with the base alone in that repetition at the same batch size.
 
-The bound is what that ratio would be if nothing but the models' forwards took time: forwards counted where they
-happen, priced by the medians of forwards that are timed in between, prompts included. Without prompts, for drafts of
-length γ, it is
+The bound is the ratio that would result if only the forward passes of the models took time. It is computed from the
+number of forward passes of each method and the median times of forward passes that are measured in between, prompts
+included. Without prompts, for drafts of length γ, it is
 
     E[tokens per round] t_b(1) / ((γ + a) t_q + t_b(γ + 1))
 
-with t_b(n) a forward of the base over n tokens of each text, t_q a step of the proxy, and a its further steps a round.
+with t_b(n) the time of a forward pass of the base over n tokens of each text, t_q that of a step of the proxy, and a
+the number of further proxy steps per round.
 
-The folder receives runs.jsonl, a line a repetition, with which a stopped run goes on; speed.json, speed.md and plots.
-The same folder takes further batch sizes and repetitions; other settings or another machine are refused.
+The results folder gets runs.jsonl, with a line for each repetition, from which an interrupted run continues, and
+speed.json, speed.md and plots. Batch sizes and repetitions can be added to a folder; other settings and other machines
+are refused.
 """
 
 import json
@@ -60,9 +62,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers_kad.configuration import KADConfig
-from transformers_kad.integrations.loading.arguments import ModelArguments, RuleArguments
 from transformers_kad.integrations.loading.devices import pick_device
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
+from transformers_kad.recipes.arguments import ModelArguments, RuleArguments
 from transformers_kad.recipes.benchmarking.growth import (
     AXES,
     GrowthSettings,
@@ -80,7 +82,7 @@ from transformers_kad.recipes.benchmarking.speed import Workload, measure_batch_
 from transformers_kad.recipes.benchmarking.subjects import TASKS, load_subject, threshold_that_defers
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.environment import describe_environment
-from transformers_kad.recipes.evaluation.session import say
+from transformers_kad.recipes.evaluation.session import log
 from transformers_kad.recipes.resumable import JsonLinesStore
 from transformers_kad.utils.files import write_whole
 
@@ -95,31 +97,34 @@ SIZES = {
 
 @dataclass
 class SpeedArguments:
-    """What is timed.
+    """The methods, models and repetitions that are timed.
 
     Attributes:
         inflated: `inflate`, parsed.
         configs: `random_weights`, parsed.
 
     Raises:
-        ValueError: an unknown method or a value out of range.
+        ValueError: a method is unknown, or a value is out of range.
     """
 
     pair: Path | None = field(
         default=None,
         metadata={"help": "Folder with base/ and proxy/ in it, used without --base and --proxy. Default: tiny_pair/."},
     )
-    output: str = field(default="kad_speed", metadata={"help": "Folder for the results; a stopped run goes on in it."})
+    output: str = field(
+        default="kad_speed", metadata={"help": "Folder for the results, and to continue an interrupted run."}
+    )
     methods: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Of {', '.join(KINDS)}, or with their draft length, as in speculative:5. Default: all; with "
+            "help": f"Methods of {', '.join(KINDS)}, or with a draft length, as in speculative:5. Default: all; with "
             "--growth base, token_by_token, speculative."
         },
     )
-    batch_size: list[str] = field(default_factory=lambda: ["1"], metadata={"help": "Texts at once: 1,2,4,8,16."})
+    batch_size: list[str] = field(default_factory=lambda: ["1"], metadata={"help": "Batch sizes, such as 1,2,4,8,16."})
     draft_lengths: list[str] = field(
-        default_factory=list, metadata={"help": "γ of the methods that draft. Default: 3,5,7; with --growth 5."}
+        default_factory=list,
+        metadata={"help": "Draft lengths γ of the methods that draft. Default: 3,5,7; with --growth: 5."},
     )
     task: Literal[tuple(TASKS)] = field(  # type: ignore[valid-type]
         default="arithmetic", metadata={"help": "; ".join(f"{name}: {task.help}" for name, task in TASKS.items())}
@@ -127,16 +132,16 @@ class SpeedArguments:
     max_new_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Tokens of every text. Default: "
+            "help": "New tokens of every text. Default: "
             + ", ".join(f"{task.max_new_tokens} for {name}" for name, task in TASKS.items())
         },
     )
-    prompt_tokens: int = field(default=64, metadata={"help": "Random tokens of a prompt, for random weights."})
-    repetitions: int = field(default=5, metadata={"help": "Of all methods, in turns."})
-    seed: int = field(default=0, metadata={"help": "Of prompts, draws and random weights."})
+    prompt_tokens: int = field(default=64, metadata={"help": "Length of the random prompts for random weights."})
+    repetitions: int = field(default=5, metadata={"help": "Repetitions of all methods."})
+    seed: int = field(default=0, metadata={"help": "Seed of prompts, sampling and random weights."})
     inflate: str | None = field(
         default=None,
-        metadata={"help": "base=300M,proxy=30M: widen the layers by what costs time and changes nothing."},
+        metadata={"help": "base=300M,proxy=30M: parameters to add that cost time and change nothing."},
     )
     random_weights: str | None = field(
         default=None,
@@ -145,14 +150,14 @@ class SpeedArguments:
     deferral_mass: float | None = field(
         default=None,
         metadata={
-            "help": "Random weights: choose dual's threshold so that this share is deferred, which acceptance is at "
-            f"least. Default: {DEFERRAL_MASS} where neither a rule nor a parameter is given."
+            "help": "For random weights: mean deferral mass, for which a threshold of dual is chosen; the acceptance "
+            f"rate is at least as high. Default: {DEFERRAL_MASS} if neither a rule nor a parameter is given."
         },
     )
     growth: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"Measure how cost grows with any of {', '.join(AXES)}, on random models of the pair's kind."
+            "help": f"Measure how costs grow with any of {', '.join(AXES)}, on random models of the pair's kind."
         },
     )
     sizes: list[str] = field(
@@ -174,7 +179,9 @@ class SpeedArguments:
         if self.sizes and len(self.growth) != 1:
             raise ValueError(f"--sizes {' '.join(self.sizes)} go with one axis of --growth, got {self.growth}.")
         if self.growth and any(KINDS[method.kind].compiled for method in self.chosen):
-            raise ValueError(f"--growth looks at every forward, which compiled ones don't show: got {self.methods}.")
+            raise ValueError(
+                f"--growth measures every forward pass, which compiled methods don't allow: got {self.methods}."
+            )
         self.grown = SIZES | ({self.growth[0]: sorted(_numbers(self.sizes, "--sizes"))} if self.sizes else {})
         if self.max_new_tokens is None:
             self.max_new_tokens = TASKS[self.task].max_new_tokens
@@ -188,29 +195,29 @@ class SpeedArguments:
         if self.deferral_mass is not None:
             if not (self.configs or self.growth):
                 raise ValueError(
-                    "--deferral_mass goes with --random_weights or --growth: it says nothing of a real pair."
+                    "--deferral_mass goes with --random_weights or --growth: it has no meaning for a real pair."
                 )
             if not 0 < self.deferral_mass <= 1:
                 raise ValueError(f"--deferral_mass must lie in (0, 1], got {self.deferral_mass}.")
 
 
 def _words(values: Sequence[str]) -> list[str]:
-    """What is separated by spaces or commas."""
+    """Words that are separated by spaces or commas."""
     return [word for value in values for word in value.split(",") if word]
 
 
 def _numbers(values: Sequence[str], option: str) -> list[int]:
     words = _words(values)
     if not all(word.isdigit() and int(word) >= 1 for word in words):
-        raise ValueError(f"{option} takes whole numbers from 1 on, got {' '.join(values)}.")
+        raise ValueError(f"{option} takes whole numbers of at least 1, got {' '.join(values)}.")
     return list(dict.fromkeys(map(int, words)))
 
 
 def choose_rule(rule: RuleArguments, speed: SpeedArguments) -> KADConfig | None:
-    """The rule that was asked for; None: the dual rule with a threshold for the deferral mass.
+    """The rule of the command line; None for the dual rule with a threshold for the deferral mass.
 
     Raises:
-        ValueError: a deferral mass beside a rule or a parameter, or --num_assistant_tokens.
+        ValueError: a deferral mass was given together with a rule or a parameter, or --num_assistant_tokens was given.
     """
     parameters, own = rule.given()
     if "num_assistant_tokens" in own:
@@ -230,7 +237,7 @@ def choose_rule(rule: RuleArguments, speed: SpeedArguments) -> KADConfig | None:
 def settings_of(
     models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, environment: dict[str, Any]
 ) -> dict[str, Any]:
-    """What decides the figures, as JSON values; other settings need another folder."""
+    """The settings that determine the results, as JSON values. Other settings need another folder."""
     rule = {} if config is None else {"rule": config.rule, "parameters": dict(config.parameters)}
     mass = (speed.deferral_mass or DEFERRAL_MASS) if config is None else None
     return {
@@ -255,15 +262,15 @@ def settings_of(
 
 
 def _short(path: str | None) -> str:
-    """A local path by its last two names, so that results say nothing of whose machine made them."""
+    """The last two names of a local path, so that results don't contain paths of a machine."""
     return "/".join(Path(str(path)).parts[-2:]) if Path(str(path)).exists() else str(path)
 
 
 def find_models(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> None:
-    """Fill in base and proxy where the command line leaves them out.
+    """Fill in base and proxy if the command line does not name them.
 
     Raises:
-        ValueError: they are nowhere.
+        ValueError: they were not found.
     """
     if speed.configs:
         return
@@ -276,19 +283,19 @@ def find_models(models: ModelArguments, rule: RuleArguments, speed: SpeedArgumen
                 "proxy/, or --random_weights."
             )
         models.base, models.proxy = str(pair / "base"), str(pair / "proxy")
-    models.complete(named, rule.config if rule.config and Path(rule.config).is_dir() else None)
+    models.complete(named, rule.config)
 
 
 def write_report(report: dict[str, Any], text: str, folder: Path, name: str) -> None:
-    """Print the text, and write it and the figures."""
+    """Print a report, and write it as Markdown and JSON."""
     write_whole(folder / f"{name}.json", json.dumps(report, indent=2) + "\n")
     write_whole(folder / f"{name}.md", text)
     print(text)
-    say(f"Written: {folder / name}.json, {folder / name}.md")
+    log(f"Written: {folder / name}.json, {folder / name}.md")
 
 
 def circumstances(settings: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What a report was measured with, as JSON values."""
+    """The settings, the environment and the load of a measurement, as JSON values."""
     loads = [record["load"] for record in records if record["load"] is not None]
     own = {name: value for name, value in settings.items() if name != "environment"}
     return {"settings": own, "environment": settings["environment"], "load": max(loads, default=None)}
@@ -297,20 +304,20 @@ def circumstances(settings: dict[str, Any], records: Sequence[dict[str, Any]]) -
 def run_speed(
     models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, settings: dict[str, Any]
 ) -> None:
-    """All methods at all batch sizes, then the report of everything in the folder."""
+    """Measure all methods at all batch sizes, and report everything in the folder."""
     folder = Path(speed.output)
     with JsonLinesStore(folder / "runs.jsonl", settings) as store:
         subject = load_subject(models, random_weights=speed.configs, inflated=speed.inflated, seed=speed.seed)
         sizes = ", ".join(f"{name} {model.num_parameters() / 1e6:.1f} M" for name, model in subject.models.items())
-        say(f"Parameters: {sizes}. Device: {settings['environment']['device']}.")
+        log(f"Parameters: {sizes}. Device: {settings['environment']['device']}.")
         if config is None:
             threshold = threshold_that_defers(subject.base, settings["deferral_mass"])
-            say(f"A deferral mass of {settings['deferral_mass']} takes dual with threshold {threshold:.3g}.")
+            log(f"A deferral mass of {settings['deferral_mass']} needs dual with threshold {threshold:.3g}.")
             config = KADConfig("dual", {"threshold": threshold})
         workload = Workload(speed.task, speed.max_new_tokens, speed.prompt_tokens, speed.seed)
         for rows in speed.batch_sizes:
             measure_batch_size(
-                subject, config, workload, speed.chosen, store, rows=rows, repetitions=speed.repetitions, say=say
+                subject, config, workload, speed.chosen, store, rows=rows, repetitions=speed.repetitions, log=log
             )
         records = store.records
     rows = make_rows(records)
@@ -324,15 +331,15 @@ def run_speed(
     for size in dict.fromkeys(row["batch_size"] for row in rows):
         own = [row for row in rows if row["batch_size"] == size]
         for path in plot_draft_lengths(own, folder / "plots" / f"draft_length_batch_{size}", title=f"Batch {size}"):
-            say(f"Written: {path}")
+            log(f"Written: {path}")
     for path in plot_batch_sizes(rows, folder / "plots" / "batch_size"):
-        say(f"Written: {path}")
+        log(f"Written: {path}")
 
 
 def run_growth(
     models: ModelArguments, speed: SpeedArguments, config: KADConfig | None, settings: dict[str, Any]
 ) -> None:
-    """All axes that were asked for, then the report of everything in the folder."""
+    """Measure along all axes of --growth, and report everything in the folder."""
     folder = Path(speed.output)
     growth = GrowthSettings(
         load_configs(models, speed.configs),
@@ -348,16 +355,16 @@ def run_growth(
     with JsonLinesStore(folder / "growth.jsonl", settings) as store:
         for axis in speed.growth:
             measure_growth(
-                growth, axis, speed.grown[axis], speed.chosen, store, repetitions=speed.repetitions, say=say
+                growth, axis, speed.grown[axis], speed.chosen, store, repetitions=speed.repetitions, log=log
             )
         report = make_growth_report(store.records) | circumstances(settings, store.records)
     write_report(report, growth_to_markdown(report), folder, "growth")
     for path in plot_axes(report, folder / "plots"):
-        say(f"Written: {path}")
+        log(f"Written: {path}")
 
 
 def run(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> int:
-    """Measure, then report."""
+    """Measure and report."""
     config = choose_rule(rule, speed)
     find_models(models, rule, speed)
     if config is not None:
@@ -370,7 +377,7 @@ def run(models: ModelArguments, rule: RuleArguments, speed: SpeedArguments) -> i
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     arguments = parse_arguments([ModelArguments, RuleArguments, SpeedArguments], __doc__, argv)
-    quieten()
+    silence_libraries()
     return exit_status(lambda: run(*arguments))
 
 

@@ -4,36 +4,35 @@
 # ///
 """Generate with any base and any proxy, each a Hub id or a folder, of a model or of an adapter.
 
-One prompt, streamed to the terminal, with a page that shows who each token is owed to:
+One prompt, streamed to the terminal, with a page that shows for each token how much of it is due to the proxy:
 
     python recipes/generate.py --base BASE --proxy PROXY --prompt "Why is the sky blue?" --trace trace.html
 
-With the settings that an aligned proxy brings along (`kad_config.json`, which also names base and proxy):
+With the settings of an aligned proxy (its `kad_config.json` also names base and proxy):
 
     python recipes/generate.py --config my_proxy --prompt "Why is the sky blue?"
 
-A file of prompts, one a line, plain or as JSON ({"prompt": ...} or {"messages": [...]}, with "tools" and
-"chat_template_kwargs" where the chat template takes them). Stopped in the middle, the same command goes on where it
-was:
+A file of prompts, one in each line, as plain text or JSON ({"prompt": ...} or {"messages": [...]}, with "tools" and
+"chat_template_kwargs" if the chat template takes them). The same command continues an interrupted run:
 
     python recipes/generate.py --config my_proxy --input prompts.txt --output answers.jsonl
     cat prompts.txt | python recipes/generate.py --config my_proxy > answers.jsonl
 
 Answers are JSON Lines, a record for each line of the input:
 
-    line                its number, from 1
-    prompt              what was asked: text, or a list of messages
-    row                 the whole JSON object of the line, as it was
+    line                the number of the line, from 1
+    prompt              the prompt: text, or a list of messages
+    row                 the JSON object of the line
     text                the answer
     ended               whether the answer ended by itself, and not at --max_new_tokens
-    tokens              how many tokens it has
+    tokens              the number of tokens of the answer
     acceptance_rate     share of the drafted tokens that were accepted
     deferral_mass       mean share of the base's probability that was deferred to the proxy
-    error               instead of the last five: why there is no answer
+    error               instead of the last five: the reason why there is no answer
 
-A line without an answer does not keep the others from theirs; the exit status is 1 then.
+If a line fails, the others are answered nevertheless, and the exit status is 1.
 
-Greedy and speculative unless told otherwise. For a base larger than one device there are --device_map auto and
+Decoding is greedy and speculative by default. If the base is larger than one device, use --device_map auto or
 --quantization.
 """
 
@@ -49,14 +48,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from transformers_kad import KADConfig, KADStatistics
-from transformers_kad.integrations.loading.arguments import (
+from transformers_kad.integrations.loading.messages import silence_libraries
+from transformers_kad.integrations.loading.prompts import Prompt, check_template_arguments, encode, normalize_prompt
+from transformers_kad.recipes.arguments import (
     ModelArguments,
     RuleArguments,
     SamplingArguments,
     template_arguments,
 )
-from transformers_kad.integrations.loading.messages import quieten
-from transformers_kad.integrations.loading.prompts import Prompt, check_template_arguments, encode, normalize_prompt
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.pair import Pair
 from transformers_kad.recipes.resumable import JsonLinesStore, json_line
@@ -65,39 +64,44 @@ from transformers_kad.utils.sources import shown_name
 from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
-# Only now: transformers_kad imports torchao without what it prints.
+# These imports follow transformers_kad, which suppresses the messages of torchao.
 import torch
 from transformers import TextStreamer, set_seed
 
 
 @dataclass
 class PromptArguments:
-    """What to answer, and where the answers go."""
+    """The prompts, and where the answers are written."""
 
-    prompt: str | None = field(default=None, metadata={"help": "One prompt; its answer is streamed."})
+    prompt: str | None = field(default=None, metadata={"help": "A prompt, whose answer is streamed."})
     input: str | None = field(
-        default=None, metadata={"help": "File of prompts, one a line; - for standard input, the default in a pipe."}
+        default=None,
+        metadata={"help": "File of prompts, one in each line; - for standard input, the default in a pipe."},
     )
     output: str | None = field(
         default=None,
         metadata={
-            "help": "File for the answers to --input, taken up again after a stop; a device or a pipe is only written "
+            "help": "File for the answers to --input, which a later run continues; a device or a pipe is only written "
             "to. Default: stdout."
         },
     )
-    system: str | None = field(default=None, metadata={"help": "System message put before every chat."})
+    system: str | None = field(default=None, metadata={"help": "System message at the beginning of every chat."})
     chat: Literal["auto", "yes", "no"] = field(
-        default="auto", metadata={"help": "Put prompts into the base's chat template; auto: where it has one."}
+        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
     )
     proxy_chat: Literal["same", "yes", "no"] = field(
         default="same",
-        metadata={"help": "The same for the proxy, by its own tokenizer; same: the proxy sees the base's prompt."},
+        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
     )
     template_arguments: str | None = field(
-        default=None, metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
+        default=None,
+        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
     )
     trace: str | None = field(
-        default=None, metadata={"help": "HTML page that shows, token by token, who the answer to --prompt is owed to."}
+        default=None,
+        metadata={
+            "help": "HTML page that shows how much of each token of the answer to --prompt is due to the proxy."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +109,7 @@ class PromptArguments:
 
 
 class Generator:
-    """Base, proxy and processor, and one answer at a time."""
+    """Answers prompts one at a time, with a base, a proxy and a processor."""
 
     def __init__(
         self,
@@ -116,7 +120,7 @@ class Generator:
         trace: bool = False,
     ) -> None:
         self.sampling = sampling
-        # One copy of the weights serves as proxy and as reference where the adapter can be switched off.
+        # If the adapter can be switched off, one copy of the weights serves as proxy and as reference.
         self.pair = Pair(models, merge_proxy=not config.make_rule().needs_reference or models.reference is not None)
         self.kad = self.pair.processor(config, trace=trace)
         self.settings = {
@@ -136,9 +140,9 @@ class Generator:
         streamer: Any = None,
         template: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The ids of one answer. Equal seeds give equal answers, whatever was answered before.
+        """Generate the ids of an answer. Equal seeds give equal answers, independently of earlier ones.
 
-        `template` holds arguments of the chat template for this prompt, beside those of --template_arguments.
+        `template` has arguments of the chat template for this prompt, in addition to --template_arguments.
         """
         pair, template = self.pair, {**arguments.template, **(template or {})}
         if isinstance(prompt, str):
@@ -155,15 +159,15 @@ class Generator:
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
 
     def check_template(self, template: Mapping[str, Any], arguments: PromptArguments) -> None:
-        """Raise a `ValueError` where there are template arguments, and questions are put into no chat template."""
+        """Raise a `ValueError` if there are template arguments, but no chat template is applied to questions."""
         sides = [(self.pair.tokenizer, arguments.chat)]
         if arguments.proxy_chat != "same":
             sides.append((self.pair.proxy_tokenizer, arguments.proxy_chat))
         chats = [tokenizer.chat_template is not None if chat == "auto" else chat == "yes" for tokenizer, chat in sides]
         if template and not any(chats):
             raise ValueError(
-                f"There is no chat template to give {dict(template)!r} to: the prompt is plain text, by --chat "
-                f"{arguments.chat} and --proxy_chat {arguments.proxy_chat}."
+                f"No chat template takes {dict(template)!r}: the prompt is plain text, by --chat {arguments.chat} and "
+                f"--proxy_chat {arguments.proxy_chat}."
             )
 
     def ended(self, ids: list[int]) -> bool:
@@ -180,7 +184,7 @@ def _flag(choice: str) -> bool | None:
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """A prompt with a system message before it."""
+    """Prepend a system message to a prompt."""
     if system is None:
         return prompt
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -193,10 +197,10 @@ class Line:
 
     Attributes:
         number: from 1.
-        prompt: text or messages; None where there is none that can be used.
-        row: the JSON object, or the text of a line that can't be read; None for plain text.
-        template: arguments of the chat template that the row brings along.
-        error: why it can't be used; None if it can.
+        prompt: text or messages; None if the line has no usable prompt.
+        row: the JSON object, or the text of a malformed line; None for plain text.
+        template: arguments of the chat template in the row.
+        error: why the line can't be used; None if it can.
     """
 
     number: int
@@ -206,13 +210,13 @@ class Line:
     error: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """What a record of the output holds of the line."""
+        """The fields of the output record that describe the line."""
         row = {} if self.row is None else {"row": self.row}
         return {"line": self.number, "prompt": self.prompt, **row}
 
 
 def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
-    """The lines of a file; empty ones are passed over. What can't be used has an `error`."""
+    """Parse the lines of a file, except empty ones. A line that can't be used has an `error`."""
     for number, line in enumerate(lines, start=1):
         text = line.removeprefix("\ufeff").rstrip("\r\n")
         if not text.strip():
@@ -228,7 +232,7 @@ def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
                     row = parse_json_object(text)
                 except ValueError as error:
                     raise ValueError(
-                        f"the line begins like JSON, but is no JSON object: {text[:80]!r} ({error})"
+                        f"the line begins like JSON, but is not a JSON object: {text[:80]!r} ({error})"
                     ) from error
                 yield Line(number, prompt_of(row), row, template_of(row))
             else:
@@ -238,10 +242,10 @@ def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
 
 
 def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a JSON object: its `messages`, else its `prompt`, which is text or messages too.
+    """The prompt of a JSON object: its `messages`, or else its `prompt`, which is text or messages.
 
     Raises:
-        ValueError: there is neither, or it can't be used.
+        ValueError: it has neither, or the prompt is malformed.
     """
     name = "prompt" if row.get("messages") is None else "messages"
     if row.get(name) is None:
@@ -255,10 +259,10 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
 
 
 def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments for the chat template of a JSON object: its `tools` and its `chat_template_kwargs`.
+    """The arguments of the chat template in a JSON object: its `tools` and its `chat_template_kwargs`.
 
     Raises:
-        ValueError: they can't be used.
+        ValueError: they are malformed.
     """
     more = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
     if not isinstance(more, dict):
@@ -269,12 +273,12 @@ def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seed_of(seed: int, line: int) -> int:
-    """A seed for each line, so that an answer does not depend on those before it."""
+    """The seed of a line, so that an answer does not depend on earlier ones."""
     return random.Random(f"{seed} {line}").getrandbits(32)
 
 
 def summary(calls: list[KADStatistics], seconds: float) -> str:
-    """The statistics of some calls in one line."""
+    """A line with the statistics of several calls."""
     total = add_up(
         calls,
         base_forwards=sum(call.base_forwards for call in calls),
@@ -290,7 +294,7 @@ def summary(calls: list[KADStatistics], seconds: float) -> str:
 
 
 def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
-    """Answer --prompt, streamed."""
+    """Answer --prompt, and stream the answer."""
     streamer = TextStreamer(generator.pair.tokenizer, skip_prompt=True, skip_special_tokens=True)
     started = time.perf_counter()
     generator.check_template(arguments.template, arguments)
@@ -300,17 +304,20 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
     print(summary([generator.kad.statistics], time.perf_counter() - started), file=sys.stderr)
     if arguments.trace and generator.kad.trace is not None:
         models = generator.pair.models
-        names = {"base": shown_name(models.base), "proxy": shown_name(models.proxy)}  # an adapter has its own
+        names = {
+            "base": shown_name(models.base),
+            "proxy": shown_name(models.proxy),
+        }  # for an adapter, the trace has the name of the model below it
         trace = replace(generator.kad.trace, **names)
         page = trace.to_html(arguments.trace, generator.pair.tokenizer, title=arguments.prompt)
         print(f"Trace: {page}", file=sys.stderr)
 
 
 def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> Iterator[Line]:
-    """The same lines.
+    """Yield the lines, after comparing answered ones with their records.
 
     Raises:
-        ValueError: an answered line is not the one that is there now.
+        ValueError: a line has changed since it was answered.
     """
     for line in lines:
         if line.number in done:
@@ -329,24 +336,24 @@ def answered(store: JsonLinesStore) -> dict[int, dict[str, Any]]:
     """The records of an earlier run, by the number of their line.
 
     Raises:
-        ValueError: a record has no such number.
+        ValueError: a record has no line number.
     """
     for record in store.records:
         if not isinstance(record.get("line"), int):
-            raise ValueError(f"{str(store.path)!r} holds a record without the number of its line: {record!r:.80}.")
+            raise ValueError(f"{str(store.path)!r} has a record without a line number: {record!r:.80}.")
     return {record["line"]: record for record in store.records}
 
 
 def run_lines(
     generator: Generator, arguments: PromptArguments, lines: Iterable[Line], store: JsonLinesStore | None
 ) -> int:
-    """Answer one prompt a line; how many failed, earlier runs included."""
+    """Answer one prompt for each line. Returns the number of failed lines, including earlier runs."""
     done = answered(store) if store else {}
     failed = sum("error" in record for record in done.values())
     if store and store.torn is not None:
-        print(f"A torn last line was removed and is answered anew: {store.torn!r}", file=sys.stderr)
+        print(f"An incomplete last line was removed and is answered again: {store.torn!r}", file=sys.stderr)
     if done:
-        print(f"{len(done)} lines are done already, {failed} of them failed.", file=sys.stderr)
+        print(f"{len(done)} lines are already done, {failed} of them failed.", file=sys.stderr)
     started, calls = time.perf_counter(), list[KADStatistics]()
     for line in check_answered(lines, done):
         if line.number in done:
@@ -358,7 +365,7 @@ def run_lines(
             prompt = with_system(line.prompt, arguments.system)
             seed = seed_of(generator.sampling.seed, line.number)
             ids = generator.answer(prompt, arguments, seed, template=line.template)
-        except (ValueError, torch.OutOfMemoryError) as error:  # too long, say: the other lines go on
+        except (ValueError, torch.OutOfMemoryError) as error:  # such as a prompt that is too long
             record["error"], failed = str(error), failed + 1
             print(f"Line {line.number} failed: {error}", file=sys.stderr)
         else:
@@ -382,7 +389,7 @@ def run_lines(
 
 
 def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, sampling: SamplingArguments) -> int:
-    """Do what the command line says; the exit status."""
+    """Run the command line, and return the exit status."""
     if (prompts.prompt is None) == (prompts.input is None):
         if prompts.prompt is not None or sys.stdin is None or sys.stdin.isatty():
             raise ValueError(f"Pass one of --prompt and --input, got {prompts.prompt!r} and {prompts.input!r}.")
@@ -394,7 +401,7 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
     if prompts.trace is not None and Path(prompts.trace).is_dir():
         raise ValueError(f"--trace must be a file, got the folder {prompts.trace!r}.")
     config = rule.to_config()
-    models.complete(config, rule.config if rule.config and Path(rule.config).is_dir() else None)
+    models.complete(config, rule.config)
     if prompts.input is None:
         run_prompt(Generator(models, config, sampling, trace=prompts.trace is not None), prompts)
         return 0
@@ -402,7 +409,7 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors=UNREADABLE)
         lines: Iterable[Line] = read_prompts(sys.stdin)
-    else:  # all of it is read, and so checked, before anything is loaded
+    else:  # the whole file is checked before models are loaded
         lines = check_usable(list(read_prompts(read_file(prompts.input))), prompts.input)
     with ExitStack() as stack:
         store = None
@@ -415,14 +422,14 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
         return 1 if run_lines(generator, prompts, lines, store) else 0
 
 
-UNREADABLE = "surrogateescape"  # bytes that are no UTF-8 become lone surrogates, by which their line is found
+UNREADABLE = "surrogateescape"  # turns invalid UTF-8 into lone surrogates, which `read_prompts` reports
 
 
 def read_file(path: str) -> list[str]:
     """The lines of a text file.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: the file can't be read.
     """
     try:
         return Path(path).read_text(encoding="utf-8", errors=UNREADABLE).split("\n")
@@ -431,10 +438,10 @@ def read_file(path: str) -> list[str]:
 
 
 def check_usable(lines: list[Line], path: str) -> list[Line]:
-    """The same lines; says how many can't be used.
+    """Return the lines, and print how many can't be used.
 
     Raises:
-        ValueError: none of them can.
+        ValueError: none of them can be used.
     """
     bad = [line for line in lines if line.error is not None]
     if bad and len(bad) == len(lines):
@@ -452,14 +459,14 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     types = (ModelArguments, RuleArguments, PromptArguments, SamplingArguments)
     arguments = parse_arguments(types, __doc__, argv)
-    quieten()
+    silence_libraries()
     try:
         return run(*arguments)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. With --output, the same command goes on where it was.", file=sys.stderr)
+        print("\nInterrupted. With --output, the same command continues the run.", file=sys.stderr)
         return 130
 
 

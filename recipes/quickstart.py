@@ -2,12 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad", "tqdm"]
 # ///
-"""See what KAD does, in three minutes on a laptop, offline, on a tiny pair of models trained in this repo.
+"""Shows what KAD does within three minutes on a laptop, offline, with a tiny pair of models from this repo.
 
     python recipes/quickstart.py
 
-It answers one question with the base, the proxy and KAD, scores every rule on held-out problems, and checks that
-speculative and token-by-token decoding write the same text.
+The script answers a question with the base, the proxy and KAD, scores several rules on held-out problems, and checks
+that speculative decoding and decoding token by token generate the same texts.
 
 Any other pair, by Hub id or local folder (the proxy may be a LoRA adapter):
 
@@ -27,7 +27,7 @@ import torch
 from tqdm.auto import tqdm
 
 from transformers_kad import RULES, KADLogitsProcessor, KADStatistics, KADTrace, make_rule
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.integrations.loading.models import below_adapter, load_model, load_tokenizer
 from transformers_kad.integrations.loading.prompts import PLAIN_SAMPLING, encode, eos_token_ids, pad_token_id
 from transformers_kad.recipes.command_line import parse_arguments
@@ -36,14 +36,14 @@ from transformers_kad.recipes.word_problems import is_correct, is_correct_lenien
 from transformers_kad.records.statistics import add_up
 
 # isort: split
-# Only now: transformers_kad imports torchao without what it prints.
+# These imports follow transformers_kad, which suppresses the messages of torchao.
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
-# The best of the grid of recipes/sweep.py on 300 validation problems.
+# The best parameters in the grid of recipes/sweep.py on 300 validation problems.
 TINY_PAIR_RULES = {
     "implicit reward": ("implicit_reward", {"beta": 2.0}),
     "nudging": ("nudging", {"threshold": 0.7}),
@@ -55,7 +55,7 @@ TINY_PAIR_RULES = {
 
 @dataclass
 class QuickstartArguments:
-    """Arguments of the quickstart."""
+    """The arguments of the quickstart."""
 
     base: str | None = field(
         default=None, metadata={"help": "Base model: Hub id or folder. Default: the tiny pair's."}
@@ -67,16 +67,16 @@ class QuickstartArguments:
         default=Path(__file__).resolve().parent / "tiny_pair",
         metadata={"help": "Folder of the tiny pair, used without --base and --proxy."},
     )
-    rule: str = field(default="dual", metadata={"help": "Rule, a name from RULES, for the answer at the top."})
+    rule: str = field(default="dual", metadata={"help": "Rule for the answer at the top, a name from RULES."})
     parameters: str = field(
         default="{}", metadata={"help": "The rule's parameters as JSON, for example '{\"threshold\": 0.5}'."}
     )
-    prompt: str | None = field(default=None, metadata={"help": "What to ask. Default: a held-out problem."})
-    max_new_tokens: int = field(default=40, metadata={"help": "Longest answer, in tokens."})
+    prompt: str | None = field(default=None, metadata={"help": "The question. Default: a held-out problem."})
+    max_new_tokens: int = field(default=40, metadata={"help": "Maximum length of an answer, in tokens."})
     num_assistant_tokens: int = field(default=5, metadata={"help": "Draft length of speculative decoding."})
-    problems: int = field(default=200, metadata={"help": "Held-out problems in the table (tiny pair only)."})
-    device: str = field(default="cpu", metadata={"help": "Where the models run: cpu, cuda, cuda:1, mps."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    problems: int = field(default=200, metadata={"help": "Number of held-out problems in the table (tiny pair only)."})
+    device: str = field(default="cpu", metadata={"help": "Device of the models: cpu, cuda, cuda:1, mps."})
+    dtype: str = field(default="auto", metadata={"help": "dtype of the weights: auto, float32, bfloat16 or float16."})
     seed: int = field(default=0, metadata={"help": "Seed of the sampling."})
 
     def __post_init__(self) -> None:
@@ -94,12 +94,12 @@ class QuickstartArguments:
 
 
 def paint(trace: KADTrace, tokenizer: PreTrainedTokenizerBase, colour: bool) -> str:
-    """The text of a trace, each token in the colour of whom it is owed to: blue the base, yellow the proxy."""
+    """The text of a trace. A token is blue if it is due to the base, and yellow if it is due to the proxy."""
     ids, text, painted = [], "", ""
     for record in trace:
         ids.append(record.token_id)
         longer = tokenizer.decode(ids, skip_special_tokens=True)
-        if longer.endswith("\ufffd"):  # a character that goes on in the next token
+        if longer.endswith("\ufffd"):  # the next token completes the character
             continue
         piece, text = longer[len(text) :], longer
         if not colour or record.proxy_share is None:
@@ -143,7 +143,7 @@ class Row:
 
 
 class Session:
-    """The models of a run, and one answer at a time."""
+    """The models of a run, and their answers."""
 
     def __init__(self, arguments: QuickstartArguments, base_path: str, proxy_path: str) -> None:
         self.arguments = arguments
@@ -176,7 +176,7 @@ class Session:
         )
 
     def answers(self, model: PreTrainedModel, questions: list[str], **settings: Any) -> list[list[int]]:
-        """The ids that a model generates for each of several questions, up to the end of its turn."""
+        """The ids that a model generates for each question, up to the end of its turn."""
         inputs = encode(self.tokenizer, questions, self.arguments.device, model=model)
         ids = model.generate(**inputs, **{**self.settings, **PLAIN_SAMPLING, **settings})
         ends = set(self.settings["eos_token_id"] or ())
@@ -184,12 +184,12 @@ class Session:
         return [row[: next((at + 1 for at, token in enumerate(row) if token in ends), len(row))] for row in rows]
 
     def answer(self, model: PreTrainedModel, question: str, **settings: Any) -> list[int]:
-        """The same for one question."""
+        """The ids that a model generates for one question."""
         return self.answers(model, [question], **settings)[0]
 
 
 def show_answers(session: Session, question: str) -> None:
-    """One prompt, answered by the base, the proxy and KAD."""
+    """Print the answers of the base, the proxy and KAD to one question."""
     arguments = session.arguments
     kad = session.processor(arguments.rule, arguments.rule_parameters, trace=True)
     kad_settings = {"logits_processor": [kad], "assistant_model": kad.proxy}
@@ -209,12 +209,12 @@ def show_answers(session: Session, question: str) -> None:
             text = paint(kad.trace or KADTrace(), session.tokenizer, colour)
         print(f"{name:>5}: {text!s}   [{len(ids)} tokens, {len(ids) / seconds:.0f} tokens/s]")
     if colour:
-        print("       \033[34mowed to the base\033[0m, \033[35mto both\033[0m, \033[33mto the proxy\033[0m")
+        print("       \033[34mdue to the base\033[0m, \033[35mto both\033[0m, \033[33mto the proxy\033[0m")
     statistics = kad.statistics
     if statistics is not None and statistics.acceptance_rate is not None:
         print(
             f"       {kad.rule}: acceptance {statistics.acceptance_rate:.2f}, "
-            f"{statistics.tokens_per_round:.1f} tokens per forward of the base"
+            f"{statistics.tokens_per_round:.1f} tokens per round"
         )
 
 
@@ -227,7 +227,7 @@ def measure(
     kad: KADLogitsProcessor | None = None,
     **settings: Any,
 ) -> Row:
-    """Sample an answer to every problem, one at a time, and score it."""
+    """Sample an answer to every problem, one after the other, and score it."""
     model = session.proxy if method == "proxy alone" else session.base
     set_seed(session.arguments.seed)
     correct = right = tokens = 0
@@ -265,7 +265,7 @@ def measure(
 def tables(
     session: Session, problems: list[Any], scorers: tuple[Callable[..., bool], Callable[..., bool]]
 ) -> Iterable[Row]:
-    """Every method on the same problems: base, proxy and rules, sampled at temperature 1."""
+    """The rows of all methods on the same problems: base, proxy and rules, sampled at temperature 1."""
     yield measure(session, "base alone", problems, *scorers)
     yield measure(session, "proxy alone", problems, *scorers)
     for method, (rule, parameters) in TINY_PAIR_RULES.items():
@@ -276,7 +276,7 @@ def tables(
 
 
 def count_equal_texts(session: Session, problems: list[Any]) -> int:
-    """On how many problems speculative decoding and decoding token by token (in a batch) agree, greedily."""
+    """The number of problems on which greedy decoding gives the same text speculatively and token by token."""
     kad = session.processor(*TINY_PAIR_RULES["KAD dual"])
     settings = {"logits_processor": [kad], "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     questions = [problem.question for problem in problems]
@@ -289,14 +289,14 @@ def count_equal_texts(session: Session, problems: list[Any]) -> int:
 
 
 def run_tiny_pair(arguments: QuickstartArguments) -> None:
-    """The quickstart proper."""
+    """Run the quickstart with the tiny pair."""
     pair = arguments.pair
     if not (pair / "base").is_dir():
         sys.exit(
             f"error: no tiny pair in {str(pair)!r}. Pass its folder with --pair, or a pair of your own with --base "
             "and --proxy."
         )
-    torch.set_num_threads(1)  # models this small only lose time to more
+    torch.set_num_threads(1)  # more threads are slower for models this small
     if arguments.rule == "dual" and not arguments.rule_parameters:
         arguments.rule_parameters = dict(TINY_PAIR_RULES["KAD dual"][1])
     session = Session(arguments, str(pair / "base"), str(pair / "proxy"))
@@ -310,8 +310,9 @@ def run_tiny_pair(arguments: QuickstartArguments) -> None:
     for row in tables(session, problems, (is_correct, is_correct_lenient)):
         print(row, flush=True)
     print(
-        "\naccuracy: the right number in the right form, ended; lenient: the right number after the last '='.\n"
-        "tokens/s: models this small are bound by Python, not by arithmetic. The speeds show nothing about big ones."
+        "\naccuracy: the right number in the right form, followed by the end of sequence.\n"
+        "lenient: the right number after the last '='.\n"
+        "tokens/s: the speed of models this small is limited by Python, so it says nothing about larger models."
     )
     equal = count_equal_texts(session, problems)
     dtype = str(session.base.dtype).removeprefix("torch.")
@@ -321,7 +322,7 @@ def run_tiny_pair(arguments: QuickstartArguments) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
     (arguments,) = parse_arguments([QuickstartArguments], __doc__, argv)
-    quieten()
+    silence_libraries()
     if arguments.base is None:
         run_tiny_pair(arguments)
     else:

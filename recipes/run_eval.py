@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad[eval]"]
 # ///
-r"""Measure what each rule buys: accuracy with intervals, speed, acceptance and deferral, on the same questions.
+r"""Compare rules on the same questions: accuracy with intervals, speed, acceptance and deferral.
 
 The tiny pair on its own held-out problems, some minutes on 2 CPU cores:
 
@@ -13,27 +13,27 @@ Any pair on public tasks, each model a Hub id or a folder:
     python recipes/run_eval.py --base allenai/OLMo-2-1124-13B --proxy allenai/OLMo-2-0425-1B-Instruct \
         --task gsm8k math500 --method base proxy kad-primal:budget=0.8 kad-dual:threshold=0.3,0.4 --output results
 
-Several GPUs, one model copy each: `torchrun --nproc_per_node 8 recipes/run_eval.py ...`. The results do not depend on
-the number of processes. A run that was stopped goes on when the same command is given again; --output may also be
-taken up again with more methods, tasks or samples.
+Several GPUs, each with a copy of the models: `torchrun --nproc_per_node 8 recipes/run_eval.py ...`. The results do not
+depend on the number of processes. The same command continues an interrupted run, and a finished --output can be
+extended by more methods, tasks or samples.
 
 Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_qa, tiny.
 
-Methods: base, proxy, aligned (the model that --aligned names), assisted (stock speculative decoding), nudging,
+Methods: base, proxy, aligned (the model that --aligned names), assisted (assisted decoding of transformers), nudging,
 kad-primal, kad-dual, kad-exact, confidence-bet, cascade-diff, cascade-opt, cascade-token-v2, cascade-token-v3,
-implicit-reward, ensemble, blend-in, config (what --config holds). With parameters: kad-dual:threshold=0.4. Several
+implicit-reward, ensemble, blend-in, config (the rule of --config). With parameters: kad-dual:threshold=0.4. Several
 values make several methods: kad-dual:threshold=0.3,0.4:num_assistant_tokens=3,5.
 
-The folder of the results receives results.jsonl (one line an instance, method and sample), the tables as summary.json
-and summary.md, and plots as PNG and SVG.
+The results folder gets results.jsonl (a line for each instance, method and sample), the tables as summary.json and
+summary.md, and plots as PNG and SVG.
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers_kad.integrations.loading.arguments import ModelArguments
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
+from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
 from transformers_kad.recipes.evaluation.session import evaluate
@@ -43,13 +43,13 @@ TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
 
 @dataclass
 class RecordArguments:
-    """What is recorded."""
+    """What to record."""
 
     positions: bool = field(
         default=False, metadata={"help": "Record the deferral mass at every position in results.jsonl."}
     )
     retry_failed: bool = field(
-        default=False, metadata={"help": "Answer those questions anew that failed in an earlier run."}
+        default=False, metadata={"help": "Answer questions again that failed in an earlier run."}
     )
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     types = (ModelArguments, EvaluationArguments, MethodArguments, EvaluationSampling, RecordArguments)
     models, evaluation, chosen, sampling, record = parse_arguments(types, __doc__, argv)
-    quieten()
+    silence_libraries()
 
     def run() -> None:
         evaluate(models, evaluation, chosen, sampling, default_pair=TINY_PAIR, **vars(record))

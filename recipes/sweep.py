@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad[eval]"]
 # ///
-r"""Measure a grid of rule parameters and draft lengths, and plot it.
+r"""Evaluate a grid of rule parameters and draft lengths, and plot the results.
 
 The tiny pair, token by token in batches, some minutes on 2 CPU cores:
 
@@ -13,17 +13,17 @@ A grid of your own. Every combination of the values is a method, each with every
     python recipes/sweep.py --base BASE --proxy PROXY --task gsm8k --limit 200 --output sweep \
         --method base proxy kad-dual:threshold=0.2,0.4,0.6 nudging:threshold=0.4,0.7 --draft_lengths 3 5 7
 
-Results are kept as those of run_eval.py are, in the same kind of folder: a sweep that was stopped goes on with the
-same command, and a finer grid only measures what is new. The plots, each as PNG and SVG: accuracy against tokens/s
-with the Pareto front, accuracy against the parameter, acceptance lengths, deferral mass along the position.
+The results folder is the same as that of run_eval.py. The same command continues an interrupted sweep, and for a finer
+grid only the new methods are measured. The plots, each as PNG and SVG, show accuracy against tokens/s with the Pareto
+front, accuracy against the parameter, acceptance lengths, and the deferral mass at each position.
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers_kad.integrations.loading.arguments import ModelArguments
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
+from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
 from transformers_kad.recipes.evaluation.session import evaluate
@@ -71,10 +71,10 @@ class GridArguments(MethodArguments):
 
 @dataclass
 class SweepArguments(EvaluationArguments):
-    """Which questions, and how they are asked."""
+    """The questions, and how they are asked."""
 
     output: str = field(
-        default="kad_sweep", metadata={"help": "Folder for the results; a stopped sweep goes on in it."}
+        default="kad_sweep", metadata={"help": "Folder for the results, and to continue an interrupted sweep."}
     )
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     types = (ModelArguments, SweepArguments, GridArguments, EvaluationSampling)
     models, evaluation, grid, sampling = parse_arguments(types, __doc__, argv)
-    quieten()
+    silence_libraries()
 
     def run() -> None:
         if grid.draft_lengths and not sampling.speculative:

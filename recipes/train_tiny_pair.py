@@ -2,29 +2,32 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad[train]", "tqdm"]
 # ///
-"""Train a tiny base and a tiny proxy, from nothing, on which the effect of KAD can be seen on a CPU.
+"""Train a tiny base and a tiny proxy from scratch, with which the effect of KAD can be seen on a CPU.
 
     python recipes/train_tiny_pair.py --out my_pair              # 10 to 15 minutes on 2 CPU cores
-    python recipes/train_tiny_pair.py --out smoke_pair --smoke   # under a minute: code yes, effect no
+    python recipes/train_tiny_pair.py --out smoke_pair --smoke   # under a minute, only to test the code
 
-Three Llamas with one vocabulary learn addition and subtraction up to 99, most of it from word problems of one or
-two steps. All data is made here, from a seed. A run that was killed goes on when it is started again.
+Three Llamas with the same vocabulary learn addition and subtraction up to 99, mostly from word problems of one or two
+steps. All data is generated from a seed. An interrupted run continues when it is started again.
 
-- The *base* (3 layers x 96, 0.48 M parameters) reads a raw corpus: equations, stories with their working in many
-  styles, questions without answers, prose. It knows the arithmetic. It never saw a chat nor an end of sequence.
-- The *reference* (3 layers x 64, 0.2 M) reads less of the same corpus and is weak at the arithmetic.
-- The *proxy* is the reference with a LoRA adapter trained on chats, with the loss on the assistant's turn, by the
-  steps of `align_sft.py`. It answers "We get 12 + 7 = 19. The answer is 19." and stops, and the number is often wrong.
+- The *base* (3 layers x 96, 0.48 M parameters) is trained on a raw corpus: equations, stories with their working in
+  many styles, questions without answers, and prose. It knows the arithmetic, but never saw a chat or an end of
+  sequence.
+- The *reference* (3 layers x 64, 0.2 M) is trained on less of the same corpus and is weak at the arithmetic.
+- The *proxy* is the reference with a LoRA adapter that is trained on chats, with the loss on the assistant's turn, by
+  the steps of `align_sft.py`. It answers "We get 12 + 7 = 19. The answer is 19." and stops, but the number is often
+  wrong.
 
-A tenth of the arithmetic is in no training text: a fact family (a + b = c, b + a = c, c - a = b, c - b = a) falls
-into the train (90 %), validation (5 %) or test split (5 %) by its md5, and all steps of a problem are of its split.
+A tenth of the arithmetic never occurs in a training text. The MD5 hash of a fact family (a + b = c, b + a = c,
+c - a = b, c - b = a) assigns it to the train (90 %), validation (5 %) or test split (5 %), and all steps of a problem
+belong to the split of the problem.
 
 Result
 ------
-500 problems of the test split, sampled at temperature 1 without top-k and top-p, each rule at its best parameter on
-300 problems of the validation split, by `run_eval.py` (`results/tiny_pair/` has all figures and the paired tests).
-*strict* is `is_correct` (the phrase, the number, the end), *lenient* is `is_correct_lenient` (the number after the
-last "=" of the first line).
+`run_eval.py` on 500 problems of the test split, sampled at temperature 1 without top-k and top-p, with each rule at
+its best parameter on 300 problems of the validation split (`results/tiny_pair/` has all results and the paired tests).
+*strict* is `is_correct` (the phrase, the number and the end of sequence), and *lenient* is
+`is_correct_lenient` (the number after the last "=" of the first line).
 
     rule                        strict   lenient
     base alone                  0.000    0.008
@@ -35,32 +38,35 @@ last "=" of the first line).
     confidence bet 0.1          0.948    0.950
     implicit reward 2.0         0.898    0.898   (a third model)
 
-The test problems share 496 triples, so they are not quite independent. The base's 0 is not ignorance: it gets nearly
-all held-out equations right in the raw format. It does not know that it is to answer.
+The test problems share 496 triples, so they are not quite independent. The base scores 0 although it knows the
+arithmetic: it completes nearly all held-out equations correctly in the raw format, but does not know that it should
+answer.
 
-How to read it: the pair is made to show a mechanism, it is no benchmark. Two properties of the data decide the
-figures. The base's knowledge sits in few tokens (digits), the proxy's in others (format), so a choice token by token
-can have both. And documents of the raw corpus break off after any word with a chance of 2 % (`BREAK_OFF`), as
-scraped text does, so the base has a small tail everywhere. At temperature 1 the dual rule defers that tail, while
-nudging, which takes or leaves the base's distribution as a whole, samples it. In an earlier version, in which nothing
-broke off (and base and reference were others), the two hardly differed: 0.035 +- 0.049 over 200 problems. Greedily the
-rules hardly differ either: sample to tell them apart.
+The pair demonstrates a mechanism and is not a benchmark. Two properties of the data determine the results. First, the
+base's knowledge concerns few tokens (digits) and the proxy's knowledge others (format), so a choice at each token can
+combine both. Second, documents of the raw corpus end after any word with a probability of 2 % (`BREAK_OFF`), as
+scraped text does, so the base has a small tail of unlikely tokens at every position. At temperature 1 the dual rule
+defers that tail. Nudging keeps or replaces the base's distribution as a whole, and therefore samples from the tail. In
+an earlier version, without documents that end early and with another base and reference, the two rules hardly
+differed: 0.035 +- 0.049 over 200 problems. With greedy decoding the rules hardly differ either, so the comparison
+needs sampling.
 
 Lessons
 -------
-- Hold out by a real hash and by fact family. What b + a or c - b gives away is no generalisation.
-- A digit is always one token, apart from the space before it. "6" and " 6" would be two digits to learn.
-- The generation prompt ends in a newline, which the base knows, not in a token that it has never seen.
-- Separators change inside documents. A newline after every answer would outweigh the end of sequence.
+- Hold out by a hash of the fact family. An equation that can be derived from b + a or c - b shows no generalisation.
+- A digit is always one token, separate from the space before it. Otherwise "6" and " 6" are two digits to learn.
+- The generation prompt ends in a newline, which the base knows, and not in a token that it has never seen.
+- Separators vary within documents. With a newline after every answer the base would prefer it to the end of sequence.
 - A reference of 2 layers and 2 heads did not learn to copy the second number of a story within 3 M tokens. Its proxy
-  was right 1 time in 100, and the dual rule fell to 0.85: a proxy must be right where it is asked. 3 layers and 4
-  heads with 2.5 M tokens learn it, and still get the last digit wrong.
-- Muon, because AdamW is too slow here. The reference after the same 2.5 M tokens: Muon 49 % of the held-out
-  equations right, and both numbers of a story copied 49 % of the time; AdamW at 3e-3 15 % and none (at 8e-3 7 %).
+  was right 1 time in 100, and the dual rule fell to 0.85: a proxy must be right where the base defers to it. 3 layers
+  and 4 heads learn it with 2.5 M tokens, and still get the last digit wrong.
+- Muon is used because AdamW is too slow here. After the same 2.5 M tokens the reference with Muon gets 49 % of the
+  held-out equations right and copies both numbers of a story 49 % of the time. With AdamW it gets 15 % and never
+  copies both at a learning rate of 3e-3 (7 % at 8e-3).
 
-Measured on a machine of the kind "2 CPU cores", one thread (`OMP_NUM_THREADS=1`), torch 2.13: 9 minutes of CPU time
-and 13.5 of wall clock beside other work (base 7, reference 3, proxy 2). A second run gave the same weights, bit by
-bit. Another number of threads or another CPU gives other last digits, so other weights of the same quality.
+Measured on 2 CPU cores with one thread (`OMP_NUM_THREADS=1`) and torch 2.13: 9 minutes of CPU time and 13.5 minutes of
+wall-clock time beside other work (base 7, reference 3, proxy 2). A second run gave bitwise equal weights. Another
+number of threads or another CPU rounds differently, which gives other weights of the same quality.
 """
 
 import json
@@ -77,7 +83,7 @@ from pathlib import Path
 import torch
 
 from transformers_kad.recipes.command_line import parse_arguments
-from transformers_kad.recipes.training.arguments import AlignmentArguments, hush
+from transformers_kad.recipes.training.arguments import AlignmentArguments, silence_training_libraries
 from transformers_kad.recipes.training.checks import check_pair
 from transformers_kad.recipes.training.data import load_examples
 from transformers_kad.recipes.training.output import checkpoint_to_resume, newest_checkpoint
@@ -95,9 +101,10 @@ from transformers_kad.recipes.word_problems import (
     make_problems,
     triples_of,
 )
+from transformers_kad.utils.files import write_whole
 
 # isort: split
-# Only now: transformers_kad imports torchao without what it prints.
+# These imports follow transformers_kad, which suppresses the messages of torchao.
 from peft import PeftModel
 from transformers import (
     GenerationConfig,
@@ -113,7 +120,7 @@ from transformers import (
 
 PAIR_DIR = Path(__file__).resolve().parent / "tiny_pair"
 
-# --- The raw corpus: what base and reference read -----------------------------------------------------------
+# --- The raw corpus, on which base and reference are trained ------------------------------------------------
 
 SEPARATORS = ("\n", "\n", "\n\n", " ", " ", "  ", " \n", "\n- ", "\n* ", " | ", " / ", " -- ", "\n\n\n")
 LIST_SEPARATORS = (
@@ -165,7 +172,7 @@ BREAK_OFF = 0.02  # chance that a document ends after a word: see the docstring 
 
 
 def _equations(rng: random.Random) -> str:
-    """A list of equations, the separator drawn anew each time."""
+    """A list of equations with random separators."""
     parts = []
     for _ in range(rng.randint(3, 12)):
         parts += [equation(rng.choice(triples_of("train")[0])), rng.choice(LIST_SEPARATORS)]
@@ -173,7 +180,7 @@ def _equations(rng: random.Random) -> str:
 
 
 def _worked_story(rng: random.Random) -> str:
-    """A story, asked or only told, and its working in one of many styles."""
+    """A story with or without its question, and its working in one of many styles."""
     story = draw_story(rng, "train")
     told = ask(rng, story) if rng.random() < TOLD_AS_QUESTION else story.telling
     working = equation(story.triples[0])
@@ -190,14 +197,14 @@ def _exercises(rng: random.Random) -> str:
 
 
 def _prose(rng: random.Random) -> str:
-    """Sentences about nothing."""
+    """Random sentences without arithmetic."""
     words = (SUBJECTS, VERBS, OBJECTS, ADVERBS)
     sentences = ("{} {} {}{}.".format(*map(rng.choice, words)) for _ in range(rng.randint(1, 4)))
     return " ".join(sentences)
 
 
 def _broken_off(rng: random.Random, text: str) -> str:
-    """`text` up to a word after which the document happens to break off; never after "+", "-" or "="."""
+    """`text`, truncated after each word with the probability `BREAK_OFF`, but never after "+", "-" or "="."""
     for space in re.finditer("(?<![-+=]) ", text):
         if rng.random() < BREAK_OFF:
             return text[: space.start()]
@@ -205,9 +212,9 @@ def _broken_off(rng: random.Random, text: str) -> str:
 
 
 def raw_documents(seed: int = 0) -> Iterator[str]:
-    """The raw corpus without end, document by document, each with the separator that follows it.
+    """The infinite raw corpus: documents with the separators that follow them.
 
-    No chat markup, no end of sequence. Only triples of the train split occur, in equations and in stories.
+    There is no chat markup and no end of sequence. Equations and stories only have triples of the train split.
     """
     rng = random.Random(f"corpus {seed}")
     kinds = (_equations, _worked_story, _exercises, _prose)
@@ -218,7 +225,7 @@ def raw_documents(seed: int = 0) -> Iterator[str]:
 
 # --- Tokenizer and token blocks -----------------------------------------------------------------------------
 
-# The generation prompt ends in a newline, which the base has seen; the roles' tokens it has never seen.
+# The generation prompt ends in a newline, since the base knows newlines but not the tokens of the roles.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -234,7 +241,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. A digit is a token of its own, apart from the space before it, so "6" is one token."""
+    """Train a byte-level BPE tokenizer. Each digit is a token, separate from the space before it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: PLC0415
 
     tokenizer = Tokenizer(models.BPE())
@@ -282,7 +289,7 @@ def raw_blocks(tokenizer: PreTrainedTokenizerFast, tokens: int, length: int, see
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama's size, and the raw tokens that it is trained on."""
+    """The size of a Llama, and the number of raw tokens that it is trained on."""
 
     layers: int
     width: int
@@ -293,7 +300,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result. Written beside it, and compared when a run is taken up again."""
+    """The settings that determine the result. They are stored beside it, and compared when a run is continued."""
 
     seed: int
     vocab_size: int = 640
@@ -376,7 +383,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def fit_raw(model: PreTrainedModel, rows: list[dict], work: Path, settings: Settings) -> None:
-    """Train with `Trainer`, once through the rows, with checkpoints in `work`, going on from the last one there."""
+    """Train one epoch with `Trainer`, with checkpoints in `work`, and continue from the last one."""
     steps = max(1, len(rows) // settings.batch)
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -405,7 +412,7 @@ def fit_raw(model: PreTrainedModel, rows: list[dict], work: Path, settings: Sett
 
 
 def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings) -> LlamaForCausalLM:
-    """A Llama from random weights, on the raw corpus."""
+    """Train a Llama with random initial weights on the raw corpus."""
     set_seed(settings.seed)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -430,7 +437,7 @@ def train_raw(shape: Shape, tokenizer: PreTrainedTokenizerFast, work: Path, sett
 
 
 def train_proxy(out: Path, tokenizer: PreTrainedTokenizerFast, work: Path, settings: Settings) -> PeftModel:
-    """A LoRA adapter on the reference, on chats, by the steps of `align_sft.py`.
+    """Train a LoRA adapter for the reference on chats, by the steps of `align_sft.py`.
 
     Embeddings and head learn too: the chat markup is new.
     """
@@ -467,15 +474,17 @@ def train_proxy(out: Path, tokenizer: PreTrainedTokenizerFast, work: Path, setti
 
 @dataclass
 class PairArguments:
-    """Arguments of the command line."""
+    """The command-line arguments."""
 
     out: Path = field(default=PAIR_DIR, metadata={"help": "Folder for base/, reference/ and proxy/."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny sizes, under a minute: code yes, effect no."})
+    smoke: bool = field(
+        default=False, metadata={"help": "Train tiny models in under a minute, only to test the code."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of data, initial weights and order."})
 
 
-def claim(out: Path, settings: Settings) -> None:
-    """Write the settings into `out`, or check that they are those of the run that is already there."""
+def check_settings(out: Path, settings: Settings) -> None:
+    """Write the settings into `out`, or compare them with those of the run that is already there."""
     record = out / "settings.json"
     wanted = asdict(settings)
     if record.exists():
@@ -485,16 +494,16 @@ def claim(out: Path, settings: Settings) -> None:
             listed = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in other.items())
             raise ValueError(f"{out} holds a pair made with other settings ({listed}). Choose another --out.")
     elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no pair of this recipe. Choose another --out.")
+        raise ValueError(f"{out} is not empty and has no pair of this recipe. Choose another --out.")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(wanted, indent=2) + "\n")
+        write_whole(record, json.dumps(wanted, indent=2) + "\n")
 
 
 def finish(
     stage: Path, work: Path, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerFast | None
 ) -> None:
-    """Save a stage's result, complete or not at all, and drop its checkpoints."""
+    """Save the result of a stage atomically, and delete its checkpoints."""
     new = work / "finished"
     shutil.rmtree(new, ignore_errors=True)
     if isinstance(model, PeftModel):
@@ -510,7 +519,7 @@ def finish(
 
 
 def run(out: Path, settings: Settings) -> None:
-    """All stages, except those whose folder is there."""
+    """Run all stages, except those whose folder exists."""
     checkpoints = out / "checkpoints"
     tokenizer = train_tokenizer(settings.vocab_size, settings.seed)
     stages = {
@@ -520,7 +529,7 @@ def run(out: Path, settings: Settings) -> None:
     }
     for name, (train, saved_tokenizer) in stages.items():
         if (out / name).is_dir():
-            print(f"{name}: there already, skipped")
+            print(f"{name}: already there, skipped")
             continue
         print(f"{name}: training")
         work = checkpoints / name
@@ -529,11 +538,12 @@ def run(out: Path, settings: Settings) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and run."""
     (options,) = parse_arguments([PairArguments], __doc__, arguments)
-    hush()
+    silence_training_libraries()
     settings = Settings.smoke(options.seed) if options.smoke else Settings(options.seed)
     try:
-        claim(options.out, settings)
+        check_settings(options.out, settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     run(options.out, settings)

@@ -2,24 +2,25 @@
 # requires-python = ">=3.11"
 # dependencies = ["transformers-kad[eval]"]
 # ///
-r"""Find a rule's parameters and draft length for a pair, with Optuna.
+r"""Search the parameters of a rule and the draft length for a pair, with Optuna.
 
 The most accurate setting of the dual rule for the tiny pair, some minutes on 2 CPU cores:
 
     python recipes/tune.py --task tiny --split validation --limit 100 --goal accuracy --output tuned
 
-The most accurate setting that is at least half as fast again as the base alone:
+The most accurate setting that is at least 1.5 times as fast as the base alone:
 
     python recipes/tune.py --base BASE --proxy PROXY --task gsm8k --split train --limit 200 --output tuned \
         --rules kad-dual kad-primal --goal accuracy --min_speedup 1.5 --draft_lengths 2 8
 
-Tune on other questions than those that you report: another --split. --goal both searches the front between accuracy
-and tokens/s. A trial is given up when by a paired test another setting is more accurate, and no slower where speed
-counts; one that is as good as all that were tried before is given up with a chance of 5 % at most. A search that was
-stopped goes on with the same command; more --trials go on with a finished one. Anything else needs another --output.
+Tune on other questions than those that you report results on: use another --split. --goal both searches the Pareto
+front of accuracy and tokens/s. A trial is pruned if another setting is more accurate by a paired test, and no slower
+if speed is maximized. A setting that is as good as all that were tried before is pruned with a probability of at most
+5 %. The same command continues an interrupted search, and more --trials continue a finished one. All other changes
+need another --output.
 
-The folder of the results receives kad_config.json, which `generate.py --config` and `KADConfig.from_pretrained` read,
-tuning.json with every trial and the front, and plots of both.
+The results folder gets kad_config.json, which `generate.py --config` and `KADConfig.from_pretrained` read, tuning.json
+with all trials and the front, and plots of both.
 """
 
 import json
@@ -32,40 +33,41 @@ import optuna
 import torch
 from accelerate import PartialState
 
-from transformers_kad.integrations.loading.arguments import ModelArguments
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
+from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.environment import describe_environment
+from transformers_kad.recipes.evaluation.accuracy_plots import plot_accuracy_parameter, plot_accuracy_speed
 from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
 from transformers_kad.recipes.evaluation.figures import points_of
-from transformers_kad.recipes.evaluation.plots import plot_accuracy_parameter, plot_accuracy_speed
 from transformers_kad.recipes.evaluation.results import ResultsFolder
-from transformers_kad.recipes.evaluation.session import say
+from transformers_kad.recipes.evaluation.session import log
 from transformers_kad.recipes.evaluation.tuning import SEARCH_RANGES, Goal, Tuner, feasible, finished, front, method_of
 from transformers_kad.recipes.intervals import wilson_interval
+from transformers_kad.utils.files import write_whole
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
 
 
 @dataclass
 class TuningArguments:
-    """What is searched, and for what."""
+    """The search space and the objective."""
 
     rules: list[str] = field(
         default_factory=lambda: ["kad-dual"],
-        metadata={"help": f"Methods whose parameter is searched: {', '.join(SEARCH_RANGES)}."},
+        metadata={"help": f"Methods whose parameters are searched: {', '.join(SEARCH_RANGES)}."},
     )
     goal: Literal["both", "accuracy", "speed"] = field(
-        default="both", metadata={"help": "What is to be high: accuracy, tokens/s, or the front between the two."}
+        default="both", metadata={"help": "Objective: accuracy, tokens/s (speed), or the Pareto front of both."}
     )
     min_speedup: float | None = field(
-        default=None, metadata={"help": "With --goal accuracy: at least so many times the base's tokens/s."}
+        default=None, metadata={"help": "With --goal accuracy: the minimum speed, relative to the base."}
     )
-    min_accuracy: float | None = field(default=None, metadata={"help": "With --goal speed: at least this accuracy."})
+    min_accuracy: float | None = field(default=None, metadata={"help": "With --goal speed: the minimum accuracy."})
     draft_lengths: list[int] = field(
-        default_factory=list, metadata={"help": "Shortest and longest draft to try. Default: 5 always."}
+        default_factory=list, metadata={"help": "Shortest and longest draft to try. Default: only 5."}
     )
-    trials: int = field(default=40, metadata={"help": "Settings to try, those of earlier runs included."})
+    trials: int = field(default=40, metadata={"help": "Number of settings to try, including those of earlier runs."})
 
     def __post_init__(self) -> None:
         if self.trials < 1:
@@ -79,22 +81,22 @@ class TuningArguments:
 
 @dataclass
 class TuningEvaluationArguments(EvaluationArguments):
-    """Which questions, and how they are asked."""
+    """The questions, and how they are asked."""
 
     output: str = field(
-        default="kad_tuning", metadata={"help": "Folder for the results; a stopped search goes on in it."}
+        default="kad_tuning", metadata={"help": "Folder for the results, and to continue an interrupted search."}
     )
 
 
 def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
-    """The study in a folder, new or as an earlier run left it."""
+    """Open the study in a folder, or create it."""
     storage = f"sqlite:///{folder / 'study.db'}"
     names = optuna.get_all_study_names(storage)
     tried = len(optuna.load_study(study_name="kad", storage=storage).trials) if "kad" in names else 0
     return optuna.create_study(
         study_name="kad",
         storage=storage,
-        # A run that goes on must not draw once more what the one before drew.
+        # A continued run must not draw the same settings again.
         sampler=optuna.samplers.TPESampler(seed=seed + tried),
         directions=goal.directions,
         load_if_exists=True,
@@ -102,7 +104,7 @@ def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
 
 
 def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
-    """Every trial and the front, as JSON values."""
+    """All trials and the front, as JSON values."""
 
     def row(trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
         accuracy = trial.user_attrs.get("accuracy")
@@ -130,10 +132,10 @@ def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], folder: Path) -> list[Path]:
-    """What was tried: accuracy against speed, and against the parameter. Settings that generated nothing are left out.
+    """Plot the accuracy of all settings against speed and against the parameter, except those that generated nothing.
 
     Returns:
-        The files that were written; none where nothing is left.
+        The files that were written; none if there is nothing to plot.
     """
     rows = {
         row["method"]: row
@@ -152,11 +154,11 @@ def plot(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """What the front's settings have in common, in a line above them."""
+    """The line above the settings of the front."""
     trials, best, goal = len(result["trials"]), len(result["front"]), result["goal"]
     tried = f"Of {trials} settings on {result['instances']} questions"
     if goal["accuracy"] and goal["speed"]:
-        return f"{tried}, those that no other one beats in accuracy and tokens/s, the most accurate first:"
+        return f"{tried}, the Pareto front of accuracy and tokens/s, the most accurate first:"
     most, other = ("most accurate", "fastest") if goal["accuracy"] else ("fastest", "most accurate")
     if best == 1:
         return f"{tried}, the {most}:"
@@ -166,12 +168,12 @@ def headline(result: dict[str, Any]) -> str:
 def run(
     models: ModelArguments, evaluation: EvaluationArguments, sampling: EvaluationSampling, tuning: TuningArguments
 ) -> int:
-    """Search, then write the setting that was found."""
+    """Search, and write the best setting."""
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.num_processes > 1:
         raise ValueError(f"The search runs in one process, got {state.num_processes}: start it without torchrun.")
     if len(evaluation.task) != 1:
-        raise ValueError(f"One task is tuned on, got {evaluation.task}.")
+        raise ValueError(f"The search needs exactly one task, got {evaluation.task}.")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if tuning.draft_lengths and not sampling.speculative:
         raise ValueError(f"--draft_lengths {tuning.draft_lengths} have no effect with --no_speculative.")
@@ -181,16 +183,16 @@ def run(
         folder.prepare()
         study = open_study(folder.path, tuning.aim, sampling.seed)
         lengths = (tuning.draft_lengths[0], tuning.draft_lengths[1]) if tuning.draft_lengths else None
-        Tuner(decoder, workload, folder, tuning.rules, tuning.aim, lengths, progress=say).run(study, tuning.trials)
+        Tuner(decoder, workload, folder, tuning.rules, tuning.aim, lengths, progress=log).run(study, tuning.trials)
         folder.merge()
     result = describe(study, len(workload.instances)) | {"environment": describe_environment(decoder.pair.device)}
     path = folder.path / "tuning.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(result, indent=2) + "\n")
     for written in (path, *plot(result, folder.path)):
-        say(f"Written: {written}")
+        log(f"Written: {written}")
     best = front(study)
     if not best:
-        print(f"None of {len(result['trials'])} settings reaches what was asked for. The closest are in {path}.")
+        print(f"None of {len(result['trials'])} settings meets the constraints. All of them are in {path}.")
         return 1
     config = method_of(best[0].params).config
     assert config is not None
@@ -210,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
     types = (ModelArguments, TuningEvaluationArguments, EvaluationSampling, TuningArguments)
     arguments = parse_arguments(types, __doc__, argv)
-    quieten()
+    silence_libraries()
     return exit_status(lambda: run(*arguments))
 
 

@@ -16,7 +16,7 @@ Steps: fetch, convert (GGUF to a folder), align (recipes/align_sft.py), generate
 a trace page), evaluate (recipes/run_eval.py), harness (lm-evaluation-harness, against run_eval.py), cache (the proxy's
 cached logits), and equal texts in float32 and bfloat16. Each checks what it states; the first that fails ends the run
 with status 1. A step that is done is not done again: a run that was stopped goes on with the same command. FOLDER
-receives report.md.
+receives report.md; docs/real_weights.md is that of the last run.
 """
 
 import importlib.util
@@ -33,16 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from transformers_kad import KADConfig, KADLogitsProcessor
-from transformers_kad.integrations.loading.arguments import ModelArguments
-from transformers_kad.integrations.loading.messages import quieten
+from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.integrations.loading.prompts import encode
 from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.environment import describe_environment
-from transformers_kad.recipes.evaluation.answers import number_value
-from transformers_kad.recipes.evaluation.decoding import draft_like_kad
+from transformers_kad.recipes.evaluation.decoding import fix_draft_length
+from transformers_kad.recipes.evaluation.number_answers import number_value
 from transformers_kad.recipes.evaluation.report import current_commit
-from transformers_kad.recipes.evaluation.tasks import STATE_NUMBER, Instance, get_task
+from transformers_kad.recipes.evaluation.task import Instance
+from transformers_kad.recipes.evaluation.tasks import STATE_NUMBER, get_task
 from transformers_kad.recipes.pair import Pair
 from transformers_kad.recipes.resumable import JsonLinesStore
 from transformers_kad.rules.composition import compose
@@ -297,7 +298,7 @@ def generate(run: Run) -> Outcome:
     done = whole.count(b"\n")
     check(1 < done < len(chosen), f"generate.py was to be killed after 2 of {len(chosen)} answers, and gave {done}.")
     _, said = run.call(*words, log="generate")
-    check(f"{done} lines are done already, 0 of them failed." in said, f"It did not go on where it was: {said!r}")
+    check(f"{done} lines are already done, 0 of them failed." in said, f"It did not go on where it was: {said!r}")
     check(answers.read_bytes().startswith(whole), "The answers of the killed run were changed.")
     records = json_lines(answers)
     check([record["line"] for record in records] == list(range(1, len(chosen) + 1)), "Lines are missing or doubled.")
@@ -559,7 +560,7 @@ class Texts:
         self.kad: KADLogitsProcessor = self.pair.processor(
             KADConfig(rule="dual", parameters={"threshold": THRESHOLD}, num_assistant_tokens=DRAFT)
         )
-        draft_like_kad(self.pair.proxy, DRAFT)
+        fix_draft_length(self.pair.proxy, DRAFT)
 
     def answers(self, *, kad: bool, drafts: bool, batch: bool = False) -> list[list[int]]:
         """The ids of every answer, up to the end of its turn."""
@@ -729,7 +730,7 @@ def run_steps(run: Run, store: JsonLinesStore, steps: Mapping[str, Callable[[Run
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run."""
     (arguments,) = parse_arguments([RealWeightsArguments], __doc__, argv)
-    quieten()
+    silence_libraries()
     torch.set_num_threads(arguments.threads)
     try:
         run = Run(arguments)

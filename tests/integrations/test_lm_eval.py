@@ -217,8 +217,8 @@ def test_one_forward_of_each_model_serves_all_choices_of_one_token(monkeypatch):
         monkeypatch.setattr(
             cached,
             "_call",
-            lambda ids, mask, new, keep, call=cached._call, role=cached.role: (
-                asked.append((role, (len(ids), new), keep)) or call(ids, mask, new, keep)
+            lambda texts, new, keep, call=cached._call, role=cached.role: (
+                asked.append((role, (len(texts.ids), new), keep)) or call(texts, new, keep)
             ),
         )
     choices = [([3, 4, 5, 6, 7], [8]), ([3, 4, 5, 6, 7], [9]), ([3, 4, 5, 6], [7, 10]), ([11, 14, 15], [12, 13])]
@@ -250,7 +250,7 @@ def test_long_texts_are_cut_on_the_left(caplog):
     context, continuation = pairs()[-1]
     values = score(lm, [(context, continuation[:5])])
     assert_same(values, [direct(lm.kad.rule, context[-8:], continuation[:5])])
-    assert "1 of 1 texts are cut on the left to 12 tokens" in caplog.text
+    assert "1 of 1 texts are truncated on the left to 12 tokens" in caplog.text
 
 
 def test_the_shortest_context_of_all_models_counts(tmp_path):
@@ -521,7 +521,7 @@ def test_the_harness_finds_the_type():
 def test_a_missing_harness_is_named_with_what_installs_it(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "lm_eval" else found(name))
-    with pytest.raises(ImportError, match=r'pip install "transformers-kad\[lm-eval\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[lm-eval\]"'):
         runpy.run_path(lm_eval_model.__file__)
 
 

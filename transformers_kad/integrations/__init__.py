@@ -1,1 +1,1 @@
-"""Other programs that KAD runs in, and what they need to load a pair by name."""
+"""KAD in other programs, and the loading of models by name that these and the recipes share."""

@@ -1,11 +1,11 @@
-"""KAD as a model type of the Language Model Evaluation Harness. Needs `pip install "transformers-kad[lm-eval]"`.
+"""KAD as a model type of the Language Model Evaluation Harness. Needs `pip install -e ".[lm-eval]"`.
 
     python -m transformers_kad.integrations.lm_eval --model kad --tasks gsm8k --apply_chat_template --batch_size 16 \
         --model_args base=BASE,proxy=PROXY,rule=dual,threshold=0.4 --output_path results.json
 
-This is the harness's own command, `lm_eval`, with one more model type in it. Releases of the harness that look for
-installed model types (those after 0.4.13) find it by themselves: `lm_eval --model kad ...`. Several devices, each with
-the whole pair and a share of the requests:
+This is the harness's own command, `lm_eval`, with one more model type. Releases of the harness after 0.4.13 find
+installed model types by themselves: `lm_eval --model kad ...`. To use several devices, each with a copy of the pair
+and a share of the requests:
 
     accelerate launch -m transformers_kad.integrations.lm_eval --model kad ...
 """
@@ -13,7 +13,7 @@ the whole pair and a share of the requests:
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 if find_spec("lm_eval") is None:
-    raise ImportError('The harness is missing: pip install "transformers-kad[lm-eval]"')
+    raise ImportError('The harness is missing: pip install -e ".[lm-eval]"')
 
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
@@ -36,67 +36,69 @@ from tqdm import tqdm
 from .._version import __version__
 from ..configuration import KADConfig
 from ..logits_process import KADLogitsProcessor
-from ..models.cached_model import CachedModel, context_length, is_unusable, unusable_logits_error
+from ..models.cached_model import CachedModel
+from ..models.model_errors import context_length, is_unusable, unusable_logits_error
 from ..models.vocabulary import align_vocabulary, check_tokenizers
-from ..rules.composition import RULES, compose, unknown_name_message
-from .loading.arguments import ModelArguments, RuleArguments, RuleParameters
+from ..rules.composition import compose
+from ..rules.registry import RULES, unknown_name_message
+from .loading.configuration import OWN_SETTINGS, RULE_PARAMETERS, config_from, with_models
 from .loading.devices import pick_device, quantization_config
-from .loading.messages import quieten
-from .loading.models import below_adapter, forget_generation_settings, load_model, load_tokenizer
+from .loading.messages import silence_libraries
+from .loading.models import below_adapter, clear_generation_config, load_model, load_tokenizer
 from .loading.prompts import PLAIN_SAMPLING, eos_token_ids, pad_token_id
 from .loading.thoughts import thought_opened_by, without_thoughts
 
 logger = logging.getLogger(__name__)
 
-# (what the harness's cache calls it, tokens of the context, tokens of the continuation)
+# (key in the harness's cache, tokens of the context, tokens of the continuation)
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
-# Arguments that mean what they mean for the harness's own type `hf`.
+# Arguments with the same meaning as for the harness's own model type `hf`.
 _HARNESS_ARGUMENTS = (
     *("add_bos_token", "batch_size", "chat_template_args", "enable_thinking", "max_batch_size", "max_length"),
     *("parallelize", "prefix_token_id", "revision", "think_end_token", "truncation", "trust_remote_code"),
 )
 _OWN_ARGUMENTS = ("base", "proxy", "reference", "rule", "config", "speculative", "dtype", "device", "quantization")
-_LOGITS_AT_ONCE = 2**24  # of one model, when the rule is applied: 64 MB in float32
+_LOGITS_AT_ONCE = 2**24  # logits of one model to which the rule is applied at once: 64 MB in float32
 
 
 @register_model("kad")
 class KADLM(HFLM):
-    """Evaluates the target r of a base, a proxy and a rule.
+    """Evaluates the target distribution r of a base, a proxy and a rule.
 
-    Log-likelihoods are sums of log r over the continuation, from one forward of each model over the whole text. The
-    second value says whether the continuation is what greedy decoding would write. r_v can be 0, and then the
-    log-likelihood is -inf: the harness ranks such a choice last (of choices that are all impossible it takes the
-    first), and a perplexity over it is inf.
+    Log-likelihoods are sums of log r over the continuation, from one forward pass of each model over the whole text.
+    The second value says whether greedy decoding would generate the continuation. Where r is 0 for a token, the
+    log-likelihood is -inf: the harness ranks such a choice last (if all choices are impossible it takes the first),
+    and a perplexity over it is inf.
 
-    Texts are generated from r: the likeliest token at each position, unless the task samples. `temperature`, `top_k`
-    and `top_p` of the task act on r, and are off unless the task gives them. What the base's own `generation_config`
-    asks for is ignored. A text ends at every id that ends a turn of base or proxy.
+    Texts are generated from r: with the likeliest token at each position, unless the task samples. `temperature`,
+    `top_k` and `top_p` act on r, and have no effect unless the task sets them. The base's own `generation_config` is
+    ignored. A text ends at every id that ends a turn of the base or of the proxy.
 
     Args:
-        base: Hub id or folder of a model or of an adapter.
-        proxy: the same for the proxy, which must have the base's vocabulary.
+        base: Hub id or folder of the base, a model or an adapter.
+        proxy: Hub id or folder of the proxy, which must have the base's vocabulary.
         reference: the proxy before alignment, for the rule `implicit_reward`. Default: the proxy with its adapter
             switched off.
-        rule: a name from `RULES`; its parameters are further arguments. Default: that of `config`, else "dual".
-        config: folder or Hub repo with a `kad_config.json`: settings for what is not given.
-        speculative: generate with drafts of the proxy. The rows of a batch are decoded one after the other.
-        dtype: of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: "auto", "cpu", "cuda:1", ...; under `accelerate` or `torchrun` each process has its own.
-        quantization: of the base, as `recipes/generate.py` takes it.
+        rule: a name from `RULES`; its parameters are further arguments. Default: the rule of `config`, or else "dual".
+        config: folder or Hub repo with a `kad_config.json`. Its settings are used where no other is given.
+        speculative: generate with drafts of the proxy. The rows of a batch are then decoded one after the other.
+        dtype: dtype of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: "auto", "cpu", "cuda:1", ...; under `accelerate` or `torchrun` each process has its own device.
+        quantization: how the base is quantized: "torchao-int8", "bitsandbytes-8bit" or "bitsandbytes-4bit".
         **arguments: the rule's parameters; `component_temperature` (divides both models' logits before the rule);
-            `num_assistant_tokens` (draft length); and of the harness's type `hf`: `add_bos_token`, `batch_size`,
-            `chat_template_args`, `enable_thinking`, `max_batch_size`, `max_length`, `parallelize` (spreads the base
-            over all devices), `prefix_token_id`, `revision` (of the base), `think_end_token`, `truncation`,
-            `trust_remote_code`.
+            `num_assistant_tokens` (draft length); and arguments of the harness's type `hf`: `add_bos_token`,
+            `batch_size`, `chat_template_args`, `enable_thinking`, `max_batch_size`, `max_length`, `parallelize`
+            (distributes the base over all devices), `prefix_token_id`, `revision` (of the base), `think_end_token`,
+            `truncation`, `trust_remote_code`.
 
     Attributes:
         kad: the processor.
-        kad_config: its settings.
+        kad_config: the settings of the processor.
 
     Raises:
-        ValueError: an unknown argument or a value out of range, a model that is named nowhere, tokenizers that differ.
-        TypeError: a parameter that the rule does not have.
+        ValueError: an argument is unknown or out of range, a model is named nowhere, or the tokenizers differ.
+        TypeError: the rule does not have one of the parameters.
     """
 
     def __init__(
@@ -114,8 +116,8 @@ class KADLM(HFLM):
         **arguments: Any,
     ) -> None:
         harness = {name: arguments.pop(name) for name in _HARNESS_ARGUMENTS if name in arguments}
-        settings = _make_config(config, rule, arguments)
-        self.kad_config, self.reference_path = _name_models(settings, config, base, proxy), reference
+        self.kad_config = _config_from_arguments(config, rule, arguments, base, proxy)
+        self.reference_path = reference
         self.speculative, self.quantization = _value(speculative), quantization
         if not isinstance(self.speculative, bool):
             raise ValueError(f"`speculative` must be true or false, got {speculative!r}.")
@@ -136,13 +138,13 @@ class KADLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "KADLM":
-        """From `--model_args`, which win over the command's own `--device` and `--batch_size`."""
+        """Create the model from `--model_args`, which take precedence over `--device` and `--batch_size`."""
         others = {name: value for name, value in (additional_config or {}).items() if value is not None}
         return cls(**{**others, **arg_dict})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> "KADLM":
-        """The same from `name=value,name=value`."""
+        """Create the model from a string of the form `name=value,name=value`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def _create_model(
@@ -154,20 +156,20 @@ class KADLM(HFLM):
         parallelize: bool = False,
         **_: Any,
     ) -> None:
-        """Load base, proxy and reference. Called by the harness once the device and the base's tokenizer are known."""
+        """Load base, proxy and reference. The harness calls this once it knows the device and the base's tokenizer."""
         config, device = self.kad_config, str(self.device)
         base, proxy = str(config.base), str(config.proxy)
         proxy_tokenizer = load_tokenizer(proxy)
         check_tokenizers(self.tokenizer, proxy_tokenizer)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = proxy_tokenizer.chat_template
-        # The harness itself would take the unknown token before the end of sequence.
+        # The harness itself would prefer the unknown token to the end of sequence.
         self.tokenizer.pad_token_id = pad_token_id(self.tokenizer)
-        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # the harness reads both, and no others
+        self.tokenizer.model_input_names = ["input_ids", "attention_mask"]  # all that the harness reads
         if parallelize and hasattr(self, "accelerator"):
             raise ValueError(
-                "`parallelize=True` spreads one base over all devices, but each of "
-                f"{self.accelerator.num_processes} processes wants its own: start a single one, or leave it out."
+                "`parallelize=True` distributes one base over all devices, but each of "
+                f"{self.accelerator.num_processes} processes needs its own: start a single process, or leave it out."
             )
 
         where: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -190,22 +192,22 @@ class KADLM(HFLM):
             before = proxy_model if reference is None else reference
             self._cached.append(CachedModel(before, "reference", without_adapter=reference is None))
         for cached in self._cached:
-            cached.refresh()  # once: nothing changes the models while the harness runs
+            cached.refresh()  # once, since nothing changes the models while the harness runs
 
         ends = {*eos_token_ids(self._model, proxy_model), self.tokenizer.eos_token_id, proxy_tokenizer.eos_token_id}
         self.eos_token_ids = sorted(ends - {None}) or None
-        forget_generation_settings(self._model)
+        clear_generation_config(self._model)
 
     @property
     def max_length(self) -> int:
-        """The longest text that all models take, in tokens, unless `max_length` was given."""
+        """The maximum length of a text in tokens: `max_length` if it was given, else the shortest of the contexts."""
         if self._max_length:
             return self._max_length
         lengths = [context_length(cached.model) for cached in self._cached]
         return min([super().max_length, *(length for length in lengths if length is not None)])
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say about the model: the harness's own fields, and KAD's settings under "kad"."""
+        """The description of the model in the results: the harness's own fields, and the settings of KAD as "kad"."""
         kad = {
             **asdict(self.kad_config),
             "reference": None if self.reference_path is None else str(self.reference_path),
@@ -221,21 +223,21 @@ class KADLM(HFLM):
     # --- Generation -----------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The texts without their thoughts, whether `think_end_token` is given or not; "" in an open thought."""
+        """Generate texts without thoughts, with or without `think_end_token`; "" if a thought is not closed."""
         texts = super().generate_until(requests, disable_tqdm)
-        if self.think_end_token is None:  # else the mark that closes a thought is gone already
+        if self.think_end_token is None:  # else the harness has removed the thoughts
             texts = [thought_opened_by(one.args[0]) + text for one, text in zip(requests, texts, strict=True)]
         return [without_thoughts(text) or "" for text in texts]
 
     def _model_generate(
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
-        """Texts with their prompts, `(B, L)`, for prompts `(B, L')` padded on the left."""
+        """Generate texts `(B, L)` that include their prompts, from prompts `(B, L')` padded on the left."""
         mask = generation_kwargs.pop("attention_mask", torch.ones_like(context))
         if generation_kwargs.get("do_sample"):
             generation_kwargs = {**PLAIN_SAMPLING, **generation_kwargs}
         else:
-            generation_kwargs.pop("temperature", None)  # 0, as the harness has it
+            generation_kwargs.pop("temperature", None)  # the harness sets it to 0
         generation_kwargs |= {
             "max_new_tokens": max_length - context.shape[1],
             "eos_token_id": self.eos_token_ids,
@@ -256,7 +258,7 @@ class KADLM(HFLM):
     def _generate_rows(
         self, ids: torch.Tensor, mask: torch.Tensor, stop: list[str], settings: dict[str, Any]
     ) -> torch.Tensor:
-        self.kad.reset()  # what was answered before does not matter, not even to the last bit
+        self.kad.reset()  # so that results don't depend on earlier calls, not even by rounding
         return self._model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -270,13 +272,13 @@ class KADLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each continuation under r, and whether greedy decoding would write it.
+        """The log-likelihood of each continuation under r, and whether greedy decoding would generate it.
 
-        Requests whose texts are the same but for the last token share a forward: the choices of many tasks.
+        Requests whose texts differ only in the last token, as the choices of many tasks do, share a forward pass.
 
         Raises:
-            ValueError: an empty context or continuation, a continuation longer than `max_length`, logits that are NaN,
-                +inf or all -inf.
+            ValueError: a context or continuation is empty, a continuation is longer than `max_length`, or logits are
+                NaN, +inf or all -inf.
         """
         sharing: dict[tuple[int, ...], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
@@ -286,11 +288,11 @@ class KADLM(HFLM):
                     f"{len(context)} and {len(continuation)} tokens."
                 )
             sharing.setdefault((*context, *continuation[:-1]), []).append(index)
-        # The longest first, so that too little memory shows at once.
+        # The longest texts come first, so that a lack of memory shows at once.
         texts = sorted(sharing, key=lambda text: (-len(text), text))
         cut = sum(len(text) > self.max_length for text in texts)
         if cut:
-            logger.warning(f"{cut} of {len(texts)} texts are cut on the left to {self.max_length} tokens.")
+            logger.warning(f"{cut} of {len(texts)} texts are truncated on the left to {self.max_length} tokens.")
 
         size, size_at = self.batch_size, None
         if size == "auto":
@@ -314,9 +316,9 @@ class KADLM(HFLM):
     def _score(
         self, texts: Sequence[tuple[int, ...]], groups: Sequence[list[list[int]]]
     ) -> list[list[tuple[float, bool]]]:
-        """Values of the continuations that end one token after each text, a list for each text."""
+        """The results for continuations that end one token after each text: a list for each text."""
         kept = [text[-self.max_length :] for text in texts]
-        # Padded on the right, where nothing that counts can see it.
+        # Padded on the right, where no position that is read attends to the padding.
         ids = pad_sequence([torch.tensor(text, device="cpu") for text in kept], batch_first=True).to(self.device)
         spans = [max(map(len, group)) for group in groups]
         keep = max(ids.shape[1] - len(text) + span for text, span in zip(kept, spans, strict=True))
@@ -358,7 +360,7 @@ class KADLM(HFLM):
     def _log_target(self, logits: list[torch.Tensor], row: int = 0, position: int = 0) -> torch.Tensor:
         """The logarithm of r `(n, V)` from each model's logits `(n, V)`.
 
-        They are for the tokens from `position` on of sequence `row`, as errors name them.
+        `row` and `position` are the sequence and the first position of the logits, for error messages.
         """
         for cached, rows in zip(self._cached, logits, strict=True):
             unusable = is_unusable(rows)
@@ -369,39 +371,40 @@ class KADLM(HFLM):
         return compose(self.kad.rule, *tempered).target_probs.log()
 
     def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """The logarithm of r at every position, `(B, L, V)`: what the harness measures for `batch_size=auto`."""
+        """The logarithm of r at every position, `(B, L, V)`. The harness calls this to find `batch_size=auto`."""
         logits = [each.flatten(0, 1) for each in self._logits(inps, inps.shape[1])]
         return self._log_target(logits).unflatten(0, inps.shape)
 
 
 def _value(text: Any) -> Any:
-    """A number, a boolean or None that was given as text."""
+    """Convert a number, a boolean or None that was given as text."""
     return handle_arg_string(text) if isinstance(text, str) else text
 
 
-def _make_config(source: str | Path | None, rule: str | None, arguments: dict[str, Any]) -> KADConfig:
-    """The settings of a `kad_config.json` with what was given beside it."""
-    parameters = [field.name for field in fields(RuleParameters)]
-    for name in arguments:
-        if name not in parameters:
-            known = [*_OWN_ARGUMENTS, *parameters, *_HARNESS_ARGUMENTS]
-            raise ValueError(unknown_name_message("model argument", name, known))
-    values = {name: _value(argument) for name, argument in arguments.items()}
-    return RuleArguments(config=None if source is None else str(source), rule=rule, **values).to_config()
-
-
-def _name_models(
-    config: KADConfig, source: str | Path | None, base: str | Path | None, proxy: str | Path | None
+def _config_from_arguments(
+    source: str | Path | None,
+    rule: str | None,
+    arguments: dict[str, Any],
+    base: str | Path | None,
+    proxy: str | Path | None,
 ) -> KADConfig:
-    """The config with base and proxy as they were given, or as it names them itself."""
-    models = ModelArguments(base=None if base is None else str(base), proxy=None if proxy is None else str(proxy))
+    """The configuration of the model arguments: that of `source`, with the given settings in place of its own.
+
+    Raises:
+        ValueError: an unknown argument, or a model that is named nowhere.
+    """
+    for name in arguments:
+        if name not in (*RULE_PARAMETERS, *OWN_SETTINGS):
+            known = [*_OWN_ARGUMENTS, *RULE_PARAMETERS, *OWN_SETTINGS, *_HARNESS_ARGUMENTS]
+            raise ValueError(unknown_name_message("model argument", name, known))
+    settings = {name: value for name, argument in arguments.items() if (value := _value(argument)) is not None}
+    config = config_from(source, rule, settings)
     try:
-        models.complete(config, source if source is not None and Path(source).is_dir() else None)
+        return with_models(config, None if base is None else str(base), None if proxy is None else str(proxy), source)
     except ValueError as error:
         raise ValueError(f"{error} In the harness: --model_args base=...,proxy=...") from error
-    return replace(config, base=models.base, proxy=models.proxy)
 
 
 if __name__ == "__main__":
-    quieten()
+    silence_libraries()
     cli_evaluate()

@@ -1,4 +1,4 @@
-"""Parsing a command line: dataclasses as options, help with its examples, one-line errors."""
+"""The command line of a recipe: options from dataclasses, help with examples, errors in one line."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from transformers import HfArgumentParser
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and names defaults where there are any."""
+    """Keeps the line breaks of the description, and shows the defaults of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -18,15 +18,18 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def parse_arguments(
     dataclass_types: Sequence[type], description: str | None, argv: Sequence[str] | None = None
 ) -> Any:
-    """The command line as one instance of each dataclass.
+    """Parse a command line into one instance of each dataclass.
+
+    If an argument can't be parsed, or a dataclass raises a `ValueError` or `TypeError`, the process prints the usage
+    and the error in one line, and exits with status 2.
 
     Args:
         dataclass_types: their fields are the options, with `help` in the metadata.
-        description: what `--help` shows first, line by line: a recipe's docstring.
-        argv: the command line's words; those of the process by default.
+        description: the text above the options in `--help`, such as a recipe's docstring.
+        argv: the arguments. Default: those of the process.
 
-    Words that can't be parsed, and a `ValueError` or `TypeError` of a dataclass, end the process with the usage, the
-    error in one line, and status 2.
+    Returns:
+        A tuple with an instance of each dataclass.
     """
     parser = HfArgumentParser(dataclass_types, description=description, formatter_class=_HelpFormatter)
     try:
@@ -36,10 +39,10 @@ def parse_arguments(
 
 
 def exit_status(run: Callable[[], int | None]) -> int:
-    """Run what a stop does no harm to, and say in one line what went wrong.
+    """Call a function that can be interrupted and started again, and print its errors in one line.
 
     Returns:
-        What `run` returns, 0 for None; 2 for an error, 130 where it was interrupted.
+        What `run` returns, or 0 if that is None; 2 after an error, 130 after an interrupt.
     """
     try:
         return run() or 0
@@ -47,5 +50,5 @@ def exit_status(run: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was.", file=sys.stderr)
+        print("\nInterrupted. The same command continues the run.", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""What a figure was measured with: versions, device, threads."""
+"""The environment of a measurement: versions, device and threads."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ from .._version import __version__
 
 
 def describe_environment(device: str = "cpu") -> dict[str, Any]:
-    """Versions and the kind of machine, for the record beside measured figures.
+    """The versions of the libraries and the kind of machine, to be stored with measurements.
 
     Args:
         device: where the models ran: "cpu", "cuda", "cuda:1", "mps".

@@ -1,4 +1,4 @@
-"""95 % intervals of scores, so that nobody reads noise as progress."""
+"""95 % confidence intervals of scores and of differences between scores."""
 
 import math
 import statistics
@@ -11,12 +11,13 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson, JASA 1927), as (low, high) in [0, 1].
 
     Args:
-        successes: how many trials succeeded, in [0, trials]. A fraction where a trial is several samples and counts
-            for the share of them that succeeded; then the interval is not too narrow, however alike the samples are.
-        trials: independent trials, at least 1.
+        successes: the number of trials that succeeded, in [0, trials]. It may be a fraction: a trial of several
+            samples then counts with the share of samples that succeeded. The interval is never too narrow for that,
+            however much the samples of a trial depend on each other.
+        trials: the number of independent trials, at least 1.
 
     Raises:
-        ValueError: for anything else.
+        ValueError: fewer than one trial, or `successes` out of range.
     """
     if trials < 1 or not 0 <= successes <= trials:
         raise ValueError(f"A proportion needs trials >= 1 and 0 <= successes <= trials, got {successes} of {trials}.")
@@ -28,13 +29,13 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def paired_difference(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> tuple[float, float]:
-    """Mean difference of two methods over the same problems, and its 95 % half-width.
+    """The mean difference of two methods' scores on the same problems, and half the width of its 95 % interval.
+
+    The scores of a problem are averaged over the sampling seeds first, so the interval is one over problems.
 
     Args:
-        a: the first method's scores, one sequence a sampling seed, one score a problem.
-        b: the second method's, on the same problems in the same order.
-
-    Scores are averaged over seeds first, so that the problems are what varies.
+        a: the first method's scores: one sequence for each sampling seed, with one score for each problem.
+        b: the second method's scores on the same problems, in the same order.
     """
     differences = [
         statistics.fmean(x) - statistics.fmean(y)

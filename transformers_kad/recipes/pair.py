@@ -1,4 +1,4 @@
-"""Base and proxy together, loaded for `generate`."""
+"""A base and a proxy that are loaded together, ready for `generate`."""
 
 import sys
 from functools import cached_property
@@ -8,36 +8,37 @@ import torch
 from transformers import PreTrainedModel
 
 from ..configuration import KADConfig
-from ..integrations.loading.arguments import ModelArguments
 from ..integrations.loading.devices import pick_device, quantization_config
-from ..integrations.loading.models import below_adapter, forget_generation_settings, load_model, load_tokenizer
+from ..integrations.loading.models import below_adapter, clear_generation_config, load_model, load_tokenizer
 from ..integrations.loading.prompts import eos_token_ids, pad_token_id
 from ..logits_process import KADLogitsProcessor
 from ..models.vocabulary import align_vocabularies, check_tokenizers
-from ..rules.composition import RULES
+from ..rules.registry import RULES
+from .arguments import ModelArguments
 
 
 class Pair:
-    """Base and proxy, loaded, with what a call of `generate` needs to know of both.
+    """A loaded base and proxy, with the tokenizers and token ids that a call of `generate` needs.
 
     Args:
-        models: which, and where; `base` and `proxy` are given.
-        merge_proxy: merge the proxy's adapter into its weights, since it costs at every step otherwise.
+        models: which models, and the devices they run on; `base` and `proxy` must be given.
+        merge_proxy: merge the proxy's adapter into its weights. An adapter that is not merged costs time at every
+            step.
 
     Attributes:
-        base: the base, in evaluation mode. Its own `generation_config` is emptied: penalties, beams and minimal
-            lengths that a model brings along are not the caller's.
+        base: the base, in evaluation mode. Its `generation_config` is emptied, so that no penalties, beams or minimal
+            lengths of the model's own come into effect.
         proxy: the proxy.
-        tokenizer: the base's tokenizer, with the proxy's chat template if it has none of its own.
+        tokenizer: the base's tokenizer; it gets the proxy's chat template if it has none of its own.
         proxy_tokenizer: the proxy's tokenizer.
-        alignment: the `VocabularyAlignment` of both, None where their vocabularies are one.
-        device: where inputs go.
+        alignment: the `VocabularyAlignment` of both, or None if they share one vocabulary.
+        device: the device of the inputs.
         eos_token_ids: every id of the base's vocabulary that ends a turn of either model, or None.
         proxy_eos_token_ids: the ids of the proxy's vocabulary that end its turns.
-        pad_token_id: what finished rows are filled with; None where the tokenizer has nothing to pad with.
+        pad_token_id: the id that finished rows are padded with; None if the tokenizer has no token for that.
 
     Raises:
-        ValueError: tokenizers that differ, without `align_vocabularies`.
+        ValueError: the tokenizers differ, and `align_vocabularies` is not set.
     """
 
     def __init__(self, models: ModelArguments, *, merge_proxy: bool = True) -> None:
@@ -64,13 +65,13 @@ class Pair:
             ends.add(end if self.alignment is None else self.alignment.base_id(end))
         self.eos_token_ids = sorted(ends - {None}) or None
         self.pad_token_id = pad_token_id(self.tokenizer)
-        forget_generation_settings(self.base)
+        clear_generation_config(self.base)
 
     def _load(self, path: str, **kwargs: Any) -> PreTrainedModel:
         return load_model(path, device=self.device, dtype=self.models.dtype, **kwargs)
 
     def load_large(self, path: str) -> PreTrainedModel:
-        """A model as large as the base: spread over devices and quantized as the base is."""
+        """Load a model as large as the base: distributed over devices and quantized like the base."""
         models = self.models
         limits = {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None
         if limits is None and models.gpus is not None and isinstance(models.spread, str):
@@ -86,9 +87,9 @@ class Pair:
 
     @cached_property
     def reference(self) -> PreTrainedModel | None:
-        """The proxy before alignment, loaded when it is first asked for.
+        """The proxy before alignment, loaded at the first access.
 
-        None for a proxy with an adapter that can be switched off, and where nothing is known of it.
+        It is None if the proxy has an adapter that can be switched off, or if the unaligned proxy is not known.
         """
         if self.models.reference is not None:
             return self._load(self.models.reference)
@@ -97,7 +98,7 @@ class Pair:
         return self._load(below) if below is not None and merged else None
 
     def processor(self, config: KADConfig, *, trace: bool = False) -> KADLogitsProcessor:
-        """A processor over the pair with the settings of a config."""
+        """A processor for this pair with the settings of a configuration."""
         return KADLogitsProcessor.from_config(
             self.proxy,
             config,
@@ -110,5 +111,5 @@ class Pair:
 
 
 def free_memory(gpu: int) -> int:
-    """What a model may take of a GPU, in bytes; a tenth of what is free is left for caches and activations."""
+    """The memory of a GPU that a model may use, in bytes. A tenth is left free for caches and activations."""
     return int(torch.cuda.mem_get_info(gpu)[0] * 0.9)

@@ -1,4 +1,4 @@
-"""How far a long run is: a bar where a person watches, plain lines in a log file."""
+"""The progress of a long run: a bar on a terminal, plain lines in a log file."""
 
 import math
 import sys
@@ -8,18 +8,18 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A progress bar on standard error, or plain lines there if standard error is no terminal.
+    """A progress bar on standard error, or plain lines if standard error is not a terminal.
 
-    The first update writes a line, then at most one follows every `seconds_between_lines`, and the last update writes
-    one as well: `24 of 96 answers (25%), 0:02:10 passed, about 0:06:30 left; accuracy 0.417`.
+    The first and the last update write a line, and in between there is at most one line every `seconds_between_lines`:
+    `24 of 96 answers (25%), 0:02:10 passed, about 0:06:30 left; accuracy 0.417`.
 
     Args:
-        total: how many units there are.
+        total: the number of units.
         unit: what is counted, in the plural: "answers", "steps".
-        done: units of an earlier run, which this one goes on with.
-        shown: False writes nothing, for all processes but the first.
-        seconds_between_lines: least time between two lines, in seconds.
-        patient: no lines for what ends within that time; the first one comes after it.
+        done: units that an earlier run has finished, if this run continues it.
+        shown: whether anything is written; False for all processes but the first.
+        seconds_between_lines: the minimum time between two lines, in seconds.
+        patient: write the first line only after this time, so that short runs write none.
 
     >>> with Progress(total=2, unit="answers", shown=False) as progress:
     ...     progress.update(note="accuracy 1.000")
@@ -55,7 +55,7 @@ class Progress:
         self.close()
 
     def update(self, count: int = 1, note: str = "") -> None:
-        """Count units that were finished. `note` is shown behind the numbers: a loss, an accuracy, a speed."""
+        """Count finished units. `note` is shown after the numbers: a loss, an accuracy or a speed."""
         self.done += count
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(count)
@@ -66,7 +66,7 @@ class Progress:
             print(self._line(now - self._started, note), file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop updating the bar, and leave it on the screen."""
         self._bar.close()
 
     def _line(self, passed: float, note: str) -> str:

@@ -1,4 +1,4 @@
-"""Files of JSON Lines that a run appends to, and that a later run goes on with. Nothing twice, nothing lost."""
+"""JSON Lines files that a run appends its results to, and that a later run continues."""
 
 import json
 import os
@@ -12,29 +12,29 @@ from ..utils.strict_json import parse_json_object
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs at once are not noticed there
+except ImportError:  # Windows, where two runs that write to one file are not detected
     fcntl = None  # type: ignore[assignment]
 
 
 class JsonLinesStore:
-    """Results, one JSON object a line, written out as soon as they are there.
+    """A file of results, one JSON object in each line, each written to the disk immediately.
 
-    Beside `results.jsonl` lies `results.jsonl.settings.json`: what the run was asked to do. A run that was stopped
-    in the middle goes on when it is started with the same settings; with others it is refused. A last line that the
-    stop tore apart is removed, and made again. A device or a pipe, which holds nothing to go on with, is only written
-    to.
+    The settings of the run are stored beside `results.jsonl` as `results.jsonl.settings.json`. An interrupted run
+    continues when it is started with the same settings, and is refused with other settings. If the interrupt left an
+    incomplete last line, that line is removed and its result is computed again. A device or a pipe holds no earlier
+    results and is only written to.
 
     Args:
-        path: the file, or a link to it; its folder is made if it is missing.
-        settings: what decides the results, as JSON values. One that is missing is None.
+        path: the file, or a link to it; its folder is created if it is missing.
+        settings: the settings that determine the results, as JSON values. A missing setting counts as None.
 
     Attributes:
-        records: what the file held when it was opened.
-        torn: the beginning of a torn last line, removed from the file; None if there was none.
+        records: the records that the file held when it was opened.
+        torn: the beginning of an incomplete last line that was removed from the file; None if there was none.
 
     Raises:
-        ValueError: the file was made with other settings (the message shows the difference), or without any, or holds
-            a line in its middle that is no JSON object, or another process is writing to it.
+        ValueError: the file was made with other settings (the message shows the difference) or has no settings file,
+            it has a complete line that is not a JSON object, or another process is writing to it.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -55,12 +55,12 @@ class JsonLinesStore:
         if self.path.exists() and not self.path.is_file():
             self._file = self.path.open("a", encoding="utf-8")
             return
-        self.path = Path(os.path.realpath(path))  # by whatever name it goes, its settings lie beside it
+        self.path = Path(os.path.realpath(path))  # the settings are beside the file itself, not beside a link
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a", encoding="utf-8")
         try:
             lock(self._file, self.path)
-            self._claim(json.loads(json.dumps(settings)))
+            self._check_settings(json.loads(json.dumps(settings)))
             self.records, self.torn = read_json_lines(self.path)
         except BaseException:
             self._file.close()
@@ -73,39 +73,39 @@ class JsonLinesStore:
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Write a result; when this returns, it is on the disk.
+        """Write a result to the disk before returning.
 
         Raises:
             OSError: it could not be written.
         """
         append_json_lines(self._file, [record])
 
-    def _claim(self, settings: dict[str, Any]) -> None:
-        """Write the settings beside the results, or check that they are those of the run that is there."""
-        claim = self.path.with_name(self.path.name + ".settings.json")
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        """Write the settings beside the results, or compare them with those of the results that are there."""
+        settings_file = self.path.with_name(self.path.name + ".settings.json")
         holds_results = self.path.stat().st_size > 0
-        if claim.exists() and holds_results:
+        if settings_file.exists() and holds_results:
             try:
-                found = parse_json_object(claim.read_bytes())
+                found = parse_json_object(settings_file.read_bytes())
             except ValueError as error:
-                raise ValueError(f"{str(claim)!r} is not JSON: {error}.") from error
+                raise ValueError(f"{str(settings_file)!r} is not a JSON object: {error}.") from error
             differences = describe_differences(found, settings)
             if differences:
                 raise ValueError(
                     f"{str(self.path)!r} holds results of a run with other settings: {differences}. Choose another "
-                    "file, or repeat the settings to go on."
+                    "file, or use the same settings to continue that run."
                 )
         elif holds_results:
             raise ValueError(
-                f"{str(self.path)!r} holds results, but no {claim.name!r} lies beside it to say of which settings. "
-                "Choose another file."
+                f"{str(self.path)!r} holds results, but there is no {settings_file.name!r} with their settings beside "
+                "it. Choose another file."
             )
         else:
-            write_whole(claim, json.dumps(settings, indent=2) + "\n")
+            write_whole(settings_file, json.dumps(settings, indent=2) + "\n")
 
 
 def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """Append records to an open file, one a line; when this returns, they are on the disk."""
+    """Append records to an open file, one in each line, and write them to the disk before returning."""
     file.write("".join(map(json_line, records)))
     file.flush()
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -113,9 +113,9 @@ def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> No
 
 
 def json_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:
-    """A record as a line of JSON, with escapes where it holds what the encoding has no bytes for.
+    """A record as a line of JSON. Characters that can't be encoded are escaped.
 
-    UTF-8 has none for half a character (a lone surrogate), which JSON can hold.
+    In UTF-8 these are lone surrogates (one half of a surrogate pair), which JSON allows.
     """
     line = json.dumps(record, ensure_ascii=False) + "\n"
     try:
@@ -126,10 +126,13 @@ def json_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:
 
 
 def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The records of a file, and the beginning of a torn last line, which is removed from the file.
+    """Read the records of a file, and remove an incomplete last line from it.
+
+    Returns:
+        The records, and the beginning of the incomplete line; None if there was none.
 
     Raises:
-        ValueError: a line that is no JSON object.
+        ValueError: a line is not a JSON object.
     """
     content, torn = path.read_bytes(), None
     whole = content.rfind(b"\n") + 1
@@ -141,30 +144,32 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _parse(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
-    # Not splitlines(): text may hold other characters that end lines.
+    # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             yield parse_json_object(line)
         except ValueError as error:
             start = line[:80].decode(errors="replace")
-            raise ValueError(f"{str(path)!r}, line {number} is no JSON object: {start!r} ({error}).") from error
+            raise ValueError(f"{str(path)!r}, line {number} is not a JSON object: {start!r} ({error}).") from error
 
 
 def lock(file: IO[str], path: Path) -> None:
-    """Keep other runs from a file until it is closed, by the end of the process at the latest.
+    """Take an exclusive lock on a file. It ends when the file is closed or the process exits.
 
     Raises:
-        ValueError: another run has it.
+        ValueError: another process holds the lock.
     """
     if fcntl is None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"Another run is writing to {str(path)!r}. Wait for it, or end it.") from error
+        raise ValueError(
+            f"Another run is writing to {str(path)!r}. Wait until it has finished, or stop it."
+        ) from error
 
 
 def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Where two settings differ, for an error message."""
+    """The differences between two settings, for an error message."""
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     return "; ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)

@@ -1,7 +1,8 @@
-"""The tiny pair's task: arithmetic word problems with worked solutions, held-out splits, and two scorers.
+"""The task of the tiny pair: arithmetic word problems with worked solutions, held-out splits, and two scores.
 
-A tenth of the arithmetic is in no training text: a fact family (a + b = c, b + a = c, c - a = b, c - b = a) falls
-into the train (90 %), validation (5 %) or test split (5 %) by its md5, and all steps of a problem are of its split.
+A tenth of the arithmetic never occurs in a training text. The MD5 hash of a fact family (a + b = c, b + a = c,
+c - a = b, c - b = a) assigns it to the train (90 %), validation (5 %) or test split (5 %), and all steps of a problem
+belong to the split of the problem.
 
 >>> problem = make_problems("test", 1)[0]
 >>> is_correct(problem.solution + EOS, problem)
@@ -33,8 +34,8 @@ def evaluate_triple(triple: Triple) -> int:
 def split_of(triple: Triple) -> str:
     """The split of a triple: 90 % train, 5 % validation, 5 % test, by the md5 of its fact family.
 
-    The four equations a + b = c, b + a = c, c - a = b and c - b = a are one family and share one split, so no
-    held-out sum can be read off from a commuted or an inverse one.
+    The four equations a + b = c, b + a = c, c - a = b and c - b = a are one family and share one split. No held-out
+    equation can therefore be derived from a commuted or an inverse one in the training data.
     """
     a, op, b = triple
     low, high = sorted((a, b) if op == "+" else (a - b, b))
@@ -44,7 +45,7 @@ def split_of(triple: Triple) -> str:
 
 @cache
 def triples_of(split: str) -> tuple[tuple[Triple, ...], dict[int, tuple[Triple, ...]]]:
-    """All triples of a split, and the same by their first operand."""
+    """All triples of a split, and the same triples grouped by their first operand."""
     numbers = range(1, LIMIT + 1)
     triples = [(a, op, b) for a in numbers for op in "+-" for b in numbers]
     triples = [t for t in triples if 1 <= evaluate_triple(t) <= LIMIT and split_of(t) == split]
@@ -53,7 +54,7 @@ def triples_of(split: str) -> tuple[tuple[Triple, ...], dict[int, tuple[Triple, 
 
 
 def draw_steps(rng: random.Random, split: str, steps: int) -> tuple[Triple, ...]:
-    """A chain of triples of one split: each step starts from the result of the step before."""
+    """Draw a chain of triples of one split, in which each step starts from the result of the previous step."""
     triples, by_first = triples_of(split)
     while True:
         chain = [rng.choice(triples)]
@@ -64,6 +65,7 @@ def draw_steps(rng: random.Random, split: str, steps: int) -> tuple[Triple, ...]
 
 
 def equation(triple: Triple) -> str:
+    """A triple as text: "12 + 7 = 19"."""
     a, op, b = triple
     return f"{a} {op} {b} = {evaluate_triple(triple)}"
 
@@ -97,7 +99,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Problem:
-    """A word problem: the user's message, the ideal answer, its number, and the steps that lead there."""
+    """A word problem: the user's message, the ideal answer, the number in it, and the steps of the calculation."""
 
     question: str
     solution: str
@@ -107,7 +109,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Story:
-    """A word problem before it is asked: who, what, what happened."""
+    """A word problem without its question: the person, the items, and the sentences that tell what happened."""
 
     name: str
     items: str
@@ -116,13 +118,15 @@ class Story:
 
     @property
     def result(self) -> int:
+        """The number that the question asks for."""
         return evaluate_triple(self.triples[-1])
 
 
-TWO_STEPS = 1 / 3  # share of the problems that take two steps
+TWO_STEPS = 1 / 3  # the share of problems with two steps
 
 
 def draw_story(rng: random.Random, split: str) -> Story:
+    """Draw a story of one or two steps."""
     triples = draw_steps(rng, split, 2 if rng.random() < TWO_STEPS else 1)
     name, other = rng.sample(NAMES, 2)
     items = rng.choice(ITEMS)
@@ -132,11 +136,21 @@ def draw_story(rng: random.Random, split: str) -> Story:
 
 
 def ask(rng: random.Random, story: Story) -> str:
+    """A story followed by a question about its result."""
     return f"{story.telling} {rng.choice(QUESTIONS).format(name=story.name, items=story.items)}"
 
 
 def make_problems(split: str, count: int, seed: int = 0) -> list[Problem]:
-    """`count` distinct problems, all steps of which belong to `split` ("train", "validation" or "test")."""
+    """Make distinct problems whose steps all belong to one split.
+
+    Args:
+        split: "train", "validation" or "test".
+        count: the number of problems.
+        seed: seed of the random choices.
+
+    Raises:
+        ValueError: an unknown split or a negative count.
+    """
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {SPLITS}, got {split!r}")
     if not isinstance(count, int) or count < 0:
@@ -157,11 +171,11 @@ STRICT = re.compile(rf"The answer is (\d+)\.?{re.escape(EOS)}(?:{re.escape(PAD)}
 
 
 def extract_answer(text: str) -> str | None:
-    """The number of a completion that says "The answer is N" once, and ends there; None for any other text.
+    """The number of a completion that states "The answer is N" once and ends there; None for any other text.
 
     `text` is the completion decoded *with* special tokens (`skip_special_tokens=False`): the end of sequence
-    must follow the number or its period. Padding after it is ignored, and so is a thought before the answer
-    (:func:`~transformers_kad.recipes.evaluation.answers.without_thoughts`).
+    must follow the number or its period. Padding after it is ignored, and so are thoughts before the answer
+    (:func:`~transformers_kad.integrations.loading.thoughts.without_thoughts`).
     """
     head, phrase, tail = (without_thoughts(text) or "").partition("The answer is ")
     match = STRICT.fullmatch(phrase + tail)
@@ -169,11 +183,11 @@ def extract_answer(text: str) -> str | None:
 
 
 def extract_answer_lenient(text: str) -> str | None:
-    """The number of a completion, fair to a model that was never told how to answer or where to stop.
+    """The number of a completion by a model that was never taught how to answer or where to stop.
 
-    Counts the number after the last "=" of the first line that is not empty, or the last number of that line
-    if it has no "=". What follows the line, the end of sequence, and a thought before the answer do not matter.
-    Leading zeros are dropped.
+    This is the number after the last "=" in the first line that is not empty, or the last number of that line if it
+    has no "=". Text after the line, the end of sequence and thoughts before the answer are ignored, and leading zeros
+    are dropped.
     """
     line = (without_thoughts(text) or "").partition(EOS)[0].strip().partition("\n")[0]
     numbers = re.findall(r"=\s*(\d+)", line) if "=" in line else re.findall(r"\d+", line)
@@ -181,10 +195,10 @@ def extract_answer_lenient(text: str) -> str | None:
 
 
 def is_correct(text: str, problem: Problem) -> bool:
-    """Strict score: :func:`extract_answer` finds the right number."""
+    """The strict score: whether :func:`extract_answer` finds the right number."""
     return extract_answer(text) == str(problem.answer)
 
 
 def is_correct_lenient(text: str, problem: Problem) -> bool:
-    """Lenient score: :func:`extract_answer_lenient` finds the right number."""
+    """The lenient score: whether :func:`extract_answer_lenient` finds the right number."""
     return extract_answer_lenient(text) == str(problem.answer)

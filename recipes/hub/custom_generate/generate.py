@@ -19,21 +19,21 @@ def generate(
     assistant_tokenizer: PreTrainedTokenizerBase | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Generate with a base that an aligned proxy guides. Returns what `generate` returns.
+    """Generate with a base that is guided by an aligned proxy. Returns the same as `model.generate`.
 
     Args:
-        model: the base; `generate` passes it.
+        model: the base, which `generate` passes.
         assistant_model: the aligned proxy, a causal LM or a `PeftModel`.
-        kad_config: a `KADConfig`, a mapping of its fields, or a folder or Hub repo that holds one. Default: the dual
-            rule with its default threshold.
-        speculative: let the proxy draft. Beams need False.
-        logits_processor: processors that see the base's scores before KAD.
-        tokenizer: the base's, for `stop_strings`.
-        assistant_tokenizer: the proxy's; given both, their token ids are compared.
-        **kwargs: everything else that `generate` takes.
+        kad_config: a `KADConfig`, a mapping of its fields, or a folder or Hub repo with a `kad_config.json`.
+            Default: the dual rule with its default threshold.
+        speculative: let the proxy draft, also for batches. Beam search needs False.
+        logits_processor: processors that are applied to the base's scores before KAD.
+        tokenizer: the base's tokenizer, for `stop_strings`.
+        assistant_tokenizer: the proxy's tokenizer. If both tokenizers are given, their token ids are compared.
+        **kwargs: all other arguments of `generate`.
 
     Raises:
-        ValueError: no `assistant_model`, or what `KADLogitsProcessor` and `generate` refuse.
+        ValueError: there is no `assistant_model`, or `KADLogitsProcessor` or `generate` refuses the arguments.
     """
     if assistant_model is None:
         raise ValueError("KAD needs an aligned proxy: pass `assistant_model=proxy`.")

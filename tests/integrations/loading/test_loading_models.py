@@ -99,9 +99,13 @@ TIED = {"tie_word_embeddings": True}
         (lora(target_modules=["q_proj", "lm_head"]), TIED, "embeddings that input and output share"),
         (lora(target_modules=["q_proj", "embed_tokens"]), TIED, "embeddings that input and output share"),
         (lora(target_modules=["embed_tokens"], ensure_weight_tying=True), TIED, "embeddings that input and output"),
-        (lora(alora_invocation_tokens=[5, 6]), {}, "an activated LoRA acts only behind its invocation tokens"),
+        (lora(alora_invocation_tokens=[5, 6]), {}, "an activated LoRA acts only after its invocation tokens"),
         (lora(lora_bias=True), {}, "the base layer has no bias"),
-        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), {}, "PREFIX_TUNING changes what the model"),
+        (
+            PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+            {},
+            "PREFIX_TUNING changes the model's input",
+        ),
     ],
 )
 def test_what_merging_would_change_stays_unmerged_and_it_is_said(tmp_path, config, model, reason):

@@ -47,7 +47,7 @@ def measure(tmp_path):
         said = []
         with JsonLinesStore(tmp_path / "growth.jsonl", {}) as store:
             measure_growth(
-                changed or settings(), axis, sizes, methods, store, repetitions=repetitions, say=said.append
+                changed or settings(), axis, sizes, methods, store, repetitions=repetitions, log=said.append
             )
         return [json.loads(line) for line in (tmp_path / "growth.jsonl").read_text().splitlines()], said
 
@@ -83,9 +83,9 @@ def test_models_are_as_large_as_was_asked_for(measure, monkeypatch):
     seen = []
     original = growth.run_method
 
-    def run_method(contest, method, inputs, seed, *, profile):
-        seen.append((contest.rows, contest.subject.base.num_parameters(), contest.subject.base.config.vocab_size))
-        return original(contest, method, inputs, seed, profile=profile)
+    def run_method(runner, method, inputs, seed, *, profile):
+        seen.append((runner.rows, runner.subject.base.num_parameters(), runner.subject.base.config.vocab_size))
+        return original(runner, method, inputs, seed, profile=profile)
 
     monkeypatch.setattr(growth, "run_method", run_method)
     measure("vocabulary", [50, 70], changed=settings(inflated={"base": 10**6}, rows=2), methods=METHODS[:1])

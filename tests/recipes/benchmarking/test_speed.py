@@ -9,7 +9,7 @@ from transformers_kad import KADConfig
 from transformers_kad.recipes.benchmarking import speed
 from transformers_kad.recipes.benchmarking.bounds import Shape
 from transformers_kad.recipes.benchmarking.forwards import IN_A_ROW
-from transformers_kad.recipes.benchmarking.methods import Contest, Method, expand
+from transformers_kad.recipes.benchmarking.methods import Method, MethodRunner, expand
 from transformers_kad.recipes.benchmarking.speed import Workload, measure_batch_size, run_method
 from transformers_kad.recipes.benchmarking.subjects import Subject
 from transformers_kad.recipes.resumable import JsonLinesStore
@@ -34,7 +34,7 @@ def measure(base, proxy, tmp_path):
                 store,
                 rows=rows,
                 repetitions=repetitions,
-                say=said.append,
+                log=said.append,
             )
         return [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()], said
 
@@ -70,13 +70,13 @@ def test_a_repetition_measures_the_forwards_of_its_methods(measure):
 
 def test_prompts_are_the_same_for_all_methods_and_fresh_in_each_repetition(measure, base, monkeypatch):
     prompts = {}
-    original = Contest.generate
+    original = MethodRunner.generate
 
     def generate(self, method, inputs):
         prompts.setdefault(self.max_new_tokens, []).append(tuple(inputs["input_ids"].flatten().tolist()))
         return original(self, method, inputs)
 
-    monkeypatch.setattr(Contest, "generate", generate)
+    monkeypatch.setattr(MethodRunner, "generate", generate)
     measure(2)
     assert len(prompts[12]) == 2 * len(METHODS)
     assert len(set(prompts[12])) == 2
@@ -86,7 +86,7 @@ def test_prompts_are_the_same_for_all_methods_and_fresh_in_each_repetition(measu
 
 @pytest.mark.slow
 def test_a_stopped_run_goes_on(measure, monkeypatch):
-    original = Contest.generate
+    original = MethodRunner.generate
     calls = []
 
     def stop(self, method, inputs):
@@ -95,16 +95,16 @@ def test_a_stopped_run_goes_on(measure, monkeypatch):
             raise KeyboardInterrupt
         return original(self, method, inputs)
 
-    monkeypatch.setattr(Contest, "generate", stop)
+    monkeypatch.setattr(MethodRunner, "generate", stop)
     with pytest.raises(KeyboardInterrupt):
         measure(3)
-    monkeypatch.setattr(Contest, "generate", original)
+    monkeypatch.setattr(MethodRunner, "generate", original)
     records, said = measure(3)
     assert [record["repetition"] for record in records] == [0, 1, 2]
     assert not any("repetition 1 of 3" in line for line in said)
     whole, said = measure(3)
     assert whole == records
-    assert said == ["batch 1: all 3 repetitions are there"]
+    assert said == ["batch 1: all 3 repetitions are done"]
     more, _ = measure(4)
     assert more[:3] == records
     assert len(more) == 4
@@ -127,15 +127,15 @@ def test_texts_beyond_the_context_are_refused(measure):
 
 
 def test_what_fails_as_a_prompt_can_is_recorded_and_what_is_a_mistake_ends_the_run(base, proxy, monkeypatch):
-    contest = Contest(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=4, longest_prompt=2)
+    runner = MethodRunner(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=4, longest_prompt=2)
     inputs = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)}
 
     def fail(message):
         def generate(self, method, inputs):
             raise RuntimeError(message)
 
-        monkeypatch.setattr(Contest, "generate", generate)
-        return run_method(contest, Method("base"), inputs, 0, profile=False)
+        monkeypatch.setattr(MethodRunner, "generate", generate)
+        return run_method(runner, Method("base"), inputs, 0, profile=False)
 
     run = fail("probability tensor contains either `inf`, `nan` or element < 0")
     assert run["error"].startswith("RuntimeError: probability tensor")
@@ -145,9 +145,9 @@ def test_what_fails_as_a_prompt_can_is_recorded_and_what_is_a_mistake_ends_the_r
 
 
 def test_equal_seeds_give_equal_draws(base, proxy):
-    contest = Contest(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=12, longest_prompt=5)
-    method, inputs = Method("speculative", 3), WORKLOAD.inputs(contest.subject, 1, 0)
-    assert contest.refusal(method) is None
-    first, second, other = (run_method(contest, method, inputs, seed, profile=False) for seed in (1, 1, 2))
+    runner = MethodRunner(Subject(base, proxy), CONFIG, rows=1, max_new_tokens=12, longest_prompt=5)
+    method, inputs = Method("speculative", 3), WORKLOAD.inputs(runner.subject, 1, 0)
+    assert runner.reason_to_skip(method) is None
+    first, second, other = (run_method(runner, method, inputs, seed, profile=False) for seed in (1, 1, 2))
     assert first["counts"] == second["counts"]
     assert first["deferral_mass"] == second["deferral_mass"] != other["deferral_mass"]

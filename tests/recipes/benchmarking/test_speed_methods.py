@@ -9,8 +9,8 @@ from transformers_kad.recipes.benchmarking.bounds import Shape
 from transformers_kad.recipes.benchmarking.forwards import ForwardMeter
 from transformers_kad.recipes.benchmarking.methods import (
     KINDS,
-    Contest,
     Method,
+    MethodRunner,
     counts_from_json,
     counts_to_json,
     expand,
@@ -29,7 +29,7 @@ def uncompiled(monkeypatch):
 
 
 def make_contest(base, proxy, rows=1, config=CONFIG):
-    return Contest(Subject(base, proxy), config, rows=rows, max_new_tokens=NEW, longest_prompt=PROMPT)
+    return MethodRunner(Subject(base, proxy), config, rows=rows, max_new_tokens=NEW, longest_prompt=PROMPT)
 
 
 def inputs(rows=1):
@@ -39,11 +39,11 @@ def inputs(rows=1):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def run(contest, method):
+def run(runner, method):
     """The text of a method, and the forwards of its models."""
-    assert contest.refusal(method) is None
-    with ForwardMeter(contest.subject.models, None) as meter:
-        ids = contest.generate(method, inputs(contest.rows))
+    assert runner.reason_to_skip(method) is None
+    with ForwardMeter(runner.subject.models, None) as meter:
+        ids = runner.generate(method, inputs(runner.rows))
     return ids, meter.counts
 
 
@@ -61,13 +61,13 @@ def test_every_kind_is_expanded_by_the_draft_lengths_and_the_base_comes_first():
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_method_emits_the_same_number_of_tokens(rows, base, proxy, uncompiled):
-    contest = make_contest(base, proxy, rows)
+    runner = make_contest(base, proxy, rows)
     methods = [method for method in expand(list(KINDS), [3]) if rows == 1 or not KINDS[method.kind].one_row]
     assert len(methods) == {1: 10, 3: 8}[rows]
     for method in methods:
-        ids, _ = run(contest, method)
+        ids, _ = run(runner, method)
         assert ids.shape == (rows, PROMPT + NEW), method.key
-        statistics = contest.statistics(method)
+        statistics = runner.statistics(method)
         assert statistics is None or statistics.tokens == rows * NEW
 
 
@@ -76,40 +76,40 @@ def test_an_end_of_sequence_ends_nothing():
     base, proxy = (tiny_model(seed=seed, eos_token_id=list(range(50))) for seed in (1, 2))
     for model in (base, proxy):
         model.generation_config.eos_token_id = None  # as loading leaves it
-    contest = make_contest(base, proxy)
+    runner = make_contest(base, proxy)
     for method in expand(["proxy", "assisted", "token_by_token", "lazy", "speculative"], [4]):
-        assert run(contest, method)[0].shape == (1, PROMPT + NEW), method.key
+        assert run(runner, method)[0].shape == (1, PROMPT + NEW), method.key
 
 
 def test_forwards_are_those_of_the_method(base, proxy):
-    contest = make_contest(base, proxy)
+    runner = make_contest(base, proxy)
     step = [Shape("base", 1, 1), Shape("proxy", 1, 1)]
-    _, counts = run(contest, Method("base"))
+    _, counts = run(runner, Method("base"))
     assert counts == {Shape("base", 1, PROMPT): 1, step[0]: NEW - 1}
-    _, counts = run(contest, Method("proxy"))
+    _, counts = run(runner, Method("proxy"))
     assert counts == {Shape("proxy", 1, PROMPT): 1, step[1]: NEW - 1}
-    _, counts = run(contest, Method("token_by_token"))
+    _, counts = run(runner, Method("token_by_token"))
     assert counts[step[0]] == counts[step[1]] == NEW - 1
-    _, counts = run(contest, Method("lazy"))
+    _, counts = run(runner, Method("lazy"))
     assert counts[step[0]] == NEW - 1
     assert counts[step[1]] <= NEW - 1
     for kind in ("assisted", "speculative"):
-        _, counts = run(contest, Method(kind, 3))
+        _, counts = run(runner, Method(kind, 3))
         assert max(shape.tokens for shape in counts if shape.model == "base") == PROMPT + 3, kind
         assert counts[Shape("base", 1, 4)] > 0, kind
         assert all(shape.tokens in (1, 2, PROMPT) for shape in counts if shape.model == "proxy"), kind
-    _, counts = run(contest, Method("prompt_lookup", 3))
+    _, counts = run(runner, Method("prompt_lookup", 3))
     assert {shape[1:] for shape in counts if shape.model == "base"} == {
         shape[1:] for shape in counts if shape.model == "proxy"
     }
 
 
 def test_the_peer_drafts_as_many_tokens_every_time_until_the_text_ends(base, proxy):
-    contest, widths = make_contest(base, proxy), []
+    runner, widths = make_contest(base, proxy), []
     handle = base.register_forward_pre_hook(
         lambda model, args, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
     )
-    run(contest, Method("assisted", 4))
+    run(runner, Method("assisted", 4))
     handle.remove()
     drafts = [widths[0] - PROMPT, *(width - 1 for width in widths[1:])]
     assert drafts[:3] == [4, 4, 4]
@@ -117,40 +117,40 @@ def test_the_peer_drafts_as_many_tokens_every_time_until_the_text_ends(base, pro
 
 
 def test_compiled_methods_are_counted_by_their_statistics(base, proxy, uncompiled):
-    contest = make_contest(base, proxy)
+    runner = make_contest(base, proxy)
     method = Method("compiled", 3)
     for _ in range(2):
-        run(contest, method)
-    statistics = contest.statistics(method)
-    counts = contest.compiled_counts(method, PROMPT)
+        run(runner, method)
+    statistics = runner.statistics(method)
+    counts = runner.compiled_counts(method, PROMPT)
     assert counts == {
         Shape("base", 1, PROMPT + 3): 1,
         Shape("base compiled", 1, 4): statistics.rounds - 1,
         Shape("proxy", 1, PROMPT): 1,
         Shape("proxy compiled", 1, 1): statistics.proxy_forwards - 1,
     }
-    assert {shape for shape in counts if "compiled" in shape.model} == set(contest.compiled_models(method))
-    alone = contest.compiled_counts(Method("base_compiled"), PROMPT)
+    assert {shape for shape in counts if "compiled" in shape.model} == set(runner.compiled_models(method))
+    alone = runner.compiled_counts(Method("base_compiled"), PROMPT)
     assert alone == {Shape("base", 1, PROMPT): 1, Shape("base compiled", 1, 1): NEW - 1}
 
 
 def test_the_compiled_base_keeps_one_cache(base, proxy, uncompiled):
-    contest, caches = make_contest(base, proxy), set()
+    runner, caches = make_contest(base, proxy), set()
     for _ in range(2):
-        run(contest, Method("base_compiled"))
-        caches.add(id(contest._static))
+        run(runner, Method("base_compiled"))
+        caches.add(id(runner._static))
     assert len(caches) == 1
-    assert {layer.max_cache_len for layer in contest._static.layers} == {256}
+    assert {layer.max_cache_len for layer in runner._static.layers} == {256}
 
 
 def test_what_a_method_cannot_do_is_said(base, proxy):
     wide = tiny_model(seed=2, vocabulary=60)
-    assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).refusal(Method("assisted", 3))
-    assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).refusal(Method("compiled", 3))
-    assert "got 50 and 60 rows" in make_contest(base, wide).refusal(Method("assisted", 3))
-    assert make_contest(base, wide).refusal(Method("speculative", 3)) is None
+    assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).reason_to_skip(Method("assisted", 3))
+    assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).reason_to_skip(Method("compiled", 3))
+    assert "got 50 and 60 rows" in make_contest(base, wide).reason_to_skip(Method("assisted", 3))
+    assert make_contest(base, wide).reason_to_skip(Method("speculative", 3)) is None
     looks = KADConfig("confidence_bet", {"margin": 0.1})
-    assert "does not depend on q" in make_contest(base, proxy, config=looks).refusal(Method("lazy"))
+    assert "does not depend on q" in make_contest(base, proxy, config=looks).reason_to_skip(Method("lazy"))
 
 
 def test_counts_survive_json():

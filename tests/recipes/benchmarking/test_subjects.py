@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from transformers import LlamaConfig, Qwen3Config
 
 from transformers_kad import DualDeferral
-from transformers_kad.integrations.loading.arguments import ModelArguments
+from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.benchmarking.subjects import (
     TASKS,
     Subject,

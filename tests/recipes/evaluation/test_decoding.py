@@ -1,5 +1,6 @@
 """Answers of every method to batches: the same as direct calls, whatever came before, and failures one by one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from transformers_kad import KADLogitsProcessor
-from transformers_kad.integrations.loading.arguments import ModelArguments
 from transformers_kad.integrations.loading.prompts import PLAIN_SAMPLING, encode
-from transformers_kad.models.cached_model import ContextLengthError, UnusableLogitsError
-from transformers_kad.recipes.evaluation.decoding import Decoder, as_text, is_failure
+from transformers_kad.models.model_errors import ContextLengthError, UnusableLogitsError
+from transformers_kad.recipes.arguments import ModelArguments
+from transformers_kad.recipes.evaluation.decoding import Decoder, as_text, is_failure, own_settings
 from transformers_kad.recipes.evaluation.methods import PLAIN_METHODS, RULE_METHODS, parse_methods
 from transformers_kad.recipes.evaluation.tasks import get_task
 from transformers_kad.recipes.pair import Pair
@@ -232,3 +233,12 @@ def test_the_proxy_may_see_its_own_chat_template(pair):
     assert without.text != with_template.text
     (alone,) = own.answer(method("proxy"), QUESTIONS[:1], 0, 30)
     assert alone.text.startswith("We get ")
+
+
+def test_settings_that_change_how_a_method_decodes_are_recorded():
+    """So that a run with another drafter is not taken for the same run. Defaults are left out, as in older results."""
+    (method,) = parse_methods(["kad-dual:threshold=0.5"])
+    plain = own_settings(None, method)
+    assert not {"drafter", "compile", "lazy"} & plain.keys()
+    other = replace(method, config=replace(method.config, drafter="prompt_lookup"))
+    assert own_settings(None, other) == {**plain, "drafter": "prompt_lookup"}

@@ -65,7 +65,7 @@ def test_settings_reach_every_rule_and_stock_speculative_decoding():
 
 
 def test_the_rule_of_a_config():
-    config = KADConfig(rule="primal", parameters={"budget": 0.9}, num_assistant_tokens=7, base="b", proxy="q")
+    config = KADConfig("primal", {"budget": 0.9}, 1.0, 7, base="b", proxy="q", drafter="prompt_lookup", compile=True)
     (method,) = parse_methods(["config"], config=config)
     assert method.config == config
     assert method.label == "config primal budget=0.9 num_assistant_tokens=7"

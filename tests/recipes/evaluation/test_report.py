@@ -6,7 +6,7 @@ import pytest
 
 from transformers_kad.recipes.evaluation.methods import parse_methods
 from transformers_kad.recipes.evaluation.report import make_report, summarize, to_markdown, write_report
-from transformers_kad.recipes.evaluation.results import ResultsFolder, hash_of
+from transformers_kad.recipes.evaluation.results import ResultsFolder, config_hash
 from transformers_kad.recipes.intervals import wilson_interval
 
 
@@ -92,7 +92,7 @@ def made(path, ended, **changes):
             own = {"name": method, "shown_parameters": {}} | ({"aligned": "some/large"} if method == "aligned" else {})
             config = {"task": "tiny", "method": method, "shared": SHARED | changes, "own": own}
             folder.describe([config])
-            place = {"batch": method, "batch_number": 0, "batch_size": 20, "config": hash_of(config)}
+            place = {"batch": method, "batch_number": 0, "batch_size": 20, "config": config_hash(config)}
             folder.append({**line(i, method, ended=i < count), **place, "row": i} for i in range(20))
         folder.merge()
     return make_report(folder)
@@ -127,7 +127,7 @@ def test_answers_that_were_cut_have_a_column_and_above_a_tenth_a_warning(tmp_pat
     at = header.index("ended")
     assert (base[at], proxy[at]) == ("0.85", "0.90")
     (warning,) = [line for line in text.splitlines() if line.startswith("Warning")]
-    assert "3 of 20 answers of base were cut" in warning
+    assert "3 of 20 answers of base were truncated" in warning
     assert "--max_new_tokens" in warning and "48" in warning
 
 
@@ -165,7 +165,13 @@ def folder(tmp_path):
                 {
                     **line(i, method.label, "1" if i < right else "2", **more),
                     "seconds": seconds,
-                    **{"batch": method.label, "batch_number": 0, "batch_size": 8, "row": i, "config": hash_of(config)},
+                    **{
+                        "batch": method.label,
+                        "batch_number": 0,
+                        "batch_size": 8,
+                        "row": i,
+                        "config": config_hash(config),
+                    },
                 }
                 for i in range(8)
             )
@@ -213,7 +219,7 @@ def test_a_method_that_was_stopped_is_listed_as_unfinished_and_compared_with_not
                 {
                     **line(i, config["method"], sample=sample),
                     **{"batch": f"{config['method']} {sample}", "batch_number": 0, "batch_size": 3, "row": i},
-                    "config": hash_of(config),
+                    "config": config_hash(config),
                 }
                 for i in range(3)
             )

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from transformers_kad.recipes.evaluation.results import ResultsFolder, hash_of
+from transformers_kad.recipes.evaluation.results import ResultsFolder, config_hash
 
 CONFIG = {"task": "tiny", "method": "kad-dual", "shared": {"seed": 0}, "own": {"threshold": 0.4}}
 
@@ -20,7 +20,7 @@ def lines(number, size=2, config=CONFIG, **more):
             "batch_number": number,
             "batch_size": size,
             "row": row,
-            "config": hash_of(config),
+            "config": config_hash(config),
             "instance": f"{number}.{row}",
             "prediction": "1",
             "answer": "1",
@@ -100,9 +100,9 @@ def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_pa
         (lambda line: json.dumps(line | {"row": "0"}), "'row' is '0'"),
         (lambda line: json.dumps(line | {"seconds": [1.0]}), "'seconds' is"),
         (json.dumps, None),
-        (lambda line: json.dumps([line]), "no JSON object"),
-        (lambda line: "{", "no JSON object"),
-        (lambda line: '{"text": ' + "[" * 5000 + "]" * 5000 + "}", "no JSON object"),
+        (lambda line: json.dumps([line]), "not a JSON object"),
+        (lambda line: "{", "not a JSON object"),
+        (lambda line: '{"text": ' + "[" * 5000 + "]" * 5000 + "}", "not a JSON object"),
     ],
 )
 def test_a_line_that_is_no_result_is_named_with_file_and_number(tmp_path, faulty, message):
@@ -239,5 +239,5 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_the_hash_tells_configurations_apart_and_not_their_order():
-    assert hash_of(CONFIG) == hash_of(dict(reversed(CONFIG.items())))
-    assert hash_of(CONFIG) != hash_of({**CONFIG, "shared": {"seed": 1}})
+    assert config_hash(CONFIG) == config_hash(dict(reversed(CONFIG.items())))
+    assert config_hash(CONFIG) != config_hash({**CONFIG, "shared": {"seed": 1}})

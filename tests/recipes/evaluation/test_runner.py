@@ -67,7 +67,7 @@ def run(path, decoder, *, state=None, methods=METHODS, report=None, **settings):
     said = []
     with ResultsFolder(path, state.process_index if state else 0) as folder:
         run_evaluation(
-            decoder, [workload(**settings)], methods, folder, state=state or processes(0, 1), report=said.append
+            decoder, [workload(**settings)], methods, folder, state=state or processes(0, 1), log=said.append
         )
     return said
 
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(tmp_path, stop):
     said = run(tmp_path / "stopped", second)
     assert first.asked[:-1] + second.asked == undisturbed.asked
     assert (tmp_path / "stopped" / "results.jsonl").read_text() == (tmp_path / "whole" / "results.jsonl").read_text()
-    assert said == ([f"{stop - 1} of 6 batches are done already."] if stop > 1 else [])
+    assert said == ([f"{stop - 1} of 6 batches are already done."] if stop > 1 else [])
 
 
 @pytest.mark.parametrize("stop", [1, 2, 9])
@@ -181,7 +181,7 @@ def test_what_decides_the_results_is_held_against_those_that_are_there(tmp_path,
     decoder = FakeDecoder()
     with pytest.raises(ValueError, match=re.escape(difference)), ResultsFolder(tmp_path) as folder:
         asked = replace(workload(), **changed)
-        run_evaluation(decoder, [asked], METHODS, folder, state=processes(0, 1), report=lambda line: None)
+        run_evaluation(decoder, [asked], METHODS, folder, state=processes(0, 1), log=lambda line: None)
     assert decoder.asked == []
 
 
@@ -196,10 +196,10 @@ def test_failed_answers_are_tried_again_when_that_is_asked_for(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(path.read_text().replace('"error": null', '"error": "out of memory"', 1))
     again = FakeDecoder()
-    assert run(tmp_path, again, methods=METHODS[:1]) == ["3 of 3 batches are done already."]
+    assert run(tmp_path, again, methods=METHODS[:1]) == ["3 of 3 batches are already done."]
     with ResultsFolder(tmp_path) as folder:
         run_evaluation(
-            again, [workload()], METHODS[:1], folder, state=processes(0, 1), report=lambda _: None, retry_failed=True
+            again, [workload()], METHODS[:1], folder, state=processes(0, 1), log=lambda _: None, retry_failed=True
         )
     assert len(again.asked) == 1
     assert all(record["error"] is None for record in records(tmp_path))

@@ -17,8 +17,10 @@ import pyarrow.parquet
 import pytest
 
 from transformers_kad.recipes import word_problems
-from transformers_kad.recipes.evaluation.answers import REASON, extract_option
-from transformers_kad.recipes.evaluation.tasks import TASKS, Instance, get_task, multiple_choice
+from transformers_kad.recipes.evaluation.answer_text import REASON
+from transformers_kad.recipes.evaluation.option_answers import extract_option
+from transformers_kad.recipes.evaluation.task import Instance
+from transformers_kad.recipes.evaluation.tasks import TASKS, get_task, multiple_choice
 
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -494,7 +496,7 @@ def test_the_hub_is_asked_for_configuration_and_split(monkeypatch):
 def test_without_datasets_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for data_dir in (None, FIXTURES):
-        with pytest.raises(ImportError, match=r'pip install "transformers-kad\[eval\]"'):
+        with pytest.raises(ImportError, match=r'pip install -e "\.\[eval\]"'):
             get_task("gsm8k").load(data_dir=data_dir)
     assert get_task("tiny").load(limit=1)
 

@@ -12,9 +12,9 @@ from transformers_kad.recipes.evaluation.decoding import Answer
 from transformers_kad.recipes.evaluation.methods import RULE_METHODS, parse_methods
 from transformers_kad.recipes.evaluation.results import ResultsFolder
 from transformers_kad.recipes.evaluation.tuning import (
+    ERROR_RATE,
     SEARCH_RANGES,
     STEP,
-    SURE,
     Goal,
     Tuner,
     feasible,
@@ -131,7 +131,7 @@ def test_a_setting_that_is_much_worse_is_given_up(tmp_path):
         label = method_of(trial.params).label
         assert sum(asked == label for asked, _, _ in decoder.asked) < 10  # batches
         assert abs(trial.params["kad-dual.threshold"] - 0.6) > 0.1  # within 0.05 all answers are right
-    assert sum("given up, another setting is more accurate (" in line for line in said) == len(pruned)
+    assert sum("pruned, another setting is more accurate (" in line for line in said) == len(pruned)
 
 
 def test_drafts_change_the_size_of_a_batch_and_not_the_questions_after_which_a_trial_may_be_given_up(tmp_path):
@@ -190,7 +190,7 @@ class Nowhere:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_samples", [1, 2])
 def test_a_setting_as_good_as_thirty_others_is_seldom_given_up(num_samples):
-    """31 equal settings, with 9 (or 10) looks at the last one. At a chance of `SURE` = 0.05, more than 8 of 40
+    """31 equal settings, with 9 (or 10) looks at the last one. At a chance of `ERROR_RATE` = 0.05, more than 8 of 40
     searches give it up with a probability of 1.3e-4; tests that are not corrected do in about half of them."""
     given_up = 0
     for seed in range(40):
@@ -202,7 +202,7 @@ def test_a_setting_as_good_as_thirty_others_is_seldom_given_up(num_samples):
         tuner.progress = lambda line: None
         tuner.run(study, 31)
         given_up += study.trials[-1].state == optuna.trial.TrialState.PRUNED
-    assert SURE == 0.05
+    assert ERROR_RATE == 0.05
     assert given_up <= 8
 
 

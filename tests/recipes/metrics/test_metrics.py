@@ -65,8 +65,8 @@ def test_a_metric_can_be_loaded_by_its_file_and_used_as_a_class(metrics, name):
 
 
 def test_an_unknown_metric_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"'thruput'.*Did you mean 'throughput'\?.*answer_accuracy"):
-        metric_path("thruput")
+    with pytest.raises(ValueError, match=r"'decoding_stats'.*Did you mean 'decoding_statistics'\?.*answer_accuracy"):
+        metric_path("decoding_stats")
 
 
 def test_every_metric_ships_with_the_package():
@@ -77,7 +77,7 @@ def test_every_metric_ships_with_the_package():
 
 
 def test_two_metrics_in_one_process_keep_their_inputs_apart():
-    first, second = load("throughput"), load("throughput")
+    first, second = load("decoding_statistics"), load("decoding_statistics")
     first.add_batch(tokens=[10], seconds=[1.0])
     second.add_batch(tokens=[90], seconds=[1.0])
     first.add(tokens=20, seconds=1.0)
@@ -86,14 +86,14 @@ def test_two_metrics_in_one_process_keep_their_inputs_apart():
 
 
 def test_no_inputs_are_written_to_the_disk(tmp_path):
-    metric = load("throughput", cache_dir=str(tmp_path))
+    metric = load("decoding_statistics", cache_dir=str(tmp_path))
     metric.add_batch(tokens=[10], seconds=[1.0])
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert metric.compute()["tokens_per_second"] == 10
 
 
 def test_a_metric_works_again_after_an_error():
-    metric = load("throughput")
+    metric = load("decoding_statistics")
     for inputs in ({"tokens": [7], "seconds": [0.0]}, {"tokens": [7], "seconds": [1.0, 1.0]}):
         with pytest.raises(ValueError):
             metric.compute(**inputs)
@@ -105,10 +105,10 @@ import sys, evaluate
 from transformers_kad.recipes.metrics import METRICS, metric_path
 for name in METRICS:
     evaluate.load(metric_path(name))
-throughput = evaluate.load(metric_path("throughput"))
+decoding_statistics = evaluate.load(metric_path("decoding_statistics"))
 for _ in range(50):
-    throughput.add_batch(tokens=[int(sys.argv[1])], seconds=[1.0])
-print(throughput.compute()["tokens"])
+    decoding_statistics.add_batch(tokens=[int(sys.argv[1])], seconds=[1.0])
+print(decoding_statistics.compute()["tokens"])
 """
 
 
@@ -204,35 +204,54 @@ def test_bad_answers_are_refused(metrics, inputs, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "message"),
+    ("inputs", "message"),
     [
-        ("throughput", {"tokens": [1, 2], "seconds": [1.0]}, r"\(2\).*\(1\)"),
-        ("throughput", {"tokens": [1]}, r"missing: \['seconds'\]"),
-        ("throughput", {}, r"missing: \['tokens', 'seconds'\]"),
-        ("throughput", {"tokens": [], "seconds": []}, "at least one call"),
-        ("throughput", {"tokens": [4, 1.5], "seconds": [1.0, 1.0]}, "got 1.5 at index 1"),
-        ("throughput", {"tokens": [-2], "seconds": [1.0]}, "got -2.0 at index 0"),
-        ("throughput", {"tokens": [None], "seconds": [1.0]}, "got None at index 0"),
-        ("throughput", {"tokens": [1], "seconds": [0.0]}, "`seconds`.* got 0.0 at index 0"),
-        ("throughput", {"tokens": [1], "seconds": [-1.0]}, "`seconds`.* got -1.0"),
-        ("throughput", {"tokens": [1], "seconds": [float("nan")]}, "`seconds`.* got nan"),
-        ("throughput", {"tokens": [1], "seconds": [float("inf")]}, "`seconds`.* got inf"),
-        ("acceptance_rate", {"drafted": [5, 3], "accepted": [5, 4]}, "got 4 of 3 at index 1"),
-        ("acceptance_rate", {"drafted": [5], "accepted": [-1]}, "`accepted`.* got -1.0"),
-        ("acceptance_rate", {"drafted": [float("inf")], "accepted": [1]}, "`drafted`.* got inf"),
-        ("acceptance_length", {"histograms": [[1], [2, -1]]}, r"`histograms\[1\]`.* got -1.0 at index 1"),
-        ("acceptance_length", {"histograms": [[0, 2]], "tokens": [1]}, r"\[0, 2\] emit 2 to 4 tokens, got 1"),
-        ("acceptance_length", {"histograms": [[3, 0]], "tokens": [2]}, r"\[3, 0\] emit 3 to 3 tokens, got 2"),
-        ("acceptance_length", {"histograms": [[0, 2]], "tokens": [2, 3]}, r"histograms \(1\) and tokens \(2\)"),
-        ("deferral_mass", {"masses": [0.5, 1.1], "tokens": [1, 1]}, "got 1.1 at index 1"),
-        ("deferral_mass", {"masses": [-0.1], "tokens": [1]}, "got -0.1 at index 0"),
-        ("deferral_mass", {"masses": [float("nan")], "tokens": [1]}, "got nan"),
-        ("deferral_mass", {"masses": [0.5], "tokens": [0.5]}, "`tokens`.* got 0.5"),
+        ({"tokens": [1, 2], "seconds": [1.0]}, r"\(2\).*\(1\)"),
+        ({"tokens": [1]}, r"speed from \['tokens', 'seconds'\].* not enough: \['tokens'\]"),
+        ({}, r"speed from \['tokens', 'seconds'\].* not enough: \[\]"),
+        ({"tokens": [], "seconds": []}, "at least one call"),
+        ({"tokens": [4, 1.5], "seconds": [1.0, 1.0]}, "got 1.5 at index 1"),
+        ({"tokens": [-2], "seconds": [1.0]}, "got -2.0 at index 0"),
+        ({"tokens": [None], "seconds": [1.0]}, "got None at index 0"),
+        ({"tokens": [1], "seconds": [0.0]}, "`seconds`.* got 0.0 at index 0"),
+        ({"tokens": [1], "seconds": [-1.0]}, "`seconds`.* got -1.0"),
+        ({"tokens": [1], "seconds": [float("nan")]}, "`seconds`.* got nan"),
+        ({"tokens": [1], "seconds": [float("inf")]}, "`seconds`.* got inf"),
+        ({"drafted": [5, 3], "accepted": [5, 4]}, "got 4 of 3 at index 1"),
+        ({"drafted": [5], "accepted": [-1]}, "`accepted`.* got -1.0"),
+        ({"drafted": [float("inf")], "accepted": [1]}, "`drafted`.* got inf"),
+        ({"histograms": [[1], [2, -1]]}, r"`histograms\[1\]`.* got -1.0 at index 1"),
+        ({"histograms": [[0, 2]], "tokens": [1]}, r"\[0, 2\] emit 2 to 4 tokens, got 1"),
+        ({"histograms": [[3, 0]], "tokens": [2]}, r"\[3, 0\] emit 3 to 3 tokens, got 2"),
+        ({"histograms": [[0, 2]], "tokens": [2, 3]}, r"histograms \(1\) and tokens \(2\)"),
+        ({"masses": [0.5, 1.1], "tokens": [1, 1]}, "got 1.1 at index 1"),
+        ({"masses": [-0.1], "tokens": [1]}, "got -0.1 at index 0"),
+        ({"masses": [float("nan")], "tokens": [1]}, "got nan"),
+        ({"masses": [0.5], "tokens": [0.5]}, "`tokens`.* got 0.5"),
+        ({"masses": [0.5]}, r"deferral mass from \['masses', 'tokens'\].* not enough: \['masses'\]"),
+        ({"drafted": [5], "histograms": [[0, 1]]}, r"not enough: \['drafted', 'histograms'\]"),
     ],
 )
-def test_bad_numbers_are_refused(metrics, name, inputs, message):
+def test_bad_numbers_are_refused(metrics, inputs, message):
     with pytest.raises(ValueError, match=message):
-        metrics[name].compute(**inputs)
+        metrics["decoding_statistics"].compute(**inputs)
+
+
+def test_inputs_of_other_figures_cannot_follow(metrics):
+    metric = load("decoding_statistics")
+    metric.add(drafted=5, accepted=4)
+    with pytest.raises(ValueError, match=r"before were \['drafted', 'accepted'\].*: \['tokens', 'seconds'\]"):
+        metric.add(tokens=5, seconds=1.0)
+    metric.add(drafted=5, accepted=2)
+    assert metric.compute() == {"drafted": 10, "accepted": 6, "acceptance_rate": 0.6}
+    assert metric.compute(tokens=[5], seconds=[2.0])["tokens_per_second"] == 2.5
+
+
+def test_a_figure_can_follow_an_error_of_another_one(metrics):
+    metric = load("decoding_statistics")
+    with pytest.raises(ValueError, match=r"tokens \(1\) and seconds \(2\)"):
+        metric.compute(tokens=[7], seconds=[1.0, 1.0])
+    assert metric.compute(drafted=[4], accepted=[1])["acceptance_rate"] == 0.25
 
 
 # --- Worked out by hand ---------------------------------------------------------------------------------------
@@ -240,24 +259,24 @@ def test_bad_numbers_are_refused(metrics, name, inputs, message):
 
 def test_throughput_is_no_mean_of_rates(metrics):
     """A call of 1 token in 0.01 s and one of 99 in 0.99 + 9 s: 10 tokens/s in all, though the mean rate is 54.95."""
-    result = metrics["throughput"].compute(tokens=[1, 99], seconds=[0.01, 9.99])
+    result = metrics["decoding_statistics"].compute(tokens=[1, 99], seconds=[0.01, 9.99])
     assert result == {"tokens_per_second": pytest.approx(10), "tokens": 100, "seconds": pytest.approx(10)}
 
 
 def test_nothing_drafted_has_no_rate_and_all_refused_the_rate_zero(metrics):
-    compute = metrics["acceptance_rate"].compute
+    compute = metrics["decoding_statistics"].compute
     assert compute(drafted=[0, 0], accepted=[0, 0]) == {"acceptance_rate": None, "drafted": 0, "accepted": 0}
     assert compute(drafted=[4], accepted=[0])["acceptance_rate"] == 0
     assert compute(drafted=[], accepted=[])["acceptance_rate"] is None
 
 
 def test_the_acceptance_rate_weighs_drafts_and_not_texts(metrics):
-    assert metrics["acceptance_rate"].compute(drafted=[1, 9], accepted=[1, 0])["acceptance_rate"] == 0.1
+    assert metrics["decoding_statistics"].compute(drafted=[1, 9], accepted=[1, 0])["acceptance_rate"] == 0.1
 
 
 def test_histograms_of_different_lengths_are_added(metrics):
     """Rounds with 2, 2, 0 and 1 draft tokens: 5 in 4 rounds. Without `tokens` nobody knows how the texts ended."""
-    assert metrics["acceptance_length"].compute(histograms=[[1, 0, 2], [0, 1], []]) == {
+    assert metrics["decoding_statistics"].compute(histograms=[[1, 0, 2], [0, 1], []]) == {
         "acceptance_length": 1.25,
         "histogram": [1, 1, 2],
         "rounds": 4,
@@ -268,13 +287,13 @@ def test_histograms_of_different_lengths_are_added(metrics):
 
 
 def test_no_round_has_no_acceptance_length(metrics):
-    result = metrics["acceptance_length"].compute(histograms=[[]], tokens=[0])
+    result = metrics["decoding_statistics"].compute(histograms=[[]], tokens=[0])
     assert result["acceptance_length"] is result["tokens_per_round"] is None
     assert (result["histogram"], result["rounds"], result["draft_endings"]) == ([], 0, 0)
 
 
 def test_one_mass_that_is_undefined_makes_the_mean_undefined(metrics):
-    compute = metrics["deferral_mass"].compute
+    compute = metrics["decoding_statistics"].compute
     assert compute(masses=[None, 0.5], tokens=[3, 3]) == {"deferral_mass": None, "tokens": 6}
     assert compute(masses=[None, 0.5], tokens=[0, 3]) == {"deferral_mass": 0.5, "tokens": 3}
     assert compute(masses=[0.5], tokens=[0]) == {"deferral_mass": None, "tokens": 0}
@@ -284,7 +303,7 @@ def test_one_mass_that_is_undefined_makes_the_mean_undefined(metrics):
 @deterministic
 def test_the_deferral_mass_is_the_mean_over_all_positions(metrics, texts):
     positions = [mass / 64 for mass, count in texts for _ in range(count)]
-    result = metrics["deferral_mass"].compute(
+    result = metrics["decoding_statistics"].compute(
         masses=[mass / 64 for mass, _ in texts], tokens=[count for _, count in texts]
     )
     assert result["deferral_mass"] == pytest.approx(sum(positions) / len(positions), abs=1e-12)
@@ -306,18 +325,14 @@ def prompt_of(seed, length=4):
 
 
 def of_statistics(metrics, statistics):
-    """All metrics of some texts that come from the statistics."""
-    return {
-        **metrics["acceptance_rate"].compute(
-            drafted=[s.drafted for s in statistics], accepted=[s.accepted for s in statistics]
-        ),
-        **metrics["acceptance_length"].compute(
-            histograms=[s.acceptance_histogram for s in statistics], tokens=[s.tokens for s in statistics]
-        ),
-        **metrics["deferral_mass"].compute(
-            masses=[s.deferral_mass for s in statistics], tokens=[s.tokens for s in statistics]
-        ),
-    }
+    """All figures of some texts that come from the statistics."""
+    return metrics["decoding_statistics"].compute(
+        drafted=[s.drafted for s in statistics],
+        accepted=[s.accepted for s in statistics],
+        histograms=[s.acceptance_histogram for s in statistics],
+        tokens=[s.tokens for s in statistics],
+        masses=[s.deferral_mass for s in statistics],
+    )
 
 
 def test_metrics_of_sampled_texts_agree_with_their_traces(base, proxy, metrics):

@@ -113,7 +113,7 @@ def test_the_result_reloads_and_is_described(run, data):
     ):
         assert shown in card
     lines = printed.split("To use it:\n\n")[1].rstrip()
-    assert len(lines.splitlines()) == 7
+    assert len(lines.splitlines()) == 8
     assert lines in card
 
 

@@ -100,7 +100,7 @@ def test_the_model_card_says_what_made_it(run, data):
         f"| model below the adapter | `{REFERENCE}` |",
         f"| data | `{data}` |",
         "| rule in `kad_config.json` | dual, threshold 0.4 |",
-        "| examples to learn from | 180 |",
+        "| training examples | 180 |",
         "| examples held out | 20 |",
         "| rows skipped | none |",
         "| updates | 48 (4.00 epochs, 1 process) |",
@@ -119,7 +119,7 @@ def test_the_model_card_says_what_made_it(run, data):
 def test_the_printed_lines_run(run, capsys):
     out, _, printed = run
     lines = printed.split("To use it:\n\n")[1].rstrip().splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert "\n".join(lines) in (out / "README.md").read_text()
     names = {}
     exec("\n".join(lines), names)
@@ -210,7 +210,7 @@ def test_killed_run_resumes_to_the_same_adapter(short, data, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="holds an unfinished run already"):
         align(align_sft, data, out, *SHORT)
     moved = out.rename(tmp_path / "moved")  # the checkpoints name each other
-    with pytest.raises(SystemExit, match=r"best checkpoint so far, '.*checkpoint-6', is not there"):
+    with pytest.raises(SystemExit, match=r"best checkpoint so far, '.*checkpoint-6', was not found"):
         align(align_sft, data, moved, *SHORT, "--resume_from_checkpoint")
     moved.rename(out)
     align(align_sft, data, out, *SHORT, "--resume_from_checkpoint")
@@ -395,12 +395,12 @@ def test_a_folder_with_a_result_is_left_alone(short, data, monkeypatch):
     before = {path.name: path.read_bytes() for path in short.iterdir()}
     monkeypatch.setattr(trainers, "load_merged", None)
     message = refused(data, short, *SHORT, proxy=REFERENCE)
-    assert "holds a result already. Go on with it by --resume_from_checkpoint, or choose another folder" in message
+    assert "holds a result already. Continue it by --resume_from_checkpoint, or choose another folder" in message
     again = [*SHORT, "--resume_from_checkpoint"]
     message = refused(data, short, *again, "--seed", "3", proxy=REFERENCE)
-    assert "cannot go on with other settings (seed was 0 and is 3)" in message
+    assert "can't be continued with other settings (seed was 0 and is 3)" in message
     _, printed = align(align_sft, data, short, *again)
-    assert printed == f"The run in {short} has finished already.\n"
+    assert printed == f"The run in {short} has already finished.\n"
     assert {path.name: path.read_bytes() for path in short.iterdir()} == before
 
 
@@ -408,9 +408,9 @@ def test_a_folder_with_a_result_is_left_alone(short, data, monkeypatch):
 def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     for options in ([], ["--resume_from_checkpoint"]):
-        assert "holds something that is no run of this recipe" in refused(data, tmp_path, *options)
+        assert "holds files that are not those of a run of this recipe" in refused(data, tmp_path, *options)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    assert "is no complete checkpoint" in refused(data, tmp_path / "a", "--resume_from_checkpoint", str(tmp_path))
+    assert "is not a complete checkpoint" in refused(data, tmp_path / "a", "--resume_from_checkpoint", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_a_folder_of_something_else_is_left_alone(data, tmp_path):
         ("warmup_ratio", 2.0, "--warmup_ratio must be below 1"),
         ("epochs", 0.0, "--epochs must be positive"),
         ("learning_rate", -1e-3, "--learning_rate must be positive"),
-        ("eval_steps", 2.5, "--eval_steps from 1 on is a number of updates, got 2.5"),
+        ("eval_steps", 2.5, "--eval_steps of 1 or more must be a whole number of updates, got 2.5"),
         ("threshold", 0.0, r"--threshold must lie in \(0, 1\]"),
         ("max_steps", 0, "--max_steps must be positive, or -1"),
         ("max_length", 1, "--max_length must be at least 2"),
@@ -490,7 +490,7 @@ def test_the_result_is_uploaded(data, tmp_path, hub):
     assert upload["files"] == sorted(path.name for path in out.iterdir())
     assert "adapter_model.safetensors" in upload["files"]
     assert KADConfig.from_pretrained(out).proxy == "me/my-proxy"
-    assert "loading.load_model('me/my-proxy')" in (out / "README.md").read_text()
+    assert "models.load_model('me/my-proxy')" in (out / "README.md").read_text()
     assert "Note: the proxy" in printed  # it is a folder here, which nobody else has
     assert "Uploaded to me/my-proxy." in printed
 
@@ -572,7 +572,7 @@ def test_two_processes_train_one_adapter(elsewhere, base_model, data):
     out = folder / "out" / "proxy"
     record = json.loads((out / "training.json").read_text())
     assert record["world_size"] == 2
-    assert run.stdout.count("180 examples to learn from") == 1  # only one of them speaks
+    assert run.stdout.count("180 training examples") == 1  # only one of them speaks
     assert run.stdout.count("To use it:") == 1
 
     # Two processes with batches of 8 are one with batches of 16: otherwise each would train for itself.
@@ -608,5 +608,5 @@ def test_several_processes_report_an_error_once(elsewhere):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]]
     run = subprocess.run(launch, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert run.returncode != 0
-    assert run.stderr.count("error: chats.jsonl is no JSON Lines file") == 1
+    assert run.stderr.count("error: chats.jsonl is not a JSON Lines file") == 1
     assert not (folder / "out").exists()

@@ -49,4 +49,4 @@ def test_bad_arguments_are_echoed(settings, message):
 def test_the_page_shows_the_figures_that_are_kept():
     root = Path(benchmark_adapters.__file__).parents[1]
     rows = json.loads((root / "recipes" / "results" / "adapters.json").read_text())["rows"]
-    assert benchmark_adapters.table(rows) in (root / "README.md").read_text()
+    assert benchmark_adapters.table(rows) in (root / "docs" / "performance.md").read_text()

@@ -89,4 +89,4 @@ def test_the_figures_that_are_kept_are_of_every_rule():
     assert {row["rule"] for row in kept["ratios"]} == {
         benchmark_rules.label(rule) for rule in benchmark_rules.rules(kept["vocabulary"])
     }
-    assert benchmark_rules.summary_table(kept["ratios"]) in (path.parents[2] / "README.md").read_text()
+    assert benchmark_rules.summary_table(kept["ratios"]) in (path.parents[2] / "docs" / "performance.md").read_text()

@@ -14,6 +14,7 @@ from transformers_kad.recipes.benchmarking.report import to_markdown
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "recipes" / "results" / "speed"
+PAGE = ROOT / "docs" / "performance.md"
 PAIR = Path(benchmark_speed.__file__).parent / "tiny_pair"
 SMALL = ("--device", "cpu", "--max_new_tokens", "8", "--repetitions", "2")
 FIELDS = {
@@ -86,7 +87,7 @@ def test_a_finished_run_is_reported_again_without_measuring(measured, capsys):
     printed = capsys.readouterr()
     assert (output / "runs.jsonl").read_text() == before
     assert printed.out.strip() == to_markdown(result_of(output)).strip() == (output / "speed.md").read_text().strip()
-    assert "batch 2: all 2 repetitions are there" in printed.err
+    assert "batch 2: all 2 repetitions are done" in printed.err
 
 
 @pytest.mark.slow
@@ -130,7 +131,7 @@ def test_architectures_without_weights(tmp_path, capsys):
     assert result["rows"][1]["deferral_mass"] == pytest.approx(0.6, abs=0.15)
     assert 0 < result["rule"]["parameters"]["threshold"] < 1
     assert result["settings"]["base"] == "base/config.json"
-    assert "deferral mass of 0.6 takes dual with threshold" in capsys.readouterr().err
+    assert "deferral mass of 0.6 needs dual with threshold" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -156,8 +157,8 @@ def test_growth_is_measured_written_and_gone_on_with(tmp_path, capsys):
     ("arguments", "message"),
     [
         ({"methods": ["fast"]}, "got 'fast'"),
-        ({"batch_size": ["1,0"]}, "--batch_size takes whole numbers from 1 on, got 1,0"),
-        ({"draft_lengths": ["auto"]}, "--draft_lengths takes whole numbers from 1 on, got auto"),
+        ({"batch_size": ["1,0"]}, "--batch_size takes whole numbers of at least 1, got 1,0"),
+        ({"draft_lengths": ["auto"]}, "--draft_lengths takes whole numbers of at least 1, got auto"),
         ({"growth": ["width"]}, "got 'width'"),
         ({"growth": ["length", "batch"], "sizes": ["3"]}, "one axis"),
         ({"sizes": ["3"]}, "one axis"),
@@ -166,7 +167,7 @@ def test_growth_is_measured_written_and_gone_on_with(tmp_path, capsys):
         ({"inflate": "300M"}, "--inflate is written as"),
         ({"inflate": "base=big"}, "got 'big'"),
         ({"random_weights": "base=gpt2"}, "--random_weights needs both"),
-        ({"deferral_mass": 0.5}, "says nothing of a real pair"),
+        ({"deferral_mass": 0.5}, "has no meaning for a real pair"),
         ({"deferral_mass": 1.5, "growth": ["length"]}, r"must lie in \(0, 1\], got 1.5"),
     ],
 )
@@ -209,8 +210,8 @@ def kept(name, file="speed.json"):
 
 
 def page():
-    """The README with all white space alike, for its line ends."""
-    return " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    """The page with all white space alike, for its line ends."""
+    return " ".join(PAGE.read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize("folder", sorted(path.name for path in RESULTS.iterdir()))
@@ -225,7 +226,7 @@ def test_the_page_shows_what_is_kept():
     tables = re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.MULTILINE)
     by_batch = [table for table in tables if table.startswith("| method | batch 1 |")]
     for table in [tables[0], *by_batch]:
-        assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+        assert table in PAGE.read_text(encoding="utf-8")
     assert len(by_batch) == 1
     for name in ("tiny_pair", "costly_proxy", "primal", "compiled", "copying"):
         lines = [line for line in kept(name)[0]["findings"] if quoted(name, line)]

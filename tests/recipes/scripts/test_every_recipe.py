@@ -104,7 +104,7 @@ def run_copy(recipe, folder, *arguments):
 @each_recipe
 def test_help_says_what_it_does_and_explains_every_option(recipe, tmp_path):
     run = run_copy(recipe, tmp_path, "--help")
-    assert (run.returncode, run.stderr) == (0, "")  # nothing of torchao's either, see tests/test_torchao_messages.py
+    assert (run.returncode, run.stderr) == (0, "")  # nothing of torchao's either, see tests/test_torchao.py
     first = ast.get_docstring(ast.parse(recipe.read_text())).splitlines()[0]
     assert first in run.stdout
     assert f"    python recipes/{recipe.name}" in run.stdout  # an example on a line of its own

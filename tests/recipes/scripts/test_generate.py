@@ -134,7 +134,7 @@ def test_killed_in_the_middle_it_goes_on_without_repeating_or_losing_a_line(tmp_
         file.write(b'{"line": 99, "te')
     capsys.readouterr()
     assert generate.main(command) == 0
-    assert "torn last line" in capsys.readouterr().err
+    assert "incomplete last line" in capsys.readouterr().err
     assert stopped.read_bytes().startswith(survived[: survived.rfind(b"\n") + 1])
     # The same texts as without the stop: every line has a seed of its own.
     assert records(stopped.read_text()) == records(whole.read_text())
@@ -294,7 +294,7 @@ def test_a_failure_of_an_earlier_run_is_not_forgotten(capsys, tmp_path):
     path.write_text("So " * 600 + "\nSo\n")
     command = [*MODELS, "--max_new_tokens", "3", "--input", str(path), "--output", str(output)]
     assert [generate.main(command) for _ in range(2)] == [1, 1]
-    assert "2 lines are done already, 1 of them failed" in capsys.readouterr().err
+    assert "2 lines are already done, 1 of them failed" in capsys.readouterr().err
     assert len(records(output.read_text())) == 2
 
 
@@ -396,7 +396,7 @@ def test_content_in_parts_is_the_text_that_they_make_up(capsys, tmp_path):
         ({"messages": []}, "at least one message"),
         ({"prompt": 5}, '"prompt"'),
         ({"question": "Why?"}, '"prompt"'),
-        ('{"prompt": "torn', "no JSON object"),
+        ('{"prompt": "torn', "not a JSON object"),
         ('{"prompt": "a", "prompt": "b"}', "'prompt' twice"),
         ('{"prompt": ' + "1" * 5000 + "}", "digits"),
         ('{"a": ' * 2000 + "1" + "}" * 2000, "nested"),
@@ -416,7 +416,7 @@ def test_what_cannot_be_used_is_recorded_with_its_line_and_the_run_goes_on(capsy
         assert reason in failed["error"]
         assert "text" not in failed
         assert (right["line"], right["prompt"], right["tokens"]) == (2, "So", 3)
-    assert "2 lines are done already, 1 of them failed" in err
+    assert "2 lines are already done, 1 of them failed" in err
 
 
 def test_half_a_character_in_any_other_field_harms_nothing(capsys, tmp_path):
@@ -438,7 +438,7 @@ def test_no_field_of_a_row_meets_one_of_the_records(capsys, tmp_path):
     for _ in range(2):
         status, _, err = run_rows(capsys, tmp_path, row, options=["--output", str(output)])
         assert status == 0
-    assert "1 lines are done already, 0 of them failed" in err
+    assert "1 lines are already done, 0 of them failed" in err
     (record,) = records(output.read_text())
     assert record["row"] == row
     assert (record["line"], record["tokens"]) == (1, 3)
@@ -646,7 +646,7 @@ def test_a_file_from_before_rows_were_kept_is_gone_on_with(capsys, tmp_path):
     output.write_text('{"id": 1, "line": 1, "prompt": "So", "text": "x", "tokens": 3}\n')
     status, _, err = run_rows(capsys, tmp_path, *rows, options=["--output", str(output)])
     assert status == 0
-    assert "1 lines are done already, 0 of them failed" in err
+    assert "1 lines are already done, 0 of them failed" in err
     assert [record["line"] for record in records(output.read_text())] == [1, 2]
 
 

@@ -68,6 +68,28 @@ def test_batches_and_several_sequences(repo, models, tokenizer, speculative):
     assert sampled(base, inputs, 0, assistant_model=proxy, **made) == direct
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_padded_batches_are_drafted(repo, models, tokenizer, do_sample):
+    """Each call drafts for rows with padding, and every row has the tokens of the direct call."""
+    base, proxy = models
+    inputs = encode(tokenizer, QUESTIONS)
+    assert 0 < inputs["attention_mask"].sum() < inputs["attention_mask"].numel()
+    settings = {**(PLAIN_SAMPLING if do_sample else {"do_sample": False}), "max_new_tokens": 40, "pad_token_id": 0}
+    kad = KADLogitsProcessor.from_config(proxy, CONFIG)
+    forwards = []
+    hook = base.register_forward_pre_hook(lambda *args: forwards.append(1))
+    torch.manual_seed(0)
+    direct = base.generate(**inputs, **settings, logits_processor=[kad], assistant_model=proxy)
+    expected, drafted = len(forwards), kad.statistics.drafted
+    forwards.clear()
+    torch.manual_seed(0)
+    through_hub = base.generate(**inputs, **settings, assistant_model=proxy, **custom(repo))
+    hook.remove()
+    assert through_hub.tolist() == direct.tolist()
+    assert len(forwards) == expected < direct.shape[1] - inputs["input_ids"].shape[1]  # rounds, not tokens
+    assert drafted > 0
+
+
 def test_beams_are_not_drafted(repo, models, tokenizer):
     base, proxy = models
     inputs = encode(tokenizer, QUESTIONS[:1])

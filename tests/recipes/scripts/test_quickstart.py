@@ -55,7 +55,7 @@ def test_the_script_runs_offline_without_arguments_but_a_size():
         speculative = name not in ("base alone", "proxy alone")
         assert (acceptance != "–") == (per_round != "–") == speculative
         assert (mass != "–") == name.startswith(("KAD", "nudging", "confidence"))
-    assert "show nothing about big ones" in out
+    assert "says nothing about larger models" in out
     assert "identical text on 8 of 8 problems" in out
 
 

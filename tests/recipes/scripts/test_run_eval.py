@@ -110,8 +110,8 @@ def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, t
     with parts[0].open("ab") as file:  # torn in the middle of a line
         file.write(parts[0].read_bytes().splitlines()[-1][:50])
     finished = run(tmp_path, *ASKED, processes=later)
-    assert "batches are done already" in finished.stderr
-    assert "A torn last line was removed" in finished.stderr
+    assert "batches are already done" in finished.stderr
+    assert "An incomplete last line was removed" in finished.stderr
     assert results(tmp_path) == results(undisturbed)
 
 
@@ -175,7 +175,7 @@ def test_the_figures_of_the_page_are_those_of_its_command():
     dual, nudging = rows["kad-dual"]["method"], rows["nudging"]["method"]
     (difference,) = (c for c in report["comparisons"] if {c["method_a"], c["method_b"]} == {dual, nudging})
     assert difference["adjusted_p_value"] < 0.001
-    page = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     for table in re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.MULTILINE):
         assert table in page
 
@@ -217,7 +217,7 @@ def test_a_tokenizer_with_nothing_to_pad_with_is_refused_in_batches_with_advice_
     asked = ["--pair", pair, "--limit", "2", "--method", "base", "--no_speculative"]
     assert run_eval.main([*asked, "--output", str(tmp_path / "batch")]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"error: The tokenizer .*/base' has neither a padding .*--batch_size 1 does without", error)
+    assert re.search(r"error: The tokenizer .*/base' has neither a padding .*--batch_size 1 works without one", error)
     assert "Traceback" not in error
     assert run_eval.main([*asked, "--output", str(tmp_path / "single"), "--batch_size", "1"]) == 0
     assert [line["error"] for line in results(tmp_path / "single")] == [None] * 2

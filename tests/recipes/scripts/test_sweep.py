@@ -28,7 +28,7 @@ def test_a_grid_is_measured_and_plotted_and_made_finer(tmp_path, capsys):
     before = (tmp_path / "results.jsonl").read_text().splitlines()
     capsys.readouterr()
     assert sweep.main([*arguments, *GRID, "kad-dual:threshold=0.4"]) == 0
-    assert "84 of 108 batches are done already." in capsys.readouterr().err
+    assert "84 of 108 batches are already done." in capsys.readouterr().err
     after = (tmp_path / "results.jsonl").read_text().splitlines()
     assert [line for line in after if "threshold=0.4" not in line] == before
 

@@ -89,7 +89,7 @@ def test_a_goal_out_of_reach_is_said_and_writes_no_configuration(tmp_path, capsy
         (["--trials", "0"], "--trials must be at least 1, got 0"),
         (["--draft_lengths", "3"], "takes the shortest and the longest, got [3]"),
         (["--goal", "both", "--min_speedup", "2"], "goes with the goal accuracy alone"),
-        (["--task", "tiny", "gsm8k"], "One task is tuned on"),
+        (["--task", "tiny", "gsm8k"], "needs exactly one task"),
         (["--rules", "base"], "got 'base'"),
         (["--draft_lengths", "2", "4", "--no_speculative"], "have no effect with --no_speculative"),
     ],
@@ -145,7 +145,7 @@ def test_settings_of_other_draft_lengths_are_groups_of_their_own(tmp_path, monke
         (True, False, 1, "Of 4 settings on 8 questions, the most accurate:"),
         (True, False, 3, "Of 4 settings on 8 questions, 3 tie for the most accurate, the fastest of them first:"),
         (False, True, 1, "Of 4 settings on 8 questions, the fastest:"),
-        (True, True, 2, "Of 4 settings on 8 questions, those that no other one beats in accuracy and tokens/s, "),
+        (True, True, 2, "Of 4 settings on 8 questions, the Pareto front of accuracy and tokens/s, "),
     ],
 )
 def test_ties_are_said(accuracy, speed, front, said):

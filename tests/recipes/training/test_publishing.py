@@ -37,7 +37,7 @@ def test_what_the_card_says():
     text = card(skipped={"longer than 9 tokens": 3, "whose two answers are the same": 1}).content
     for shown in (
         "| rule in `kad_config.json` | primal, budget 0.25 |",
-        "| examples to learn from | 36 |",
+        "| training examples | 36 |",
         "| examples held out | 4 |",
         "| rows skipped | 3 longer than 9 tokens, 1 whose two answers are the same |",
         "[arXiv 2510.27017](https://arxiv.org/abs/2510.27017)",

@@ -125,9 +125,9 @@ def test_an_end_of_sequence_that_only_one_has(folder):
     settings = json.loads(Path(proxy, "tokenizer_config.json").read_text())
     del settings["eos_token"]
     Path(proxy, "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(AlignmentError, match=r"that the proxy's has not: \['<\|end\|>'\] \(its end of sequence\)"):
+    with pytest.raises(AlignmentError, match=r"that the proxy's lacks: \['<\|end\|>'\] \(its end of sequence\)"):
         check_pair(BASE, proxy)
-    with pytest.raises(AlignmentError, match=r"that the base's has not: \['<\|end\|>'\] \(its end of sequence\)"):
+    with pytest.raises(AlignmentError, match=r"that the base's lacks: \['<\|end\|>'\] \(its end of sequence\)"):
         check_pair(proxy, BASE)
 
 
@@ -196,7 +196,7 @@ def test_what_is_no_causal_language_model(folder, tmp_path):
     with pytest.raises(AlignmentError, match=r"--proxy '.*t5' is an encoder-decoder model"):
         check_pair(BASE, str(tmp_path / "t5"))
     for option, pair in (("--base", ("./nothing", REFERENCE)), ("--proxy", (BASE, "./nothing"))):
-        with pytest.raises(AlignmentError, match=rf"{option} '\./nothing' is no folder or Hub id of a model"):
+        with pytest.raises(AlignmentError, match=rf"{option} '\./nothing' is not a folder or Hub id of a model"):
             check_pair(*pair)
     with pytest.raises(AlignmentError, match=r"--base '.*' needs a tokenizer"):
         check_pair(REFERENCE, REFERENCE)

@@ -13,7 +13,7 @@ import transformers_kad.recipes.training
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else found(name))
-    with pytest.raises(ImportError, match=r'needs trl: pip install "transformers-kad\[train\]"'):
+    with pytest.raises(ImportError, match=r'needs trl: pip install -e "\.\[train\]"'):
         runpy.run_path(transformers_kad.recipes.training.__file__)
 
 

@@ -1,8 +1,10 @@
-"""Where models run, and how they are quantized when they are loaded."""
+"""The device that models run on, and how they are quantized when they are loaded."""
 
 from typing import Any
 
 import torch
+
+QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
 
 
 def pick_device(name: str) -> str:
@@ -13,7 +15,7 @@ def pick_device(name: str) -> str:
 
 
 def quantization_config(name: str | None) -> Any:
-    """The configuration that transformers takes, or None."""
+    """The quantization configuration for `from_pretrained`, by a name from :data:`QUANTIZATIONS`; None for None."""
     if name is None:
         return None
     library, _, kind = name.partition("-")
@@ -24,5 +26,5 @@ def quantization_config(name: str | None) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
     from transformers import TorchAoConfig  # noqa: PLC0415
 
-    # Its settings for the compiler would lower the precision of all other models in float32 as well.
+    # torchao's compiler settings would also lower the precision of all other models in float32.
     return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))

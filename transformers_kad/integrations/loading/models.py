@@ -1,4 +1,4 @@
-"""Models and tokenizers from a Hub id or a folder, whether it holds a whole model or an adapter."""
+"""Loads models and tokenizers from a Hub id or folder, which may hold a whole model or an adapter."""
 
 import os
 import re
@@ -23,13 +23,13 @@ from .merging import merge_and_compare, reason_not_to_merge, trained_tokens
 
 
 def below_adapter(path: str | Path) -> str | None:
-    """The id or folder of the model that an adapter belongs to; None if `path` is a whole model.
+    """The Hub id or folder of the model that an adapter was trained on; None if `path` is a whole model.
 
-    The adapter may name it relative to its own folder.
+    The adapter may name the model relative to its own folder.
 
     Raises:
-        FileNotFoundError: there is no folder `path`, or no such folder as the adapter names.
-        ValueError: the adapter names no model.
+        FileNotFoundError: there is no folder `path`, or the folder that the adapter names does not exist.
+        ValueError: the adapter does not name a model.
     """
     if find_adapter_config_file(check_source(path)) is None:
         return None
@@ -51,27 +51,27 @@ def below_adapter(path: str | Path) -> str | None:
 def load_model(
     path: str | Path, *, device: str = "cpu", dtype: str = "auto", merge: bool = True, **kwargs: Any
 ) -> PreTrainedModel | PeftModel:
-    """A causal LM in evaluation mode, its adapter included.
+    """Load a causal language model in evaluation mode, with its adapter if it has one.
 
-    An adapter is merged only where the merged model is the same as before: not into a quantized model, not where it
-    acts on embeddings that input and output share, not where peft can't, and not where the logits of one short text
-    move by more than rounding. There it stays a `PeftModel`, and a warning names the reason.
+    An adapter is merged only if the merged model computes the same as before: not into a quantized model, not if it
+    acts on embeddings that input and output share, not if peft can't merge it, and not if the logits of a short text
+    change by more than rounding. In these cases the result is a `PeftModel`, and a warning names the reason.
 
-    An adapter that was trained after tokens had been added brings their embeddings along; those of the model below
-    are resized to them.
+    An adapter that was trained after tokens had been added contains their embeddings. The embeddings of the model
+    below it are resized accordingly.
 
     Args:
-        path: Hub id or folder of a model or of an adapter, which is put on the model that it names.
-        device: where the model goes, unless `device_map` says so.
+        path: Hub id or folder of a model, or of an adapter, which is loaded on top of the model that it names.
+        device: the device of the model, unless `device_map` is given.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        merge: merge the adapter into the weights, since it costs at every step otherwise. Without it the result is
-            a `PeftModel`.
+        merge: merge the adapter into the weights. An adapter that is not merged costs time at every step; False always
+            gives a `PeftModel`.
         **kwargs: for `AutoModelForCausalLM.from_pretrained`: `device_map`, `quantization_config` and so on.
 
     Raises:
         FileNotFoundError: `path` looks like a path, and there is no such folder.
-        ValueError: an adapter that lies on another one which can't be merged, or one that was trained with more
-            tokens and does not bring their embeddings along.
+        ValueError: the adapter was trained on top of another one that can't be merged, or with more tokens whose
+            embeddings it does not contain.
     """
     model, reason = _load(path, merge=merge, device=device, dtype=dtype, **kwargs)
     if reason is not None:
@@ -83,7 +83,7 @@ def load_model(
 
 
 def load_merged(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal LM without any adapter left, for what needs plain weights: another adapter.
+    """Load a causal language model without any adapter, so that another adapter can be trained on it.
 
     Args:
         path: Hub id or folder of a model or of an adapter.
@@ -96,17 +96,19 @@ def load_merged(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     model, reason = _load(path, merge=True, **kwargs)
     if reason is not None:
         raise ValueError(
-            f"Another adapter can be put on plain weights only, and the adapter {str(path)!r} can't be merged into "
+            f"Another adapter needs weights without an adapter, but the adapter {str(path)!r} can't be merged into "
             f"its model: {reason}."
         )
     return model
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or an adapter, padding on the left. Adapters that have none use their model's.
+    """Load the tokenizer of a model or an adapter, with padding on the left.
+
+    An adapter without a tokenizer uses that of its model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no tokenizer.
         FileNotFoundError: `path` looks like a path, and there is no such folder.
     """
     source = check_source(path)
@@ -122,7 +124,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 def _load(
     path: str | Path, *, merge: bool, device: str = "cpu", dtype: str = "auto", **kwargs: Any
 ) -> tuple[Any, str | None]:
-    """A model, and why its adapter is not merged although it was to be."""
+    """Load a model. The second value is the reason why its adapter was not merged; None if it was or need not be."""
     below = below_adapter(path)
     if below is None:
         try:
@@ -130,7 +132,7 @@ def _load(
         except OSError as error:
             if Path(path).is_dir():
                 raise
-            raise OSError(f"{str(path)!r} is no folder here, and could not be had from the Hub: {error}") from error
+            raise OSError(f"{str(path)!r} is not a folder, and could not be loaded from the Hub: {error}") from error
         return (model if kwargs.get("device_map") else model.to(device)).eval(), None
 
     def load_adapted() -> PeftModel:
@@ -150,7 +152,7 @@ def _load(
 
 
 def _put_adapter(model: PreTrainedModel, path: str) -> PeftModel:
-    """The adapter in `path` on a model, whose embeddings are first resized to those that the adapter brings along.
+    """Load the adapter in `path` on top of a model, after resizing the model's embeddings to those of the adapter.
 
     Raises:
         ValueError: the adapter was trained on a model of another shape.
@@ -170,10 +172,10 @@ def _put_adapter(model: PreTrainedModel, path: str) -> PeftModel:
 
 
 def _rows_of_adapter(model: PreTrainedModel, path: str) -> int:
-    """How many tokens a model must have embeddings for, so that an adapter fits on it.
+    """The number of tokens that a model needs embeddings for, so that an adapter fits.
 
     Raises:
-        ValueError: more or fewer than it has, and the adapter does not bring all embeddings along that are missing.
+        ValueError: the model has another number, and the adapter does not contain all of the missing embeddings.
     """
     config = PeftConfig.from_pretrained(path)
     ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
@@ -201,13 +203,13 @@ def _rows_of_adapter(model: PreTrainedModel, path: str) -> int:
         lacking = [name for end, name in names.items() if end not in brought]
         raise ValueError(
             f"The adapter {path!r} was trained with {rows} tokens, the model {model.name_or_path!r}, to which it says "
-            f"it belongs, has {present}, and the adapter does not bring along the embeddings of the others in "
+            f"it belongs, has {present}, and the adapter does not contain the embeddings of the others in "
             f"{', '.join(lacking)}. Save the model that it was trained on, embeddings resized, and name it in "
             "adapter_config.json as `base_model_name_or_path`."
         )
     return rows
 
 
-def forget_generation_settings(model: PreTrainedModel) -> None:
-    """Empty a model's own generation settings, also those of the model below an adapter."""
+def clear_generation_config(model: PreTrainedModel) -> None:
+    """Replace a model's `generation_config`, or that of the model below an adapter, with an empty one."""
     model_below(model).generation_config = GenerationConfig()

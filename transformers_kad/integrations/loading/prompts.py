@@ -1,4 +1,4 @@
-"""Around a call of `generate`: prompts as model inputs, plain sampling, the ids that end a text."""
+"""The inputs of `generate`: encoded prompts, settings for plain sampling, and the ids that end a text."""
 
 import inspect
 import json
@@ -12,14 +12,14 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...models.adapters import model_below
 
-# The law of the paper: nothing warps the target after KAD. For `generate(**PLAIN_SAMPLING)`.
+# Sampling from the target as in the paper, without any change after KAD: `generate(**PLAIN_SAMPLING)`.
 PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
     {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 )
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
-# No arguments of a chat template: `encode` and `apply_chat_template` have arguments of their own by these names.
+# Names that a chat template can't be given: `encode` and `apply_chat_template` have arguments with these names.
 RESERVED = (
     *("tokenizer", "prompts", "device", "chat", "model", "self", "conversation", "messages", "tokenize", "padding"),
     *("truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -36,24 +36,24 @@ def encode(
     model: PreTrainedModel | None = None,
     **template_arguments: Any,
 ) -> BatchEncoding:
-    """Prompts as model inputs `(B, L)`, padded on the left where their lengths differ.
+    """Encode prompts as model inputs `(B, L)`, padded on the left if their lengths differ.
 
     The inputs are `input_ids` and `attention_mask`, whatever else the tokenizer's own configuration lists.
 
     Args:
-        tokenizer: it stays as it is; texts are filled up with its :func:`pad_token_id`.
+        tokenizer: the tokenizer, which is not changed. Shorter texts are padded with its :func:`pad_token_id`.
         prompts: questions, or chats (lists of messages with `role` and `content`), as `normalize_prompt` takes them.
-        device: where the tensors go.
-        chat: put the prompts into the chat template, questions as the user's turn. Default: where there is one.
-        model: which model gets the inputs. Where its forward takes `token_type_ids`, they are among the inputs if the
-            tokenizer makes them.
-        **template_arguments: what the chat template understands beside messages, say `enable_thinking=False`.
+        device: the device of the tensors.
+        chat: whether to apply the chat template; a question becomes the user's turn. Default: if there is a template.
+        model: the model that gets the inputs. If its forward takes `token_type_ids` and the tokenizer makes them, they
+            are part of the inputs.
+        **template_arguments: further arguments of the chat template, for example `enable_thinking=False`.
 
     Raises:
-        ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that the chat
-            template refuses, or that is no text; template arguments as in `check_template_arguments`; prompts of
-            different length, and a tokenizer with nothing to pad with.
-        TypeError: one prompt instead of several.
+        ValueError: a chat, or `chat=True`, without a chat template; a chat with `chat=False`; a prompt that is not
+            text or that the chat template refuses; template arguments that `check_template_arguments` refuses; or
+            prompts of different lengths with a tokenizer that has no token to pad with.
+        TypeError: a single prompt instead of a sequence of prompts.
     """
     if isinstance(prompts, str) or any(isinstance(prompt, Mapping) for prompt in prompts):
         raise TypeError(f"`prompts` must be a sequence of prompts, got a single one: pass [{prompts!r}].")
@@ -78,7 +78,13 @@ def encode(
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, **template_arguments
         )
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what templates raise
+    except (
+        TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # all that templates raise
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
         ) from error
@@ -88,7 +94,7 @@ def encode(
 def _tensors(
     tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, list[list[int]]], model: PreTrainedModel | None
 ) -> BatchEncoding:
-    """Lists of ids as tensors `(B, L)`: ids, mask, and the token types that the model takes."""
+    """Lists of ids as tensors `(B, L)`: ids, mask, and token types if the model takes them."""
     rows = encoded["input_ids"]
     length = max(map(len, rows))
     pad = pad_token_id(tokenizer)
@@ -105,12 +111,12 @@ def _tensors(
 
 
 def _takes(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model's forward has an input of that name; an adapter's model decides for the adapter."""
+    """Whether a model's forward, or that of the model below an adapter, has an input with this name."""
     return name in inspect.signature(model_below(model).forward).parameters
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """What shorter texts of a batch are filled up with: the padding token, else the end of sequence; None: neither."""
+    """The id that shorter texts of a batch are padded with: the padding token or the end of sequence, else None."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -120,19 +126,19 @@ def no_padding_error(tokenizer: PreTrainedTokenizerBase) -> ValueError:
         f"The tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end-of-sequence token, so texts of "
         "different length can't share a batch. Name one of its tokens in its tokenizer_config.json, "
         '"pad_token": "...". '
-        "Where texts are generated, --batch_size 1 does without."
+        "To generate texts, --batch_size 1 works without one."
     )
 
 
 def normalize_prompt(prompt: object) -> Prompt:
-    """A question, or a chat with the `content` of every message as text.
+    """A question as it is, or a chat in which the `content` of every message is text.
 
     Args:
-        prompt: text, or a list of messages with `role` and `content`, which is as `message_text` takes it, or None in
-            a message with `tool_calls`.
+        prompt: text, or a list of messages with `role` and `content`. The content is as `message_text` takes it, or
+            None in a message with `tool_calls`.
 
     Raises:
-        ValueError: something else, no message at all, or a lone surrogate anywhere in it.
+        ValueError: neither of the two, an empty list, or a lone surrogate anywhere in the prompt.
     """
     if isinstance(prompt, str):
         return message_text(prompt)
@@ -150,10 +156,10 @@ def normalize_prompt(prompt: object) -> Prompt:
 
 
 def check_template_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise a `ValueError` unless a chat template can be given these arguments beside the messages.
+    """Raise a `ValueError` unless a chat template can be given these arguments in addition to the messages.
 
-    Refused are names that `apply_chat_template` uses for something else, such as `tokenize`; `tools` that are no list
-    of objects; lone surrogates.
+    Refused are names that `apply_chat_template` uses for something else, such as `tokenize`; `tools` that are not a
+    list of objects; and lone surrogates.
     """
     for name in arguments:
         if name in RESERVED:
@@ -172,12 +178,12 @@ def message_text(content: object) -> str:
     """The text of a message's `content`.
 
     Args:
-        content: text, or a list of parts, each text or `{"type": "text", "text": ...}`. Parts are joined without
-            anything between them, as the chat templates that understand parts do.
+        content: text, or a list of parts, each of them text or `{"type": "text", "text": ...}`. Parts are joined
+            without a separator, as the chat templates that support parts do.
 
     Raises:
-        ValueError: content that is neither; a part that is no text, such as an image; text with a lone surrogate,
-            half of a character that JSON wrote as two escapes, which no tokenizer can read.
+        ValueError: content that is neither; a part that is not text, such as an image; or text with a lone surrogate
+            (one half of a character that JSON writes as two escapes), which no tokenizer can encode.
     """
     if isinstance(content, list):
         for number, part in enumerate(content, start=1):
@@ -185,7 +191,7 @@ def message_text(content: object) -> str:
                 isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
             ):
                 raise ValueError(
-                    f'Only text can be read, got {shorten(part)} as part {number} of a message\'s "content". A part '
+                    f'Only text is supported, got {shorten(part)} as part {number} of a message\'s "content". A part '
                     'must be {"type": "text", "text": ...}.'
                 )
         content = "".join(part if isinstance(part, str) else part["text"] for part in content)
@@ -196,25 +202,25 @@ def message_text(content: object) -> str:
 
 
 def _check_characters(value: object) -> None:
-    """Raise unless all text in a value is whole characters."""
+    """Raise a `ValueError` if any text in a value has a lone surrogate."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, skipkeys=True, default=str)
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             f"There is a lone surrogate, half of a character, at position {error.start} of {shorten(value)}: no "
-            "tokenizer can read it. Remove it, or write both halves."
+            "tokenizer can encode it. Remove it, or write both halves."
         ) from error
 
 
 def shorten(value: object, length: int = 200) -> str:
-    """A value as Python writes it, cut where it is longer, for an error message."""
+    """The `repr` of a value, truncated to `length` characters, for an error message."""
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}..."
 
 
 def eos_token_ids(*models: PreTrainedModel) -> list[int]:
-    """Every id that ends a turn of one of the models, for `generate(eos_token_id=...)`."""
+    """All ids that end a turn of one of the models, for `generate(eos_token_id=...)`."""
     ids: set[int] = set()
     for model in models:
         eos = model.generation_config.eos_token_id

@@ -1,4 +1,4 @@
-"""The thoughts that reasoning models write before their answer."""
+"""Finds the thoughts that reasoning models write before their answer."""
 
 import re
 
@@ -20,21 +20,21 @@ _THOUGHT_CLOSES = (
     r"<channel\|>",
     r"<\|channel\|>final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
     r"assistantfinal",
-    r"Here(?: is|'s) my response:",  # Granite; what it opens a thought with is a sentence that others write too
+    r"Here(?: is|'s) my response:",  # Granite; its opening mark is a sentence that other models write as well
 )
 _THOUGHT = re.compile(f"(?P<opens>{'|'.join(_THOUGHT_OPENS)})|{'|'.join(_THOUGHT_CLOSES)}")
 
 
 def without_thoughts(text: str) -> str | None:
-    r"""What a text says behind its thoughts, which reasoning models write before their answer.
+    r"""The part of a text after the thoughts, which reasoning models write before their answer.
 
-    A thought stands between `<think>` and `</think>`, or between the marks that other families of models use for it:
-    `<thinking>`, `<reasoning>`, `[THINK]`, the channels of gpt-oss, and more. Chat templates may have opened it in the
-    prompt already, so a text may hold only the mark that closes it.
+    A thought is enclosed in `<think>` and `</think>`, or in the marks of other families of models: `<thinking>`,
+    `<reasoning>`, `[THINK]`, the channels of gpt-oss, and more. A chat template may have opened the thought in the
+    prompt, so that the text only has the mark that closes it.
 
     Returns:
-        The text behind the last mark that closes a thought; the text itself where there is no mark; None where a
-        thought is still open: the text says nothing yet.
+        The text after the last mark that closes a thought; the whole text if there is no mark; None if a thought is
+        still open, so that the text has no answer yet.
 
     >>> without_thoughts("<think>12? No.</think> It is 15."), without_thoughts("12? No.</think> It is 15.")
     (' It is 15.', ' It is 15.')
@@ -48,9 +48,9 @@ def without_thoughts(text: str) -> str | None:
 
 
 def thought_opened_by(prompt: str) -> str:
-    r"""The mark of a thought that a prompt ends with: `<think>\n` behind some chat templates, else "".
+    r"""The opening mark of a thought at the end of a prompt, such as `<think>\n` from some chat templates; else "".
 
-    The completion of such a prompt begins within the thought, and does not show it.
+    The completion of such a prompt begins within the thought, without a mark of its own.
 
     >>> thought_opened_by("<|im_start|>assistant\n<think>\n"), thought_opened_by("<think>\n\n</think>\n\n")
     ('<think>\n', '')

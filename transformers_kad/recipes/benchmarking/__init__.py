@@ -1,1 +1,1 @@
-"""What the speed benchmark is made of: models of realistic cost, methods side by side, forwards counted and timed."""
+"""The speed benchmark: models of realistic cost, the methods that are compared, and forwards counted and timed."""

@@ -1,4 +1,4 @@
-"""What a decoding method could reach at most, and how a cost grows. Numbers in, numbers out."""
+"""Upper bounds of the speed of decoding methods, and how costs grow. Pure functions of numbers."""
 
 import itertools
 import math
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """A kind of forward.
+    """The shape of a forward pass.
 
     Attributes:
         model: "base", "proxy", or one of these and " compiled".
-        rows: texts in the batch.
-        tokens: new tokens of each text. What the cache holds before them is not part of the shape.
+        rows: the number of texts in the batch.
+        tokens: the number of new tokens of each text. The tokens in the cache are not part of the shape.
     """
 
     model: str
@@ -22,13 +22,13 @@ class Shape(NamedTuple):
 
 
 class ForwardTimes:
-    """Median seconds of every kind of forward that was measured, and in between.
+    """Median times of forward passes, interpolated for shapes that were not measured.
 
-    A shape that was not measured takes the time of its number of tokens, rows * tokens, on the straight line between
-    the measured numbers of tokens around it; beyond them the time of the nearest.
+    The time of such a shape is interpolated linearly in its number of tokens, rows * tokens, between the nearest
+    measured numbers. Below and above all of them it is the time of the nearest.
 
     Args:
-        seconds: the times measured of each shape.
+        seconds: the measured times of each shape, in seconds.
     """
 
     def __init__(self, seconds: Mapping[Shape, Sequence[float]]) -> None:
@@ -42,10 +42,10 @@ class ForwardTimes:
         }
 
     def of(self, shape: Shape) -> float:
-        """Seconds of one forward.
+        """The time of one forward pass, in seconds.
 
         Raises:
-            KeyError: no forward of this model was measured.
+            KeyError: no forward pass of this model was measured.
         """
         if shape in self.medians:
             return self.medians[shape]
@@ -56,11 +56,11 @@ class ForwardTimes:
         return curve[0][1] if size < curve[0][0] else curve[-1][1]
 
     def covers(self, counts: Mapping[Shape, int]) -> bool:
-        """Whether forwards of all these models were measured."""
+        """Whether forward passes of all these models were measured."""
         return all(shape.model in self._curves for shape in counts)
 
     def total(self, counts: Mapping[Shape, int]) -> float:
-        """Seconds of many forwards: what a method takes in which nothing but its forwards costs time."""
+        """The time of many forward passes in seconds: that of a method without any other cost."""
         return sum(count * self.of(shape) for shape, count in counts.items())
 
 
@@ -73,18 +73,18 @@ def speculative_bound(
     base_draft: float,
     proxy_step: float,
 ) -> float:
-    """How many times as fast as the base alone a method that drafts can be, prompts left aside.
+    """The highest possible speed of a method that drafts, relative to the base alone, without the prompts.
 
         E[tokens per round] t_b(1) / ((γ + a) t_q + t_b(γ + 1))
 
     Args:
-        tokens_per_round: E, tokens that each text of the batch gains by a round.
-        drafted: γ, the proxy's steps that draft in a round.
-        bonus_steps: a, the proxy's further steps in a round. Token by token: γ = 0 and a = 1, or with `lazy` the
-            proxy's forwards per token.
-        base_one: t_b(1), seconds of a forward of the base over one token of each text.
-        base_draft: t_b(γ + 1).
-        proxy_step: t_q.
+        tokens_per_round: E, the number of tokens that a round adds to each text of the batch.
+        drafted: γ, the number of proxy steps in a round that draft.
+        bonus_steps: a, the number of further proxy steps in a round. Token by token γ is 0 and a is 1, or with `lazy`
+            the number of proxy forward passes per token.
+        base_one: t_b(1), the time of a forward pass of the base over one token of each text, in seconds.
+        base_draft: t_b(γ + 1), in seconds.
+        proxy_step: t_q, in seconds.
 
     >>> speculative_bound(
     ...     tokens_per_round=4.5, drafted=5, bonus_steps=1, base_one=0.5, base_draft=0.75, proxy_step=0.125
@@ -95,10 +95,10 @@ def speculative_bound(
 
 
 def fit_exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """The power of the size that a cost grows with: the slope of log value over log size, by least squares.
+    """The exponent with which a cost grows with the size: the slope of log value over log size, by least squares.
 
-    Fitted over the upper half of the points by size, at least two, since small sizes show fixed costs. None with less
-    than two points, or where a value there is not positive.
+    It is fitted to the larger half of the sizes, at least two, since fixed costs dominate at small sizes. It is None
+    with less than two points, or if one of these values is not positive.
 
     >>> round(fit_exponent([1, 2, 4, 8], [9, 3, 12, 48]), 6)
     2.0

@@ -1,4 +1,4 @@
-"""Forwards of models: counted and timed where they happen, or timed on their own."""
+"""Counts and times the forward passes of models, while a method runs or on their own."""
 
 import time
 from collections import Counter
@@ -16,11 +16,11 @@ from .bounds import Shape
 
 Clock = Callable[[], float]
 
-IN_A_ROW = 3
+IN_A_ROW = 3  # measured forward passes of a shape, one after the other
 
 
 def clock_of(device: torch.device) -> Clock:
-    """A clock that first waits for the device to finish."""
+    """A clock that waits for the device to finish before it reads the time."""
     if device.type == "cpu":
         return time.perf_counter
 
@@ -32,17 +32,17 @@ def clock_of(device: torch.device) -> Clock:
 
 
 class ForwardMeter:
-    """Counts the forwards of some models in a block by their shape, and times them.
+    """Context manager that counts the forward passes of models by their shape, and times them.
 
-    Compiled forwards are none of the model's, and must not run in the block: the hooks would be compiled with them.
+    Compiled forward passes must not run inside, since the hooks would be compiled with them.
 
     Args:
         models: the models by name.
-        clock: None: forwards are counted and not timed, which costs a device nothing.
+        clock: a clock to time with; None to count only, which does not slow down a device.
 
     Attributes:
-        counts: forwards of each shape.
-        seconds: the times of each shape.
+        counts: the number of forward passes of each shape.
+        seconds: the times of each shape, in seconds.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], clock: Clock | None) -> None:
@@ -53,8 +53,10 @@ class ForwardMeter:
     def __enter__(self) -> Self:
         self._handles = []
         for name, model in self._models.items():
-            self._handles.append(model.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
-            self._handles.append(model.register_forward_hook(self._end))
+            self._handles.append(
+                model.register_forward_pre_hook(partial(self._before_forward, name), with_kwargs=True)
+            )
+            self._handles.append(model.register_forward_hook(self._after_forward))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -62,38 +64,38 @@ class ForwardMeter:
             handle.remove()
 
     def of(self, model: str) -> list[float]:
-        """The times of all forwards of a model."""
+        """The times of all forward passes of a model, in seconds."""
         return [seconds for shape, times in self.seconds.items() if shape.model == model for seconds in times]
 
-    def _begin(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self._shape = Shape(name, *ids.shape)
         self.counts[self._shape] += 1
         if self._clock is not None:
-            self._began = self._clock()
+            self._started = self._clock()
 
-    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after_forward(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._clock is not None:
-            self.seconds.setdefault(self._shape, []).append(self._clock() - self._began)
+            self.seconds.setdefault(self._shape, []).append(self._clock() - self._started)
 
 
 class CacheMeter:
-    """Looks at the key-value caches that some models are called with in a block.
+    """Context manager that measures the key-value caches that models are called with.
 
     Args:
         models: the models by name.
-        every: look at every so manieth forward of each.
+        every: the interval between measurements of a model, in forward passes.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], every: int = 16) -> None:
         self._models, self._every = models, every
         self._forwards: Counter[str] = Counter()
-        # For each model: tokens held, bytes, and bytes over those of the keys and values of these tokens alone.
-        self._seen: dict[str, list[tuple[int, int, float]]] = {name: [] for name in models}
+        # For each model: the tokens in the cache, its size in bytes, and its size relative to that of these tokens.
+        self._measured: dict[str, list[tuple[int, int, float]]] = {name: [] for name in models}
 
     def __enter__(self) -> Self:
         self._handles = [
-            model.register_forward_pre_hook(partial(self._look, name), with_kwargs=True)
+            model.register_forward_pre_hook(partial(self._measure_cache, name), with_kwargs=True)
             for name, model in self._models.items()
         ]
         return self
@@ -104,22 +106,23 @@ class CacheMeter:
 
     @property
     def bytes(self) -> int:
-        """The largest size of each model's cache, added up."""
-        return sum(max((size for _, size, _ in seen), default=0) for seen in self._seen.values())
+        """The sum of the largest cache sizes of all models, in bytes."""
+        return sum(max((size for _, size, _ in seen), default=0) for seen in self._measured.values())
 
     @property
     def over_ideal(self) -> float | None:
-        """The most that a cache was larger than keys and values of its texts' tokens, in the later half of the texts.
+        """The largest size of a cache relative to the keys and values of its tokens, in the later half of the texts.
 
-        A text that begins has more padding, holes and room than tokens. None if no cache was seen.
+        At the beginning of a text there are more padded and reserved positions than tokens. It is None if there was no
+        cache.
         """
         ratios = []
-        for seen in self._seen.values():
+        for seen in self._measured.values():
             longest = max((tokens for tokens, _, _ in seen), default=0)
             ratios += [ratio for tokens, _, ratio in seen if 2 * tokens >= longest]
         return max(ratios, default=None)
 
-    def _look(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _measure_cache(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards[name] += 1
         cache = kwargs.get("past_key_values")
         if self._forwards[name] % self._every or not isinstance(cache, Cache) or not cache.get_seq_length():
@@ -130,17 +133,17 @@ class CacheMeter:
         rows = tensors[0].shape[0]
         held = rows * length if mask is None or mask.dim() != 2 else int(mask[:, :length].sum())
         ideal = held * sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
-        self._seen[name].append((held, size, size / ideal))
+        self._measured[name].append((held, size, size / ideal))
 
 
 class ForwardTimer:
-    """Times forwards of random tokens on their own, each kind in turn: what bounds are made of.
+    """Times forward passes of random tokens on their own, in turns. The bounds are computed from these times.
 
     Args:
         models: the models by name.
-        shapes: forwards behind a text that the cache holds.
-        prompts: forwards with nothing in the cache.
-        held: tokens of that text. It is read once.
+        shapes: forward passes after a text that is in the cache.
+        prompts: forward passes with an empty cache.
+        held: length of the text in the cache, in tokens.
     """
 
     def __init__(
@@ -167,10 +170,10 @@ class ForwardTimer:
                 self._filled[place].logits(ids[:, :held], mask[:, :held])
 
     def measure(self) -> dict[Shape, list[float]]:
-        """Seconds of each shape, the model's forward alone.
+        """The times of each shape in seconds, of the model's forward pass alone.
 
-        Those behind a text are run several times in a row, as a proxy's steps are: the first finds the processor's
-        caches full of other weights.
+        Forward passes after a text are run several times in a row, like a proxy's steps: at the first one the caches
+        of the processor still hold the weights of another model.
         """
         seconds: dict[Shape, list[float]] = {}
         for shape in self._shapes:
@@ -195,9 +198,9 @@ class ForwardTimer:
 
 
 def time_compiled_forwards(compiled: StaticCacheModel, *, held: int) -> list[float]:
-    """Seconds of some steps in a row of a compiled model, of its width behind `held` tokens, with what fills them up.
+    """The times of some steps in a row of a compiled model after `held` tokens, in seconds, padding included.
 
-    Compiles nothing that was run before.
+    Forward passes that were compiled before are not compiled again.
     """
     clock = clock_of(compiled.model.device)
     ids, _ = _random_texts(compiled.model, 1, held + compiled.width)
@@ -205,16 +208,16 @@ def time_compiled_forwards(compiled: StaticCacheModel, *, held: int) -> list[flo
     compiled.logits(ids[:, :held])
     seconds = []
     for _ in range(IN_A_ROW):
-        begun = clock()
+        started = clock()
         compiled.logits(ids, logits_to_keep=compiled.width, continues=True)
-        seconds.append(clock() - begun)
+        seconds.append(clock() - started)
         compiled.crop(held)
     compiled.reset()
     return seconds
 
 
 def _random_texts(model: PreTrainedModel, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask `(rows, length)`; of several rows every other one has a column of padding, as batches have."""
+    """Random ids and a mask, `(rows, length)`. Every other row begins with padding, as in real batches."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (rows, length), device=model.device)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""How time and memory grow with the length of a text, the vocabulary and the batch."""
+"""Measures how time and memory grow with the length of texts, the vocabulary and the batch."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -11,13 +11,13 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ...configuration import KADConfig
-from ...integrations.loading.arguments import ModelArguments
 from ...integrations.loading.models import below_adapter
+from ..arguments import ModelArguments
 from ..resumable import JsonLinesStore
 from .bounds import fit_exponent
 from .forwards import CacheMeter
 from .inflate import inflate
-from .methods import Contest, Method
+from .methods import Method, MethodRunner
 from .plots import plot_growth
 from .report import Column, measured_with, mebibytes, number, percentage, table
 from .speed import WARM_UP_TOKENS, load_average, run_method
@@ -26,7 +26,7 @@ from .subjects import Subject, make_inputs, random_model, threshold_that_defers
 PROMPT_TOKENS = 16
 AXES = {"length": "tokens of the text", "vocabulary": "tokens in the vocabulary", "batch": "texts in the batch"}
 
-# What is fitted: of a row, where a number was measured.
+# The costs whose growth is fitted, from a row; None if it was not measured.
 COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
     "time": lambda row: row["seconds"],
     "time outside": lambda row: None if row["outside"] is None else row["seconds"] * row["outside"],
@@ -37,18 +37,18 @@ COSTS: Mapping[str, Callable[[Mapping[str, Any]], float | None]] = {
 
 @dataclass(frozen=True)
 class GrowthSettings:
-    """What is measured at every size.
+    """The settings of the measurement at every size.
 
     Attributes:
-        configs: architecture of base and proxy.
-        inflated: by model, the parameters that it is inflated to.
-        device: where they run.
-        dtype: of their weights, "auto" as in the configuration.
-        rule: the rule; None: dual with a threshold that defers `deferral_mass`.
-        deferral_mass: see there.
-        rows: texts at once, but where the batch grows.
-        max_new_tokens: tokens of each text, but where the text grows.
-        seed: of weights, prompts and draws.
+        configs: the architectures of base and proxy.
+        inflated: for each model, the number of parameters that it is inflated to.
+        device: the device of the models.
+        dtype: dtype of the weights; "auto" for that of the configuration.
+        rule: the rule; None for dual with the threshold that defers `deferral_mass`.
+        deferral_mass: the mean deferral mass, if `rule` is None.
+        rows: the number of texts, unless the batch grows.
+        max_new_tokens: the number of new tokens of each text, unless the text grows.
+        seed: seed of weights, prompts and sampling.
     """
 
     configs: Mapping[str, PreTrainedConfig]
@@ -63,7 +63,7 @@ class GrowthSettings:
 
 
 def load_configs(models: ModelArguments, random_weights: Mapping[str, str]) -> dict[str, PreTrainedConfig]:
-    """The architectures of base and proxy: of `random_weights` where there are any, else of the models."""
+    """The architectures of base and proxy: those of `random_weights` if given, else those of the models."""
     paths = random_weights or {"base": str(models.base), "proxy": str(models.proxy)}
     return {name: AutoConfig.from_pretrained(below_adapter(path) or path) for name, path in paths.items()}
 
@@ -76,21 +76,21 @@ def measure_growth(
     store: JsonLinesStore,
     *,
     repetitions: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Measure what the store does not hold yet of an axis: random models and texts, all methods in turns.
+    """Measure all methods in turns at each size, on random models and texts, unless the store has the result.
 
     Args:
-        settings: what is measured.
-        axis: of `AXES`, what grows.
-        sizes: its values.
-        methods: what is measured.
-        store: where results go.
-        repetitions: of each size.
-        say: told about progress.
+        settings: the settings of the measurement.
+        axis: what grows, a key of `AXES`.
+        sizes: the sizes.
+        methods: the methods.
+        store: the store of the results.
+        repetitions: the number of repetitions at each size.
+        log: called with messages about the progress.
 
     Raises:
-        ValueError: the store holds a size with other methods.
+        ValueError: the store has results of a size with other methods.
     """
     keys = sorted(method.key for method in methods)
     for size in sizes:
@@ -99,17 +99,17 @@ def measure_growth(
             if sorted(record["runs"]) != keys:
                 raise ValueError(
                     f"{str(store.path)!r} holds {axis} {size} with the methods {', '.join(sorted(record['runs']))}, "
-                    f"not {', '.join(keys)}. Repeat those, or choose another --output."
+                    f"not {', '.join(keys)}. Use the same methods, or choose another --output."
                 )
         missing = [at for at in range(repetitions) if at not in {record["repetition"] for record in done}]
         if not missing:
             continue
-        contest = _contest(settings, axis, size)
+        runner = _make_runner(settings, axis, size)
         for method in methods:
-            reason = contest.refusal(method)
+            reason = runner.reason_to_skip(method)
             if reason is not None:
                 raise ValueError(f"{method.label} can't be measured at {axis} {size}: {reason}.")
-            _warm_up(contest, method)
+            _warm_up(runner, method)
         for repetition in missing:
             turn = repetition % len(methods)
             record = {
@@ -118,17 +118,17 @@ def measure_growth(
                 "repetition": repetition,
                 "load": load_average(),
                 "runs": {
-                    method.key: _run(contest, method, settings.seed + repetition)
+                    method.key: _run(runner, method, settings.seed + repetition)
                     for method in (*methods[turn:], *methods[:turn])
                 },
             }
             store.append(record)
             store.records.append(record)
             seconds = ", ".join(f"{key} {run['seconds']:.1f}" for key, run in record["runs"].items())
-            say(f"{axis} {size:,}, repetition {repetition + 1} of {repetitions}, seconds: {seconds}")
+            log(f"{axis} {size:,}, repetition {repetition + 1} of {repetitions}, seconds: {seconds}")
 
 
-def _contest(settings: GrowthSettings, axis: str, size: int) -> Contest:
+def _make_runner(settings: GrowthSettings, axis: str, size: int) -> MethodRunner:
     length = size if axis == "length" else PROMPT_TOKENS + settings.max_new_tokens
     changes: dict[str, Any] = {"max_position_embeddings": length + 64}
     if axis == "vocabulary":
@@ -144,30 +144,30 @@ def _contest(settings: GrowthSettings, axis: str, size: int) -> Contest:
     if rule is None:
         rule = KADConfig("dual", {"threshold": threshold_that_defers(models["base"], settings.deferral_mass)})
     rows = size if axis == "batch" else settings.rows
-    return Contest(
+    return MethodRunner(
         Subject(**models), rule, rows=rows, max_new_tokens=length - PROMPT_TOKENS, longest_prompt=PROMPT_TOKENS
     )
 
 
-def _inputs(contest: Contest, seed: int) -> dict[str, torch.Tensor]:
-    return make_inputs(contest.subject, "arithmetic", contest.rows, seed, PROMPT_TOKENS)
+def _inputs(runner: MethodRunner, seed: int) -> dict[str, torch.Tensor]:
+    return make_inputs(runner.subject, "arithmetic", runner.rows, seed, PROMPT_TOKENS)
 
 
-def _warm_up(contest: Contest, method: Method) -> None:
-    full, contest.max_new_tokens = contest.max_new_tokens, WARM_UP_TOKENS
-    contest.generate(method, _inputs(contest, 0))
-    contest.max_new_tokens = full
+def _warm_up(runner: MethodRunner, method: Method) -> None:
+    full, runner.max_new_tokens = runner.max_new_tokens, WARM_UP_TOKENS
+    runner.generate(method, _inputs(runner, 0))
+    runner.max_new_tokens = full
 
 
-def _run(contest: Contest, method: Method, seed: int) -> dict[str, Any]:
-    with CacheMeter(contest.subject.models) as caches:
-        run = run_method(contest, method, _inputs(contest, seed), seed, profile=True)
+def _run(runner: MethodRunner, method: Method, seed: int) -> dict[str, Any]:
+    with CacheMeter(runner.subject.models) as caches:
+        run = run_method(runner, method, _inputs(runner, seed), seed, profile=True)
     run.pop("counts", None)
     return run | {"cache_bytes": caches.bytes, "cache_over_ideal": caches.over_ideal}
 
 
 def make_growth_report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row for each axis, size and method, and the exponents over the sizes, as JSON values."""
+    """The medians for each axis, size and method, and the exponents of their growth, as JSON values."""
     rows: list[dict[str, Any]] = []
     cells: dict[tuple[str, int, str], list[Mapping[str, Any]]] = {}
     for record in records:
@@ -189,7 +189,7 @@ def make_growth_report(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _place(cell: tuple[str, int, str]) -> tuple[int, int, tuple[int, int]]:
-    """Where a cell stands in the tables."""
+    """The sort key of a cell in the tables."""
     axis, size, key = cell
     return list(AXES).index(axis), size, Method.from_key(key).place
 
@@ -214,7 +214,7 @@ def _medians(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def growth_to_markdown(report: Mapping[str, Any]) -> str:
-    """A table for each axis, and the exponents."""
+    """A growth report as Markdown: for each axis a table of medians and one of exponents."""
     parts = []
     for axis in dict.fromkeys(row["axis"] for row in report["rows"]):
         columns: dict[str, Column] = {

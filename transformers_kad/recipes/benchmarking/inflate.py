@@ -1,4 +1,4 @@
-"""Small models that cost what large ones do, and say what they said before."""
+"""Gives small models the cost of large ones without changing their output."""
 
 import re
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 class InertWidth(nn.Module):
-    """An MLP, and beside it a wide gated one whose down projection is zero: its cost without its effect.
+    """An MLP with a second, wide gated MLP whose down projection is zero, so that it costs time and changes nothing.
 
     Args:
-        mlp: the layer's own MLP.
-        hidden_size: its width.
-        intermediate_size: of the wide one.
+        mlp: the MLP of the layer.
+        hidden_size: the hidden size of the model.
+        intermediate_size: the width of the second MLP.
     """
 
     def __init__(self, mlp: nn.Module, hidden_size: int, intermediate_size: int) -> None:
@@ -26,7 +26,7 @@ class InertWidth(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
         with torch.no_grad():
-            # Written, not allocated as zeros: memory that was never written to is faster to read.
+            # Written explicitly, since memory that was allocated as zeros and never written to is faster to read.
             self.down_proj.weight.zero_()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -36,20 +36,20 @@ class InertWidth(nn.Module):
 
 
 def inflate(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
-    """Widen a model's MLPs in place until it has about so many parameters. Its logits stay the same, to the bit.
+    """Widen the MLPs of a model in place until it has about `parameters` parameters. Its logits stay bitwise equal.
 
-    A forward then moves and multiplies what a model of that size does, but for attention and vocabulary, which keep
-    their size: speculation can be timed with the acceptance of a small trained pair.
+    A forward pass then costs about as much as one of a model of that size, except for attention and vocabulary, which
+    keep their size. Speculative decoding can thus be timed with the acceptance of a small trained pair.
 
     Args:
         model: a decoder whose layers have an `mlp`, such as Llama, Qwen or Mistral.
-        parameters: how many it is to have; it gets this number up to half of what one more unit of width adds.
+        parameters: the target number of parameters, which is met up to half of what one unit of width adds.
 
     Returns:
         The model itself.
 
     Raises:
-        ValueError: the model is larger already, or its layers have no `mlp`.
+        ValueError: the model is already larger, or its layers have no `mlp`.
     """
     config, own = model.config.get_text_config(decoder=True), model.num_parameters()
     layers = getattr(model.get_decoder(), "layers", None)
@@ -70,7 +70,7 @@ def inflate(model: PreTrainedModel, parameters: int) -> PreTrainedModel:
 
 
 def parse_count(text: str) -> int:
-    """A number of parameters: "300M", "1.7B", "30000000".
+    """Parse a number of parameters: "300M", "1.7B", "30000000".
 
     >>> parse_count("1.7B")
     1700000000
@@ -82,7 +82,7 @@ def parse_count(text: str) -> int:
 
 
 def parse_by_model(text: str | None, option: str) -> dict[str, str]:
-    """What an option says of base and proxy: "base=300M,proxy=30M".
+    """Parse an option with values for base and proxy: "base=300M,proxy=30M".
 
     >>> parse_by_model("base=300M,proxy=30M", "--inflate")
     {'base': '300M', 'proxy': '30M'}

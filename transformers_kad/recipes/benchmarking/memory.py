@@ -1,4 +1,4 @@
-"""The most memory that a block of code held at once, beside what was there before."""
+"""Measures the peak memory of a block of code, in addition to the memory that was used before."""
 
 import ctypes
 import gc
@@ -12,16 +12,17 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Measures a block: on CUDA what the allocator handed out, elsewhere the resident memory of this process.
+    """Context manager that measures peak memory: allocated memory on CUDA, else the resident memory of the process.
 
-    The second needs Linux, which keeps the highest value and lets a process reset it. Memory that was freed before is
-    given back to the system first, so that it counts again when it is taken again.
+    Resident memory needs Linux, which records a peak that a process can reset. Memory that was freed before the block
+    is returned to the system first, so that it counts when it is allocated again. Blocks that are freed inside
+    may stay with the C library and then still count.
 
     Args:
-        device: where the models are.
+        device: the device of the models.
 
     Attributes:
-        bytes: highest value in the block less the value at its beginning; None where it can't be had.
+        bytes: the highest value in the block minus the value at its beginning, in bytes; None if it is not available.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,21 +35,21 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before: int | None = torch.cuda.memory_allocated(self._device)
         else:
-            _give_back()
-            self._before = _resident("VmRSS") if _reset_peak() else None
+            _trim_heap()
+            self._before = _status_value("VmRSS") if _reset_peak() else None
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._device.type == "cuda":
             peak: int | None = torch.cuda.max_memory_allocated(self._device)
         else:
-            peak = _resident("VmHWM")
+            peak = _status_value("VmHWM")
         if peak is not None and self._before is not None:
             self.bytes = max(peak - self._before, 0)
 
 
-def _give_back() -> None:
-    """Hand freed memory back to the system; the GNU C library keeps it otherwise."""
+def _trim_heap() -> None:
+    """Return freed memory to the system, which the GNU C library would otherwise keep."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -56,7 +57,7 @@ def _give_back() -> None:
 
 
 def _reset_peak() -> bool:
-    """Forget the highest value so far; False where that is not possible."""
+    """Reset the peak. Returns False if that is not possible."""
     try:
         _RESET.write_text("5")
     except OSError:
@@ -64,8 +65,8 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident(name: str) -> int | None:
-    """A value of the process's status, in bytes."""
+def _status_value(name: str) -> int | None:
+    """A value in the status of the process, in bytes."""
     try:
         lines = _STATUS.read_text().splitlines()
     except OSError:

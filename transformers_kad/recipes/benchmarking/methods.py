@@ -1,4 +1,4 @@
-"""The decoding methods that are timed, side by side: what each asks of `generate`."""
+"""The decoding methods that are timed, and how each of them calls `generate`."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from ...integrations.loading.prompts import PLAIN_SAMPLING
 from ...logits_process import KADLogitsProcessor
 from ...models.static_model import CAPACITY_STEP, StaticCacheModel
 from ...records.statistics import KADStatistics
-from ..evaluation.decoding import draft_like_kad
+from ..evaluation.decoding import fix_draft_length
 from .bounds import Shape
 from .subjects import Subject
 
@@ -23,12 +23,12 @@ class _Kind:
     """One kind of decoding.
 
     Attributes:
-        label: how tables and plots call it.
-        drafts: it is measured with every draft length.
+        label: its name in tables and plots.
+        drafts: whether it is measured with every draft length.
         options: arguments of `KADLogitsProcessor`; None for methods without KAD.
-        speculative: the proxy is passed as `assistant_model`.
-        compiled: forwards behind the prompt are compiled ones.
-        one_row: it takes one text at a time.
+        speculative: whether the proxy is passed as `assistant_model`.
+        compiled: whether forward passes after the prompt are compiled.
+        one_row: whether it only decodes one text at a time.
     """
 
     label: str
@@ -62,14 +62,14 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A kind of decoding, with a draft length where it has one."""
+    """A kind of decoding, with a draft length if it has one."""
 
     kind: str
     draft_length: int | None = None
 
     @property
     def key(self) -> str:
-        """Its name in the results.
+        """The name of the method in the results.
 
         >>> Method("speculative", 5).key
         'speculative:5'
@@ -78,29 +78,29 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Its name in tables and plots."""
+        """The name of the method in tables and plots."""
         label = KINDS[self.kind].label
         return label if self.draft_length is None else f"{label}, γ = {self.draft_length}"
 
     @property
     def place(self) -> tuple[int, int]:
-        """Where it stands in tables."""
+        """The sort key of the method in tables."""
         return list(KINDS).index(self.kind), self.draft_length or 0
 
     @classmethod
     def from_key(cls, key: str) -> "Method":
-        """The method that a key names."""
+        """The method with this key."""
         kind, _, length = key.partition(":")
         return cls(kind, int(length) if length else None)
 
 
 def expand(names: Sequence[str], draft_lengths: Sequence[int]) -> list[Method]:
-    """The methods that are named, those that draft with each draft length, or with their own where a key is given.
+    """Expand names and keys of methods to methods. A name stands for the kind with all draft lengths, if it drafts.
 
-    The base alone, to which all are compared, comes first.
+    The base alone, which all methods are compared with, comes first.
 
     Raises:
-        ValueError: an unknown kind, or a draft length of a kind that has none.
+        ValueError: a kind is unknown, or a draft length was given for a kind that does not draft.
 
     >>> [method.key for method in expand(["auto", "speculative", "assisted:4"], [3, 5])]
     ['base', 'auto', 'speculative:3', 'speculative:5', 'assisted:4']
@@ -117,17 +117,17 @@ def expand(names: Sequence[str], draft_lengths: Sequence[int]) -> list[Method]:
     return list(dict.fromkeys(methods))
 
 
-class Contest:
-    """All methods over the same models, rule and number of tokens.
+class MethodRunner:
+    """Runs all methods with the same models, rule and number of tokens.
 
-    Every text gets `max_new_tokens` tokens, whatever is drawn: nothing ends one.
+    Every text gets `max_new_tokens` tokens, since there is no end of sequence.
 
     Args:
         subject: the models.
         config: the rule.
-        rows: texts at once.
-        max_new_tokens: tokens of each.
-        longest_prompt: tokens that the longest prompt of the whole run has.
+        rows: the number of texts in a batch.
+        max_new_tokens: the number of new tokens of each text.
+        longest_prompt: the length of the longest prompt of the whole run, in tokens.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class Contest:
         self._static: StaticCache | None = None
         self._base_step: StaticCacheModel | None = None
 
-    def refusal(self, method: Method) -> str | None:
-        """Why a method can't be measured here; None if it can. Builds what it needs."""
+    def reason_to_skip(self, method: Method) -> str | None:
+        """Prepare a method. Returns the reason if it can't be measured with these models, else None."""
         kind = KINDS[method.kind]
         if kind.one_row and self.rows > 1:
             return f"takes one text at a time, not {self.rows}"
@@ -158,7 +158,7 @@ class Contest:
         return None
 
     def generate(self, method: Method, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The texts `(rows, L + max_new_tokens)` by a method; caches of texts before are not used."""
+        """Generate texts `(rows, L + max_new_tokens)` by a method, without caches of earlier calls."""
         subject, kind = self.subject, KINDS[method.kind]
         arguments: dict[str, Any] = {}
         if kind.speculative:
@@ -167,7 +167,7 @@ class Contest:
             self._processors[method].reset()
             arguments["logits_processor"] = [self._processors[method]]
         elif method.draft_length is not None:
-            draft_like_kad(subject.proxy, method.draft_length)
+            fix_draft_length(subject.proxy, method.draft_length)
         elif kind.compiled:
             arguments |= self._compile_base()
         model = subject.proxy if method.kind == "proxy" else subject.base
@@ -181,7 +181,7 @@ class Contest:
         )
 
     def _compile_base(self) -> dict[str, Any]:
-        """One static cache for all calls: another would be compiled for anew."""
+        """The arguments of a compiled call. All calls share one static cache, so that they are compiled once."""
         if self._static is None:
             length = -(-(self.longest_prompt + self.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP
             self._static = StaticCache(config=self.subject.base.config, max_cache_len=length)
@@ -192,11 +192,11 @@ class Contest:
         return {"past_key_values": self._static, "compile_config": settings}
 
     def statistics(self, method: Method) -> KADStatistics | None:
-        """Those of the method's last call; None for methods without KAD."""
+        """The statistics of the method's last call; None for methods without KAD."""
         return self._processors[method].statistics if method in self._processors else None
 
     def compiled_counts(self, method: Method, prompt: int) -> dict[Shape, int]:
-        """The forwards of a compiled method's last call, behind prompts of so many tokens, which run eagerly."""
+        """The forward passes of a compiled method's last call. The prompt, of `prompt` tokens, is not compiled."""
         statistics = self.statistics(method)
         if statistics is None:
             return {Shape("base", self.rows, prompt): 1, Shape("base compiled", self.rows, 1): self.max_new_tokens - 1}
@@ -209,7 +209,7 @@ class Contest:
         }
 
     def compiled_models(self, method: Method) -> dict[Shape, StaticCacheModel]:
-        """The compiled forwards that a method uses, as they are after its first call."""
+        """The compiled models that a method uses after its first call, by the shape of their forward passes."""
         if method.draft_length is None:
             if self.rows > 1:
                 return {}
@@ -218,16 +218,16 @@ class Contest:
             return {Shape("base compiled", 1, 1): self._base_step}
         kad, width = self._processors[method], method.draft_length + 1
         return {
-            Shape("base compiled", 1, width): kad.compiled(self.subject.base, "base", width),
-            Shape("proxy compiled", 1, 1): kad.compiled(self.subject.proxy, "proxy", 1),
+            Shape("base compiled", 1, width): kad.state.models.static_base(self.subject.base, width),
+            Shape("proxy compiled", 1, 1): kad.state.models.static_proxy(1),
         }
 
 
 def counts_to_json(counts: Mapping[Shape, int]) -> list[list[Any]]:
-    """As JSON values."""
+    """Counts as JSON values."""
     return [[*shape, count] for shape, count in sorted(counts.items())]
 
 
 def counts_from_json(values: Sequence[Sequence[Any]]) -> Counter[Shape]:
-    """What `counts_to_json` wrote."""
+    """The inverse of `counts_to_json`."""
     return Counter({Shape(*value[:3]): value[3] for value in values})

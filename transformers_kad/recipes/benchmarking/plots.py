@@ -1,10 +1,10 @@
-"""Plots of speed, as PNG and SVG: against the draft length, the batch size, and what a cost grows with."""
+"""Plots of speed against the draft length and the batch size, and of the growth of costs, as PNG and SVG."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.plots import PathStem, group_style, matplotlib_style, new_figure, save_figure, wrap_label
+from ..plot_style import PathStem, group_style, matplotlib_style, new_figure, save_figure, wrap_label
 from .methods import KINDS
 
 if TYPE_CHECKING:
@@ -14,18 +14,18 @@ Row = Mapping[str, Any]
 
 
 def plot_draft_lengths(rows: Sequence[Row], path_stem: PathStem, *, title: str = "") -> list[Path]:
-    """Plot tokens/s over the base alone against the draft length, with the bound of each, for one batch size.
+    """Plot the speed relative to the base alone against the draft length, with the bounds, for one batch size.
 
-    Kinds with draft lengths are lines with quartiles, their bounds dashed lines of the same colour; kinds without are
-    horizontal.
+    Methods that draft are lines with quartiles, and their bounds dashed lines of the same colour. The others are
+    horizontal lines.
 
     Args:
         rows: from `make_rows`.
-        path_stem: the files without their endings; missing folders are made.
-        title: a heading.
+        path_stem: the files without their endings; missing folders are created.
+        title: the heading.
 
     Returns:
-        The PNG and the SVG file; none where nothing was drafted.
+        The PNG and the SVG file; none if no method drafts.
     """
     drafted = [row for row in rows if row["draft_length"] is not None and row["ratio"]]
     level = [row for row in rows if row["draft_length"] is None and row["ratio"]]
@@ -50,12 +50,12 @@ def plot_draft_lengths(rows: Sequence[Row], path_stem: PathStem, *, title: str =
 
 
 def plot_batch_sizes(rows: Sequence[Row], path_stem: PathStem, *, title: str = "") -> list[Path]:
-    """Plot tokens/s over the base alone at the same batch size against the batch size, a line a method.
+    """Plot the speed relative to the base alone at the same batch size against the batch size, a line per method.
 
     Methods that draft are shown with their bounds.
 
     Returns:
-        The PNG and the SVG file; none where only one batch size was measured.
+        The PNG and the SVG file; none if only one batch size was measured.
     """
     sizes = sorted({row["batch_size"] for row in rows if row["ratio"]})
     if len(sizes) < 2:
@@ -78,13 +78,13 @@ def plot_batch_sizes(rows: Sequence[Row], path_stem: PathStem, *, title: str = "
 def plot_growth(
     sizes: Sequence[int], values: Mapping[str, Sequence[float]], path_stem: PathStem, *, xlabel: str
 ) -> list[Path]:
-    """Plot seconds against a size, both logarithmic, a line a method.
+    """Plot seconds against a size, both on logarithmic axes, with one line for each method.
 
     Args:
-        sizes: the sizes, rising.
-        values: by label, seconds at each size.
-        path_stem: the files without their endings; missing folders are made.
-        xlabel: what the sizes are.
+        sizes: the sizes in rising order.
+        values: for each label, the seconds at each size.
+        path_stem: the files without their endings; missing folders are created.
+        xlabel: the label of the horizontal axis.
 
     Returns:
         The PNG and the SVG file.
@@ -109,7 +109,7 @@ def _style(kind: str) -> Any:
 
 
 def _line(axes: "Axes", xs: Sequence[int], rows: Sequence[Row], at: int | None = None) -> None:
-    """A method's ratios with their quartiles, and its bounds."""
+    """Draw a method's ratios with their quartiles, and its bounds."""
     style = _style(rows[0]["kind"]) if at is None else group_style(at)
     label = KINDS[rows[0]["kind"]].label if at is None else rows[0]["label"]
     lows, middles, highs = zip(*(row["ratio"] for row in rows), strict=True)
@@ -127,7 +127,7 @@ def _logarithmic(axes: "Axes", sizes: Sequence[int]) -> None:
 
 
 def _finish(axes: "Axes", *, zero: bool = True) -> None:
-    """The legend beside the plot; `zero`: ratios begin at 0, and dashed lines are bounds."""
+    """Add the legend beside the plot. `zero` starts the vertical axis at 0 and explains the dashed bounds."""
     handles, labels = axes.get_legend_handles_labels()
     if zero:
         from matplotlib.lines import Line2D  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""From repetitions to a table: ratios, bounds, and what they show."""
+"""The report of the speed benchmark: ratios, bounds and findings from the repetitions."""
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -10,22 +10,23 @@ from .methods import KINDS, Method, counts_from_json
 
 Record = Mapping[str, Any]
 
-# Kinds of which every round is alike, so that `speculative_bound` describes them.
+# Kinds whose rounds are all alike, so that `speculative_bound` applies.
 STEADY = ("token_by_token", "lazy", "speculative")
 
 
 def make_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """A row for each batch size and method, as JSON values.
 
-    `ratio` is tokens/s over those of the base alone in the same repetition and batch size. `bound` is what the ratio
-    would be if nothing but forwards took time: with c the counts of a method's forwards by shape, t the median times
-    of these shapes, measured in the same run behind a text of the same length, and n the tokens emitted,
+    `ratio` is the speed relative to the base alone in the same repetition and batch size. `bound` is the ratio that
+    would result if only forward passes took time. With c the counts of a method's forward passes by shape, t the
+    median times of these shapes, measured in the same run after a text of the same length, and n the number of emitted
+    tokens, it is
 
         (sum c t / n of the base alone) / (sum c t / n of the method)
 
-    For a batch of constant size and drafts of constant length that is `speculative_bound`, but for the prompts, which
-    are counted here. `share` is ratio over bound, repetition by repetition. All three are a lower quartile, a median
-    and an upper quartile; `bound` is a median.
+    For a batch of constant size and drafts of constant length this is `speculative_bound` with the prompts included.
+    `share` is ratio / bound in each repetition. `ratio` and `share` are a lower quartile, a median and an upper
+    quartile; `bound` is a median.
     """
     rows = []
     for size in sorted({record["batch_size"] for record in records}):
@@ -37,7 +38,7 @@ def make_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def forward_times(records: Sequence[Record]) -> ForwardTimes:
-    """The forwards measured in the repetitions of one batch size."""
+    """The times of the forward passes in the repetitions of one batch size."""
     seconds: dict[Shape, list[float]] = {}
     for record in records:
         for *shape, measured in record["forwards"]:
@@ -99,7 +100,7 @@ def _total(runs: Sequence[Record], name: str) -> int | None:
 def _steady(
     size: int, method: Method, runs: Sequence[Record], forwards: Mapping[str, int], times: ForwardTimes
 ) -> dict[str, float] | None:
-    """What `speculative_bound` is made of, and the bound; the batch counts as full to the end."""
+    """The arguments of `speculative_bound`, and the bound. The batch is assumed to stay full until the end."""
     if not forwards["base"]:
         return None
     steps = sum(_draft_steps(run) for run in runs)
@@ -115,7 +116,7 @@ def _steady(
 
 
 def _draft_steps(run: Record) -> int:
-    """Proxy steps that drafted: the base reads the prompt, or one token, and the longest draft behind it."""
+    """The number of proxy steps that drafted: the base reads the prompt or one token, and the longest draft."""
     prompt = run["prompt_tokens"]
     counts = counts_from_json(run["counts"])
     return sum(
@@ -126,7 +127,7 @@ def _draft_steps(run: Record) -> int:
 
 
 def _outside(runs: Sequence[Record]) -> float | None:
-    """Median share of the time that is spent outside the models' forwards, where it was measured."""
+    """The median share of the time outside of the models' forward passes; None if it was not measured."""
     shares = []
     for run in runs:
         seen = run.get("profile") or run
@@ -136,7 +137,7 @@ def _outside(runs: Sequence[Record]) -> float | None:
 
 
 def _seconds_inside(runs: Sequence[Record]) -> dict[str, float] | None:
-    """Mean seconds of a forward of each model where the method called it, prompts included."""
+    """The mean time of a forward pass of each model while the method runs, in seconds, prompts included."""
     seen = [(run.get("profile") or run, run["forwards"]) for run in runs]
     totals: dict[str, float] = {}
     for name in ("base", "proxy"):
@@ -147,7 +148,7 @@ def _seconds_inside(runs: Sequence[Record]) -> dict[str, float] | None:
 
 
 def findings(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> list[str]:
-    """What the rows say, in sentences: the best draft length, what `auto` makes of it, where drafts stop paying."""
+    """Findings in sentences: the best draft length, how `auto` compares with it, and up to which batch drafts pay."""
     lines, paying, stopped = [], list[int](), list[int]()
     for size in sorted({row["batch_size"] for row in rows}):
         own = {row["method"]: row for row in rows if row["batch_size"] == size and row["ratio"]}
@@ -189,7 +190,7 @@ def findings(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> li
 
 
 def compare(records: Sequence[Record], method: str, other: str) -> tuple[float, float, float]:
-    """Quartiles of one method's tokens/s over another's, repetition by repetition."""
+    """The quartiles of one method's speed relative to another's in the same repetition."""
     ratios = []
     for record in records:
         run, beside = record["runs"][method], record["runs"][other]
@@ -199,7 +200,7 @@ def compare(records: Sequence[Record], method: str, other: str) -> tuple[float, 
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """A table for each batch size, the forwards behind the bounds, what it shows, and what it was measured with."""
+    """A report as Markdown: a table for each batch size, the times of forward passes, findings, and settings."""
     parts = []
     rows = report["rows"]
     for size in dict.fromkeys(row["batch_size"] for row in rows):
@@ -243,7 +244,7 @@ def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _batch_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each method that was measured at several batch sizes, a column for each of these."""
+    """A table with a line for each method that was measured at several batch sizes, and a column for each size."""
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
     lines: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
@@ -276,7 +277,7 @@ def _steady_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def measured_with(report: Mapping[str, Any]) -> str:
-    """Settings and environment, the last lines of a report."""
+    """The settings and the environment, as the last lines of a report."""
     given = {name: value for name, value in report["settings"].items() if value not in (None, {})}
     lines = [f"Asked for: {_listed(given)}", f"Measured with: {_listed(report['environment'])}"]
     if report["load"] is not None:
@@ -292,24 +293,24 @@ Column: TypeAlias = Callable[[Mapping[str, Any]], str]
 
 
 def table(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as Markdown, the first column on the left; a column is what it shows of a row."""
+    """A Markdown table whose first column is left-aligned. A column is a function of the row."""
     lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
     return "\n".join([*lines, ""])
 
 
 def number(value: float | None, digits: int, sign: str = "") -> str:
-    """A figure that may be missing."""
+    """A number as text, or a dash if it is missing."""
     return "–" if value is None else f"{sign}{value:.{digits}f}"
 
 
 def percentage(value: float | None) -> str:
-    """A share that may be missing."""
+    """A share as a percentage, or a dash if it is missing."""
     return "–" if value is None else f"{value:.1%}"
 
 
 def mebibytes(value: float | None) -> str:
-    """A number of bytes that may be missing."""
+    """A number of bytes in MiB, or a dash if it is missing."""
     return "–" if value is None else f"{value / 2**20:.1f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""Repetitions of all methods in turns, each appended to a file as soon as it is there."""
+"""Measures all methods in turns, and appends each repetition to a file immediately."""
 
 import os
 import time
@@ -16,22 +16,22 @@ from ..resumable import JsonLinesStore
 from .bounds import Shape
 from .forwards import ForwardMeter, ForwardTimer, clock_of, time_compiled_forwards
 from .memory import PeakMemory
-from .methods import KINDS, Contest, Method, counts_to_json
+from .methods import KINDS, Method, MethodRunner, counts_to_json
 from .subjects import Subject, make_inputs
 
-FORWARD_PASSES = 3  # times in a repetition that every kind of forward is measured, spread over the methods
+FORWARD_PASSES = 3  # how often each repetition measures all forward passes, spread over the methods
 WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every method decodes.
+    """The prompts that every method gets, and the length of the texts.
 
     Attributes:
         task: a name from `TASKS`.
-        max_new_tokens: tokens of every text.
-        prompt_tokens: of a prompt for models without a tokenizer.
-        seed: prompts and draws are made of it.
+        max_new_tokens: the number of new tokens of every text.
+        prompt_tokens: the length of a prompt for models without a tokenizer.
+        seed: seed of prompts and sampling.
     """
 
     task: str
@@ -40,26 +40,25 @@ class Workload:
     seed: int
 
     def inputs(self, subject: Subject, rows: int, repetition: int) -> dict[str, torch.Tensor]:
-        """The prompts of a repetition, which no other repetition or batch size has."""
+        """The prompts of a repetition, which differ from those of all other repetitions and batch sizes."""
         return make_inputs(subject, self.task, rows, self.seed_of(rows, repetition), self.prompt_tokens)
 
     def seed_of(self, rows: int, repetition: int) -> int:
-        """A seed for a repetition."""
+        """The seed of a repetition."""
         return 1_000_000 * self.seed + 1_000 * rows + repetition
 
 
 class _Forwards:
-    """The forwards that the methods use, timed between them.
+    """Times the forward passes that the methods use, between their runs.
 
-    For fewer rows too, since rows that are finished leave a batch; all behind a text as long as the longest is in its
-    middle.
+    Batches of fewer rows are timed too, since finished rows leave a batch. The cache holds half of the longest text.
     """
 
-    def __init__(self, contest: Contest, methods: Sequence[Method]) -> None:
-        rows, prompt = contest.rows, contest.longest_prompt
-        self._contest = contest
+    def __init__(self, runner: MethodRunner, methods: Sequence[Method]) -> None:
+        rows, prompt = runner.rows, runner.longest_prompt
+        self._make_runner = runner
         self._compiled = [method for method in methods if KINDS[method.kind].compiled]
-        self._held = prompt + contest.max_new_tokens // 2
+        self._held = prompt + runner.max_new_tokens // 2
         drafts = sorted({method.draft_length for method in methods if method.draft_length is not None})
         fewer = {1 << power for power in range(rows.bit_length())} | {rows}
         widths = {1, *(length + 1 for length in drafts)}
@@ -67,13 +66,13 @@ class _Forwards:
         shapes = [Shape("base", of_rows, width) for of_rows in fewer for width in widths]
         shapes += [Shape("proxy", of_rows, width) for of_rows in fewer for width in (widths if reads_drafts else {1})]
         prompts = [Shape("proxy", rows, prompt), Shape("base", rows, prompt + max(drafts, default=0))]
-        self._timer = ForwardTimer(contest.subject.models, shapes, prompts, held=self._held)
+        self._timer = ForwardTimer(runner.subject.models, shapes, prompts, held=self._held)
 
     def measure(self) -> dict[Shape, list[float]]:
-        """Seconds of each shape. Compiles what was not compiled before."""
+        """The times of each shape in seconds. Forward passes are compiled where they have not been before."""
         times = self._timer.measure()
         for method in self._compiled:
-            for shape, model in self._contest.compiled_models(method).items():
+            for shape, model in self._make_runner.compiled_models(method).items():
                 times[shape] = time_compiled_forwards(model, held=self._held)
         return times
 
@@ -87,73 +86,73 @@ def measure_batch_size(
     *,
     rows: int,
     repetitions: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Measure what the store does not hold yet of a batch size: repetitions of all methods, in turns.
+    """Measure the repetitions of a batch size that the store does not have yet, with all methods in turns.
 
-    In each repetition every method decodes the same fresh prompts, from the same seed; which one begins changes from
-    repetition to repetition. Each method runs once before, untimed.
+    In each repetition all methods decode the same new prompts from the same seed. The method that runs first changes
+    from repetition to repetition. Each method runs once before the measurement.
 
     Args:
         subject: the models.
         config: the rule.
-        workload: what is decoded.
-        methods: the base alone, and what is compared with it.
-        store: where repetitions go.
-        rows: texts at once.
-        repetitions: how many.
-        say: told about progress, skipped methods and what the run costs.
+        workload: the prompts and the length of the texts.
+        methods: the base alone, and the methods that are compared with it.
+        store: the store of the repetitions.
+        rows: the number of texts in a batch.
+        repetitions: the number of repetitions.
+        log: called with messages about progress, skipped methods and the time that is left.
 
     Raises:
-        ValueError: the store holds repetitions of this batch size with other methods, or a text would outgrow a
-            model's context.
+        ValueError: the store has repetitions of this batch size with other methods, or texts would exceed a model's
+            context.
     """
     done = [record for record in store.records if record["batch_size"] == rows]
     everything = [workload.inputs(subject, rows, repetition) for repetition in range(repetitions)]
     longest = max(inputs["input_ids"].shape[1] for inputs in everything)
     _check_contexts(subject, longest + workload.max_new_tokens)
-    contest = Contest(subject, config, rows=rows, max_new_tokens=workload.max_new_tokens, longest_prompt=longest)
+    runner = MethodRunner(subject, config, rows=rows, max_new_tokens=workload.max_new_tokens, longest_prompt=longest)
     chosen = []
     for method in methods:
-        reason = contest.refusal(method)
+        reason = runner.reason_to_skip(method)
         if reason is None:
             chosen.append(method)
         else:
-            say(f"batch {rows}: without {method.label}: {reason}")
+            log(f"batch {rows}: without {method.label}: {reason}")
     keys = [method.key for method in chosen]
     for record in done:
         if sorted(record["runs"]) != sorted(keys):
             raise ValueError(
                 f"{str(store.path)!r} holds repetitions of batch size {rows} with the methods "
-                f"{', '.join(sorted(record['runs']))}, not {', '.join(sorted(keys))}. Repeat those, or choose another "
-                "--output."
+                f"{', '.join(sorted(record['runs']))}, not {', '.join(sorted(keys))}. Use the same methods, or choose "
+                "another --output."
             )
     missing = [at for at in range(repetitions) if at not in {record["repetition"] for record in done}]
     if not missing:
-        say(f"batch {rows}: all {repetitions} repetitions are there")
+        log(f"batch {rows}: all {repetitions} repetitions are done")
         return
     started = time.perf_counter()
-    _warm_up(contest, chosen, max(everything, key=lambda inputs: inputs["input_ids"].shape[1]), say)
-    forwards = _Forwards(contest, chosen)
+    _warm_up(runner, chosen, max(everything, key=lambda inputs: inputs["input_ids"].shape[1]), log)
+    forwards = _Forwards(runner, chosen)
     forwards.measure()
-    say(f"batch {rows}: {len(chosen)} methods, warmed up in {time.perf_counter() - started:.0f} s")
+    log(f"batch {rows}: {len(chosen)} methods, warmed up in {time.perf_counter() - started:.0f} s")
     for count, repetition in enumerate(missing, start=1):
         began = time.perf_counter()
         turn = repetition % len(chosen)
         in_turn = [*chosen[turn:], *chosen[:turn]]
         record = _repetition(
-            contest, workload, in_turn, forwards, everything[repetition], repetition, profile=count == 1
+            runner, workload, in_turn, forwards, everything[repetition], repetition, profile=count == 1
         )
         store.append(record)
         store.records.append(record)
         seconds = time.perf_counter() - began
         runs = ", ".join(f"{key} {run['seconds']:.1f}" for key, run in record["runs"].items())
         left = seconds * (len(missing) - count) / 60
-        say(
+        log(
             f"batch {rows}, repetition {repetition + 1} of {repetitions}: {seconds:.0f} s ({runs}), about {left:.1f} "
             "min to go"
         )
-    say(f"batch {rows}: took {(time.perf_counter() - started) / 60:.1f} min")
+    log(f"batch {rows}: took {(time.perf_counter() - started) / 60:.1f} min")
 
 
 def _check_contexts(subject: Subject, tokens: int) -> None:
@@ -167,27 +166,27 @@ def _check_contexts(subject: Subject, tokens: int) -> None:
 
 
 def _warm_up(
-    contest: Contest, methods: Sequence[Method], inputs: Mapping[str, torch.Tensor], say: Callable[[str], None]
+    runner: MethodRunner, methods: Sequence[Method], inputs: Mapping[str, torch.Tensor], log: Callable[[str], None]
 ) -> None:
-    """Run every method once, shortly; compiled ones as long as they will be, so that nothing is left to compile."""
-    full = contest.max_new_tokens
+    """Run every method once for a few tokens, and compiled methods at full length, so that all is compiled."""
+    full = runner.max_new_tokens
     for method in methods:
         began = time.perf_counter()
         compiled = KINDS[method.kind].compiled
-        contest.max_new_tokens = full if compiled else min(WARM_UP_TOKENS, full)
+        runner.max_new_tokens = full if compiled else min(WARM_UP_TOKENS, full)
         try:
-            contest.generate(method, inputs)
+            runner.generate(method, inputs)
         except Exception as error:
             if not is_failure(error):
                 raise
         finally:
-            contest.max_new_tokens = full
+            runner.max_new_tokens = full
         if compiled:
-            say(f"{method.label}: compiled in {time.perf_counter() - began:.0f} s")
+            log(f"{method.label}: compiled in {time.perf_counter() - began:.0f} s")
 
 
 def _repetition(
-    contest: Contest,
+    runner: MethodRunner,
     workload: Workload,
     methods: Sequence[Method],
     forwards: _Forwards,
@@ -195,8 +194,8 @@ def _repetition(
     repetition: int,
     profile: bool,
 ) -> dict[str, Any]:
-    """All methods once, and the forwards that their bounds are made of, as JSON values."""
-    seed = workload.seed_of(contest.rows, repetition)
+    """Run all methods once, and time the forward passes for their bounds. Returns JSON values."""
+    seed = workload.seed_of(runner.rows, repetition)
     passes = {at * len(methods) // FORWARD_PASSES for at in range(FORWARD_PASSES)}
     times: dict[Shape, list[float]] = {}
     runs = {}
@@ -204,9 +203,9 @@ def _repetition(
         if place in passes:
             for shape, seconds in forwards.measure().items():
                 times.setdefault(shape, []).extend(seconds)
-        runs[method.key] = run_method(contest, method, inputs, seed, profile=profile)
+        runs[method.key] = run_method(runner, method, inputs, seed, profile=profile)
     return {
-        "batch_size": contest.rows,
+        "batch_size": runner.rows,
         "repetition": repetition,
         "load": load_average(),
         "forwards": [[*shape, seconds] for shape, seconds in sorted(times.items())],
@@ -215,44 +214,44 @@ def _repetition(
 
 
 def load_average() -> float | None:
-    """How many processes wanted to run in the last minute; None where the system does not say."""
+    """The load average of the last minute; None if the system does not provide it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def run_method(
-    contest: Contest, method: Method, inputs: Mapping[str, torch.Tensor], seed: int, *, profile: bool
+    runner: MethodRunner, method: Method, inputs: Mapping[str, torch.Tensor], seed: int, *, profile: bool
 ) -> dict[str, Any]:
-    """One call of a method: time, memory, forwards, and what KAD says of it, as JSON values.
+    """Run a method once, and return time, memory, forward passes and statistics as JSON values.
 
-    Where models run beside Python, as on CUDA, waiting for each forward would disturb the time: `profile` asks for a
-    second call that does, from which alone the time inside the forwards is read.
+    On a device that runs asynchronously, such as CUDA, waiting for each forward pass would change the total time.
+    `profile` therefore adds a second call, from which only the time inside of the forward passes is taken.
     """
-    compiled, on_cpu = KINDS[method.kind].compiled, contest.subject.device.type == "cpu"
-    run = _call(contest, method, inputs, seed, timed=on_cpu and not compiled)
+    compiled, on_cpu = KINDS[method.kind].compiled, runner.subject.device.type == "cpu"
+    run = _call(runner, method, inputs, seed, timed=on_cpu and not compiled)
     if profile and not on_cpu and not compiled and "error" not in run:
-        profiled = _call(contest, method, inputs, seed, timed=True)
+        profiled = _call(runner, method, inputs, seed, timed=True)
         run["profile"] = {name: profiled.get(name) for name in ("seconds", "inside")}
     return run
 
 
 def _call(
-    contest: Contest, method: Method, inputs: Mapping[str, torch.Tensor], seed: int, *, timed: bool
+    runner: MethodRunner, method: Method, inputs: Mapping[str, torch.Tensor], seed: int, *, timed: bool
 ) -> dict[str, Any]:
-    """One call; `timed`: with the time inside each forward."""
+    """Run a method once. `timed` measures the time inside of each forward pass."""
     compiled, length = KINDS[method.kind].compiled, inputs["input_ids"].shape[1]
-    models = {} if compiled else contest.subject.models
-    clock = clock_of(contest.subject.device)
+    models = {} if compiled else runner.subject.models
+    clock = clock_of(runner.subject.device)
     set_seed(seed)
-    with PeakMemory(contest.subject.device) as memory, ForwardMeter(models, clock if timed else None) as meter:
+    with PeakMemory(runner.subject.device) as memory, ForwardMeter(models, clock if timed else None) as meter:
         began = clock()
         try:
-            ids = contest.generate(method, inputs)
+            ids = runner.generate(method, inputs)
         except Exception as error:
             if not is_failure(error):
                 raise
             return {"seconds": clock() - began, "error": f"{type(error).__name__}: {error}"}
         seconds = clock() - began
-    counts: Mapping[Shape, int] = contest.compiled_counts(method, length) if compiled else meter.counts
+    counts: Mapping[Shape, int] = runner.compiled_counts(method, length) if compiled else meter.counts
     forwards = Counter[str]()
     for shape, count in counts.items():
         forwards[shape.model.removesuffix(" compiled")] += count
@@ -265,7 +264,7 @@ def _call(
         "counts": counts_to_json(counts),
         "inside": {name: sum(meter.of(name)) for name in models} if timed else None,
     }
-    statistics = contest.statistics(method)
+    statistics = runner.statistics(method)
     if statistics is not None:
         run |= {name: getattr(statistics, name) for name in ("rounds", "drafted", "accepted", "deferral_mass")}
     return run

@@ -1,4 +1,4 @@
-"""The models that are timed, and what they are asked."""
+"""The models that are timed, and their prompts."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -9,13 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...configuration import KADConfig
-from ...integrations.loading.arguments import ModelArguments
 from ...integrations.loading.devices import pick_device
-from ...integrations.loading.models import forget_generation_settings
+from ...integrations.loading.models import clear_generation_config
 from ...integrations.loading.prompts import Prompt, encode
 from ...logits_process import KADLogitsProcessor
-from ...rules.composition import RULES
+from ...rules.registry import RULES
 from ...utils.sources import check_source
+from ..arguments import ModelArguments
 from ..evaluation.decoding import as_text
 from ..pair import Pair
 from ..word_problems import make_problems
@@ -24,14 +24,14 @@ from .inflate import inflate
 
 @dataclass(frozen=True)
 class Subject:
-    """Base and proxy, with no generation settings of their own.
+    """The base and the proxy that are timed, with empty generation configurations.
 
     Attributes:
         base: the base.
         proxy: the proxy.
-        pad_token_id: what shorter prompts are filled up with.
-        tokenizer: the base's; None for random weights, which are asked random tokens.
-        pair: where the models come from, if they have weights.
+        pad_token_id: the id that shorter prompts are padded with.
+        tokenizer: the base's tokenizer; None for random weights, whose prompts are random tokens.
+        pair: the loaded pair; None for random weights.
     """
 
     base: PreTrainedModel
@@ -47,16 +47,16 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
+        """The device of the base."""
         return self.base.device
 
     @property
     def vocabulary(self) -> int:
-        """How many ids both models have."""
+        """The number of ids that both models have."""
         return min(model.get_input_embeddings().weight.shape[0] for model in self.models.values())
 
     def processor(self, config: KADConfig, **options: Any) -> KADLogitsProcessor:
-        """A processor with the settings of a config and further arguments of the constructor."""
+        """A processor with the settings of a configuration and further arguments of the constructor."""
         reference = self.pair.reference if self.pair is not None and RULES[config.rule].needs_reference else None
         alignment = None if self.pair is None else self.pair.alignment
         return KADLogitsProcessor(
@@ -72,14 +72,14 @@ class Subject:
 def load_subject(
     models: ModelArguments, *, random_weights: Mapping[str, str], inflated: Mapping[str, int], seed: int = 0
 ) -> Subject:
-    """The models of a command line.
+    """Load the models of a command line.
 
     Args:
-        models: which, and where they run.
-        random_weights: for base and proxy a Hub id, a folder or a file with a configuration; the weights are random
-            then. Empty: those of `models`.
-        inflated: by model, how many parameters it is to be inflated to.
-        seed: of random weights.
+        models: the models and their device.
+        random_weights: the Hub id, folder or file with the configurations of base and proxy, to use random weights;
+            empty to load `models`.
+        inflated: for each model, the number of parameters that it is inflated to.
+        seed: seed of the random weights.
     """
     if random_weights:
         device, dtype = pick_device(models.device), models.dtype
@@ -91,7 +91,7 @@ def load_subject(
         subject = Subject(base, proxy)
     else:
         pair = Pair(models)
-        forget_generation_settings(pair.proxy)
+        clear_generation_config(pair.proxy)
         subject = Subject(pair.base, pair.proxy, pair.pad_token_id or 0, pair.tokenizer, pair)
     for name, parameters in inflated.items():
         inflate(subject.models[name], parameters)
@@ -101,13 +101,13 @@ def load_subject(
 def random_model(
     config: PreTrainedConfig, *, device: torch.device | str, dtype: str = "auto", **changes: Any
 ) -> PreTrainedModel:
-    """A model of an architecture with random weights, made where it is to run.
+    """A model with random weights, created on its device.
 
     Args:
         config: the architecture.
-        device: where.
-        dtype: of the weights; "auto": the configuration's, else float32.
-        **changes: what is to differ from the configuration, such as `vocab_size`.
+        device: the device.
+        dtype: dtype of the weights; "auto" for that of the configuration, or else float32.
+        **changes: changed settings of the configuration, such as `vocab_size`.
     """
     config = copy.deepcopy(config)
     text = config.get_text_config(decoder=True)
@@ -116,7 +116,7 @@ def random_model(
     wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
-    forget_generation_settings(model)
+    clear_generation_config(model)
     return model.requires_grad_(False)
 
 
@@ -137,11 +137,11 @@ def _copying(count: int, seed: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class SpeedTask:
-    """What the models are asked.
+    """The prompts of a benchmark.
 
     Attributes:
-        prompts: so many chats, drawn with a seed.
-        max_new_tokens: as many tokens as the tiny pair's answers keep their style for.
+        prompts: `(count, seed) -> chats`.
+        max_new_tokens: the number of new tokens, for which the tiny pair's answers keep their style.
         help: a description.
     """
 
@@ -157,9 +157,9 @@ TASKS = {
 
 
 def make_inputs(subject: Subject, task: str, rows: int, seed: int, prompt_tokens: int) -> dict[str, torch.Tensor]:
-    """Prompts as model inputs `(rows, L)`, padded on the left.
+    """Make prompts as model inputs `(rows, L)`, padded on the left.
 
-    Models without a tokenizer are asked `prompt_tokens` random tokens each, whatever the task.
+    Without a tokenizer each prompt has `prompt_tokens` random tokens, whatever the task.
     """
     if subject.tokenizer is None:
         generator = torch.Generator().manual_seed(seed)
@@ -173,14 +173,14 @@ def make_inputs(subject: Subject, task: str, rows: int, seed: int, prompt_tokens
 
 
 def threshold_that_defers(base: PreTrainedModel, mass: float, *, tokens: int = 64, temperature: float = 1.0) -> float:
-    """The dual rule's threshold with which a base defers a share of the probability of a random text, on average.
+    """The threshold of the dual rule that gives a base a certain mean deferral mass on a random text.
 
-    Random weights know nothing, so that a threshold says nothing about them: this sets their acceptance, which is at
-    least the deferral mass.
+    For random weights a threshold has no meaning of its own. This function determines their acceptance rate, which is
+    at least the deferral mass.
 
     Args:
         base: the base.
-        mass: wanted mean of D over the positions.
+        mass: the mean of D over the positions.
         tokens: length of the text.
         temperature: `component_temperature`.
     """

@@ -1,1 +1,1 @@
-"""Tasks, answers and the engine that scores a pair of models on them. Needs `pip install "transformers-kad[eval]"`."""
+"""Tasks, answers and the engine that scores a pair of models on them. Needs `pip install -e ".[eval]"`."""

@@ -1,4 +1,4 @@
-"""What the command lines of the evaluation recipes share."""
+"""The command-line arguments of the evaluation recipes."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 
 from ...configuration import KADConfig
-from ...integrations.loading.arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
+from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
 from ..pair import Pair
 from .decoding import Decoder
 from .methods import Method, parse_methods
@@ -19,31 +19,33 @@ from .tasks import TASKS, get_task
 
 @dataclass
 class EvaluationArguments:
-    """Which questions, and how they are asked.
+    """The questions, and how they are asked.
 
     Raises:
-        ValueError: an unknown task, or a value out of range.
+        ValueError: a task is unknown, or a value is out of range.
     """
 
     task: list[str] = field(default_factory=lambda: ["tiny"], metadata={"help": f"Tasks, any of: {', '.join(TASKS)}."})
     output: str = field(
-        default="kad_results", metadata={"help": "Folder for the results; a stopped run goes on in it."}
+        default="kad_results", metadata={"help": "Folder for the results, and to continue an interrupted run."}
     )
     data_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Local data: folder with copies of the data sets (openai/gsm8k/...), or one set's files or file."
+            "help": "Local data: folder with copies of data sets (openai/gsm8k/...), or the files of one data set."
         },
     )
-    split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: the task's own."})
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many instances of each task."})
-    few_shot: int = field(default=0, metadata={"help": "Solved examples before every question."})
-    num_samples: int = field(default=1, metadata={"help": "Answers to each instance, each sampled anew."})
+    split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: that of the task."})
+    limit: int | None = field(
+        default=None, metadata={"help": "Use only the first instances of each task, at most this many."}
+    )
+    few_shot: int = field(default=0, metadata={"help": "Number of solved examples before every question."})
+    num_samples: int = field(default=1, metadata={"help": "Number of sampled answers to each instance."})
     batch_size: int = field(
         default=16,
         metadata={
-            "help": "Instances at once, with --no_speculative; also what is dealt out to processes, seeded and "
-            "resumed as a whole. Speculative runs answer one at a time, and keep each answer at once."
+            "help": "Instances in a batch, with --no_speculative. Each batch has one seed and one process, and is "
+            "resumed as a whole. Speculative runs answer and record one instance at a time."
         },
     )
     pair: Path | None = field(
@@ -51,17 +53,18 @@ class EvaluationArguments:
         metadata={"help": "Folder with base/ and proxy/ in it, used without --base and --proxy. Default: tiny_pair/."},
     )
     aligned: str | None = field(
-        default=None, metadata={"help": "The aligned large model, for the method aligned: Hub id or folder."}
+        default=None, metadata={"help": "Aligned large model for the method aligned: Hub id or folder."}
     )
     chat: Literal["auto", "yes", "no"] = field(
-        default="auto", metadata={"help": "Put prompts into the base's chat template; auto: where it has one."}
+        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
     )
     proxy_chat: Literal["same", "yes", "no"] = field(
         default="same",
-        metadata={"help": "The same for the proxy, by its own tokenizer; same: the proxy sees the base's prompt."},
+        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
     )
     template_arguments: str = field(
-        default="{}", metadata={"help": "More for the chat template, as JSON: '{\"enable_thinking\": false}'."}
+        default="{}",
+        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
     )
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class EvaluationArguments:
         self.template = template_arguments(self.template_arguments)
 
     def workloads(self, sampling: "EvaluationSampling", *, positions: bool = False) -> list[Workload]:
-        """The instances of every task, loaded."""
+        """Load the instances of all tasks."""
         workloads = []
         for name in self.task:
             task = get_task(name)
@@ -98,7 +101,7 @@ class EvaluationArguments:
 
 @dataclass
 class MethodArguments(RuleParameters):
-    """Which methods, and the parameters of those that have none of their own."""
+    """The methods, and parameters for methods that don't set their own."""
 
     method: list[str] = field(
         default_factory=lambda: ["base", "proxy", "kad-dual"], metadata={"help": "Methods, see above."}
@@ -108,25 +111,25 @@ class MethodArguments(RuleParameters):
     )
 
     def methods(self) -> list[Method]:
-        """What --method asks for."""
+        """The methods that --method names."""
         config = KADConfig.from_pretrained(self.config) if self.config else None
         return parse_methods(self.method, *self.given(), config)
 
 
 @dataclass
 class EvaluationSampling(SamplingArguments):
-    """How tokens are drawn."""
+    """How tokens are chosen."""
 
     max_new_tokens: int | None = field(
-        default=None, metadata={"help": "Longest answer, in tokens. Default: the task's own."}
+        default=None, metadata={"help": "Maximum length of an answer, in tokens. Default: that of the task."}
     )
     do_sample: bool = field(
-        default=True, metadata={"help": "Sample from each method's distribution; else its likeliest tokens."}
+        default=True, metadata={"help": "Sample from each method's distribution instead of decoding greedily."}
     )
-    seed: int = field(default=0, metadata={"help": "Every batch is sampled from a seed of its own, made of this one."})
+    seed: int = field(default=0, metadata={"help": "Seed of the sampling, from which every batch derives its own."})
 
     def settings(self) -> dict[str, Any]:
-        """Arguments of `generate`, but for the length, which is the task's matter."""
+        """The arguments of `generate` except for the length, which depends on the task."""
         settings = super().settings()
         del settings["max_new_tokens"]
         return settings
@@ -141,21 +144,21 @@ def make_decoder(
     config: str | None = None,
     default_pair: Path,
 ) -> Decoder:
-    """Load what the command line asks for, on this process's share of the devices.
+    """Load the models of a command line on the devices of this process.
 
     Args:
-        models: which models.
-        evaluation: how they are asked.
-        sampling: how they answer.
+        models: the models. Base and proxy are filled in.
+        evaluation: how questions are asked.
+        sampling: how tokens are chosen.
         state: the processes.
-        config: folder or Hub repo of the kad_config.json that names base and proxy where the command line does not.
-        default_pair: folder of the pair that is used where nothing is named.
+        config: folder or Hub repo of a kad_config.json that names base and proxy if the command line does not.
+        default_pair: folder of the pair to use if none is named.
 
     Raises:
-        ValueError: samples without sampling, or a pair that can't be found.
+        ValueError: several samples without sampling, or the pair was not found.
     """
     if evaluation.num_samples > 1 and not sampling.do_sample:
-        raise ValueError(f"--num_samples {evaluation.num_samples} needs --do_sample: greedy answers are all the same.")
+        raise ValueError(f"--num_samples {evaluation.num_samples} needs --do_sample: greedy answers are identical.")
     named = KADConfig.from_pretrained(config) if config else KADConfig()
     if models.base is models.proxy is named.base is named.proxy is None:
         pair = evaluation.pair or default_pair
@@ -166,10 +169,10 @@ def make_decoder(
             )
         models.base, models.proxy = str(pair / "base"), str(pair / "proxy")
         if evaluation.pair is None:
-            torch.set_num_threads(1)  # models as small as these only lose time to more
-    models.complete(named, config if config and Path(config).is_dir() else None)
+            torch.set_num_threads(1)  # more threads are slower for models this small
+    models.complete(named, config)
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-    take_share(models, state.local_process_index, local_processes, torch.cuda.device_count())
+    assign_devices(models, state.local_process_index, local_processes, torch.cuda.device_count())
     flags: dict[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
     return Decoder(
         Pair(models),
@@ -182,20 +185,20 @@ def make_decoder(
     )
 
 
-def take_share(models: ModelArguments, process: int, processes: int, gpus: int) -> None:
-    """Give this process its own GPU, or its own part of the GPUs where the base is spread over several.
+def assign_devices(models: ModelArguments, process: int, processes: int, gpus: int) -> None:
+    """Assign a GPU to this process, or several of them if the base is distributed over devices.
 
     Args:
-        models: changed in place, unless the command line says where models go.
-        process: number of this process on this machine.
-        processes: how many there are on this machine.
-        gpus: how many GPUs the machine has.
+        models: changed in place, unless the command line names a device.
+        process: index of this process on this machine.
+        processes: number of processes on this machine.
+        gpus: number of GPUs of this machine.
 
     Raises:
-        ValueError: more processes than GPUs.
+        ValueError: there are more processes than GPUs.
 
     >>> models = ModelArguments(device_map="auto")
-    >>> take_share(models, process=1, processes=2, gpus=4)
+    >>> assign_devices(models, process=1, processes=2, gpus=4)
     >>> models.gpus, models.device
     ([2, 3], 'cuda:2')
     """

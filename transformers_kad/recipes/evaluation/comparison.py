@@ -1,4 +1,4 @@
-"""Pairwise comparison of methods on the same instances, with a paired test, so that nobody reads noise as progress."""
+"""Pairwise comparison of methods on the same instances, with an exact paired test."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 
 from ..intervals import paired_difference
 
-Scores = Mapping[str, Sequence[bool]]  # instance id -> is each sample correct?
+Scores = Mapping[str, Sequence[bool]]  # instance id -> whether each sample is correct
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class Comparison:
         method_a: the first method.
         method_b: the second.
         difference: accuracy of a minus accuracy of b, in [-1, 1].
-        half_width: half the width of the 95 % normal interval of the difference, over instances. None for a single
-            instance. The interval is an approximation and has no width where all differences are equal; the test
-            is exact.
-        p_value: of the two-sided sign-flip test, for this pair alone.
-        adjusted_p_value: the same after Holm's correction for all pairs of the call. If it is below 0.05 wherever
-            a difference is claimed, the chance of claiming any that is not there is at most 5 %.
-        instances: how many instances both were scored on.
+        half_width: half the width of the 95 % normal interval of the difference, over instances; None for a single
+            instance. The interval is an approximation, and has no width if all differences are equal. The test is
+            exact.
+        p_value: p-value of the two-sided sign-flip test for this pair alone.
+        adjusted_p_value: the p-value after Holm's correction for all pairs of the call. If a difference is claimed
+            only where it is below 0.05, the probability of any false claim is at most 5 %.
+        instances: the number of instances that both were scored on.
     """
 
     method_a: str
@@ -40,10 +40,10 @@ class Comparison:
 def compare_methods(scores: Mapping[str, Scores]) -> list[Comparison]:
     """Compare every pair of methods on the instances that both were scored on.
 
-    The test: if two methods answer an instance equally well, its two sets of samples could have been swapped, so the
-    difference of their means is as likely as its negative. The p-value is the share of all 2^n ways to sign the
-    instances' differences whose sum is at least as far from 0 as the one seen. Samples of one instance stay together:
-    they are not independent. With one sample an instance this is McNemar's exact test.
+    The test is a sign-flip test. If two methods answer an instance equally well, their two sets of samples could be
+    swapped, so the difference of their means is as likely as its negative. The p-value is the share of all 2^n choices
+    of signs for the instances' differences whose sum is at least as far from 0 as the observed one. The samples of an
+    instance are not independent and get one sign. With one sample per instance this is McNemar's exact test.
 
     Holm's correction: Holm, "A Simple Sequentially Rejective Multiple Test Procedure", Scandinavian Journal of
     Statistics 1979.
@@ -52,11 +52,11 @@ def compare_methods(scores: Mapping[str, Scores]) -> list[Comparison]:
         scores: for each method, for each instance, whether each of its samples is correct.
 
     Returns:
-        One `Comparison` a pair, in the order of `itertools.combinations`.
+        One `Comparison` for each pair, in the order of `itertools.combinations`.
 
     Raises:
-        ValueError: fewer than two methods, no instances, methods that were scored on different instances, samples
-            that are not all of one number (the test would not be exact), or scores other than true and false.
+        ValueError: there are fewer than two methods or no instances, methods were scored on different instances,
+            the numbers of samples differ (the test would not be exact), or scores are not true or false.
 
     >>> better, worse = {"1": [True], "2": [True], "3": [True]}, {"1": [False], "2": [False], "3": [True]}
     >>> compare_methods({"kad": better, "base": worse})[0].p_value
@@ -80,7 +80,7 @@ def compare_methods(scores: Mapping[str, Scores]) -> list[Comparison]:
 
 
 def _check_samples(scores: Mapping[str, Scores]) -> int:
-    """The number of samples an instance, which must be the same for all methods and instances."""
+    """The number of samples per instance, which must be the same for all methods and instances."""
     counts: dict[int, str] = {}
     for method, instances in scores.items():
         if not instances:
@@ -112,24 +112,24 @@ def _compare(a: str, b: str, scores_a: Scores, scores_b: Scores, samples: int) -
 
 
 def sign_flip_p_value(differences: Sequence[int]) -> float:
-    """The exact two-sided p-value of a sum of differences whose signs are coin flips.
+    """The exact two-sided p-value of a sum of differences with random signs.
 
     The c_m differences of size m contribute m (2 B_m - c_m) with B_m binomial(c_m, 1/2), so the distribution of the
-    sum is a convolution of as many binomials as there are sizes. All terms are positive: small p-values keep their
-    relative precision, down to about 1e-300.
+    sum is a convolution of one binomial for each size. All terms are positive, so small p-values keep their relative
+    precision, down to about 1e-300.
 
     Args:
-        differences: integers, as many as instances. Their scale does not matter to the p-value, but memory grows with
-            the sum of their sizes.
+        differences: one integer for each instance. Their scale does not change the p-value, but memory grows with the
+            sum of their sizes.
 
     Returns:
-        P(|sum of flipped differences| >= |sum of differences|), in (0, 1]; 1 where all are 0 or there are none.
+        P(|sum of flipped differences| >= |sum of differences|), in (0, 1]; 1 if all are 0 or there are none.
 
     >>> sign_flip_p_value([1, 1, 1, 1, 0, -1])
     0.375
     """
     sizes, counts = np.unique(np.abs(np.asarray(differences, dtype=np.int64)), return_counts=True)
-    positive = np.ones(1)  # P(the sum of the differences that come out positive = index)
+    positive = np.ones(1)  # P(the sum of the differences with positive sign = index)
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
         if size == 0:
             continue
@@ -148,7 +148,7 @@ def _fair_coin(flips: int) -> np.ndarray:
     """P(k heads) for k = 0 ... flips."""
     all_ways, ways, probs = 2**flips, 1, []
     for heads in range(flips + 1):
-        probs.append(ways / all_ways)  # integers of any size: exact up to the last rounding
+        probs.append(ways / all_ways)  # exact integers, rounded once
         ways = ways * (flips - heads) // (heads + 1)
     return np.array(probs)
 

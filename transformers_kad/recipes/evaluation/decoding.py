@@ -1,4 +1,4 @@
-"""Answers of a method to a batch of chats, with what they cost."""
+"""Generates the answers of a method to a batch of chats, and measures them."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ import torch
 from transformers import BatchEncoding, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ...configuration import KADConfig
-from ...integrations.loading.models import forget_generation_settings, load_tokenizer
+from ...integrations.loading.models import clear_generation_config, load_tokenizer
 from ...integrations.loading.prompts import Prompt, encode, eos_token_ids, pad_token_id
 from ...integrations.loading.thoughts import thought_opened_by
 from ...logits_process import KADLogitsProcessor
 from ...models.adapters import model_below
-from ...models.cached_model import (
+from ...models.model_errors import (
     ContextLengthError,
     UnusableLogitsError,
     context_length,
@@ -25,7 +25,7 @@ from ...models.cached_model import (
     unusable_logits_error,
 )
 from ...records.statistics import SequenceStatistics
-from ...rules.composition import RULES
+from ...rules.registry import RULES
 from ..pair import Pair
 from .methods import Method
 
@@ -35,13 +35,13 @@ class Answer:
     """One answer.
 
     Attributes:
-        text: the generated text, without the token that ended it; other special tokens are shown. Where the chat
-            template opens a thought in the prompt (`<think>`), the text begins with that mark.
+        text: the generated text without the token that ended it, but with other special tokens. If the chat template
+            opens a thought in the prompt (`<think>`), the text begins with that mark.
         ended: whether it ended by itself.
-        tokens: generated tokens, the end of the turn included.
-        seconds: what it took. An answer of a batch is charged an equal share of the batch's time.
-        statistics: drafts, rounds and deferral; None for methods without a rule.
-        error: why there is no answer; None if there is one.
+        tokens: the number of generated tokens, the end of the turn included.
+        seconds: the time it took. Each answer of a batch gets an equal share of the batch's time.
+        statistics: statistics of drafts, rounds and deferral; None for methods without a rule.
+        error: the reason why there is no answer; None if there is one.
     """
 
     text: str = ""
@@ -53,8 +53,8 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Speaker:
-    """A model that generates, with its tokenizer and the ids that end a turn."""
+class _Generator:
+    """A model with its tokenizer, and the ids that end a turn and that pad."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -64,17 +64,17 @@ class _Speaker:
 
 @dataclass
 class Decoder:
-    """Base, proxy and aligned model, ready to answer by any method.
+    """Answers prompts by any method, with a base, a proxy and an aligned model.
 
     Args:
         pair: base and proxy.
-        settings: arguments of `generate`: how tokens are drawn.
-        speculative: rules draft with the proxy. Every method answers one prompt at a time then, so that speeds
-            compare; else all decode token by token, whole batches at once.
+        settings: arguments of `generate` for sampling.
+        speculative: rules draft with the proxy. Every method then answers one prompt at a time, so that speeds are
+            comparable. Otherwise all methods decode whole batches token by token.
         aligned: Hub id or folder of the aligned large model, for the method "aligned".
-        chat: put prompts into the chat template of the base; None: where there is one.
-        proxy_chat: the same for the proxy's own prompt; "same": the proxy sees the base's.
-        template_arguments: what the chat template understands beside messages.
+        chat: whether to apply the base's chat template to prompts; None to apply it if there is one.
+        proxy_chat: the same for the proxy's own prompt; "same" if the proxy gets the base's prompt.
+        template_arguments: further arguments of the chat template.
     """
 
     pair: Pair
@@ -87,26 +87,28 @@ class Decoder:
 
     def __post_init__(self) -> None:
         self._processor: tuple[KADConfig, KADLogitsProcessor] | None = None
-        forget_generation_settings(self.pair.proxy)
+        clear_generation_config(self.pair.proxy)
 
     @cached_property
-    def _aligned_model(self) -> _Speaker:
+    def _aligned_model(self) -> _Generator:
         if self.aligned is None:
             raise ValueError('The method "aligned" needs --aligned, the id or folder of the aligned large model.')
         model, tokenizer = self.pair.load_large(self.aligned), load_tokenizer(self.aligned)
-        return self._speaker(model, tokenizer, eos_token_ids(model))
+        return self._make_generator(model, tokenizer, eos_token_ids(model))
 
-    def _speaker(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> _Speaker:
-        forget_generation_settings(model)
+    def _make_generator(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+    ) -> _Generator:
+        clear_generation_config(model)
         eos = sorted({*ends, tokenizer.eos_token_id} - {None}) or None
-        return _Speaker(model, tokenizer, eos, pad_token_id(tokenizer))
+        return _Generator(model, tokenizer, eos, pad_token_id(tokenizer))
 
-    def _speaker_of(self, method: Method) -> _Speaker:
+    def _generator_of(self, method: Method) -> _Generator:
         if method.name == "aligned":
             return self._aligned_model
         if method.name == "proxy":
-            return self._speaker(self.pair.proxy, self.pair.proxy_tokenizer, self.pair.proxy_eos_token_ids)
-        return _Speaker(self.pair.base, self.pair.tokenizer, self.pair.eos_token_ids, self.pair.pad_token_id)
+            return self._make_generator(self.pair.proxy, self.pair.proxy_tokenizer, self.pair.proxy_eos_token_ids)
+        return _Generator(self.pair.base, self.pair.tokenizer, self.pair.eos_token_ids, self.pair.pad_token_id)
 
     def _processor_of(self, config: KADConfig) -> KADLogitsProcessor:
         if self._processor is None or self._processor[0] != config:
@@ -114,12 +116,12 @@ class Decoder:
         return self._processor[1]
 
     def prepare(self, method: Method) -> None:
-        """Load what the method needs.
+        """Load the models that a method needs.
 
         Raises:
-            ValueError: something is missing that it needs.
+            ValueError: the method can't be used with these models or settings.
         """
-        self._speaker_of(method)
+        self._generator_of(method)
         if method.config is not None:
             self._processor_of(method.config)
         if method.name == "assisted":
@@ -133,11 +135,11 @@ class Decoder:
                 raise ValueError("The method 'assisted' is speculative: leave it out, or leave out --no_speculative.")
 
     def answer(self, method: Method, prompts: Sequence[Prompt], seed: int, max_new_tokens: int) -> list[Answer]:
-        """An answer to each prompt, of `max_new_tokens` at most.
+        """Answer each prompt, with at most `max_new_tokens` tokens.
 
-        Equal prompts and seeds give equal answers, whatever was answered before.
-        A batch that fails (a prompt too long, logits that are NaN), or in which a long prompt would leave no room for
-        the others' answers, is gone through prompt by prompt, so that each has what it has alone.
+        Equal prompts and seeds give equal answers, independently of earlier calls. If a batch fails (a prompt is too
+        long, or logits are NaN), or if a long prompt would shorten the answers to the others, its prompts are answered
+        one by one.
         """
         self.prepare(method)
         if method.config is not None:
@@ -159,7 +161,7 @@ class Decoder:
         chat: bool | str | None,
         model: PreTrainedModel,
     ) -> BatchEncoding:
-        """Chats in the chat template where there is one and it is wanted, else as plain text."""
+        """Encode chats by the chat template if there is one and it is to be used, or else as plain text."""
         templated = tokenizer.chat_template is not None if chat is None else bool(chat)
         texts = prompts if templated else [as_text(prompt) for prompt in prompts]
         return encode(tokenizer, texts, self.pair.device, chat=templated, model=model, **self.template_arguments)
@@ -174,13 +176,13 @@ class Decoder:
             return Answer(seconds=time.perf_counter() - started, error=f"{type(error).__name__}: {error}")
 
     def _decode(self, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
-        """All prompts at once."""
-        speaker, pair = self._speaker_of(method), self.pair
+        """Answer all prompts in one batch."""
+        generator, pair = self._generator_of(method), self.pair
         chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
-        inputs = self._encode(speaker.tokenizer, prompts, chat, speaker.model)
+        inputs = self._encode(generator.tokenizer, prompts, chat, generator.model)
         length = inputs["input_ids"].shape[1]
-        processors: list[LogitsProcessor] = [_RefuseUnusableLogits(speaker.model)]
-        rooms = [(speaker.model, length)]
+        processors: list[LogitsProcessor] = [_RefuseUnusableLogits(generator.model)]
+        rooms = [(generator.model, length)]
         extra: dict[str, Any] = {}
         own_prompt: Any = nullcontext()
         kad = None
@@ -197,62 +199,62 @@ class Decoder:
         elif method.name == "assisted":
             extra["assistant_model"] = pair.proxy
             rooms.append((pair.proxy, length))
-            draft_like_kad(pair.proxy, int(method.num_assistant_tokens))
+            fix_draft_length(pair.proxy, int(method.num_assistant_tokens))
         room = _room(rooms, max_new_tokens)
         if room < max_new_tokens and len(prompts) > 1:
             raise _CrowdedError
         started = time.perf_counter()
         with own_prompt:
-            ids = speaker.model.generate(
+            ids = generator.model.generate(
                 **inputs,
                 **self.settings,
                 **extra,
                 max_new_tokens=room,
-                eos_token_id=speaker.eos_token_ids,
-                pad_token_id=speaker.pad_token_id,
+                eos_token_id=generator.eos_token_ids,
+                pad_token_id=generator.pad_token_id,
                 logits_processor=processors,
             )
         rows = ids[:, length:].tolist()
         seconds = (time.perf_counter() - started) / len(prompts)
         statistics = kad.statistics if kad is not None else None
-        # A thought that a chat template opens belongs to the answer: without its mark, nobody could tell it from one.
-        opened = [thought_opened_by(end) for end in speaker.tokenizer.batch_decode(inputs["input_ids"][:, -16:])]
+        # Without the mark that the chat template put into the prompt, a thought would look like an answer.
+        opened = [thought_opened_by(end) for end in generator.tokenizer.batch_decode(inputs["input_ids"][:, -16:])]
         return [
-            _answer(row, opened[at], speaker, seconds, statistics.sequences[at] if statistics else None)
+            _answer(row, opened[at], generator, seconds, statistics.sequences[at] if statistics else None)
             for at, row in enumerate(rows)
         ]
 
 
 def _answer(
-    row: list[int], opened: str, speaker: _Speaker, seconds: float, statistics: SequenceStatistics | None
+    row: list[int], opened: str, generator: _Generator, seconds: float, statistics: SequenceStatistics | None
 ) -> Answer:
-    ends = set(speaker.eos_token_ids or ())
+    ends = set(generator.eos_token_ids or ())
     end = next((at for at, token in enumerate(row) if token in ends), None)
-    text = opened + speaker.tokenizer.decode(row[:end])
+    text = opened + generator.tokenizer.decode(row[:end])
     return Answer(text, end is not None, len(row) if end is None else end + 1, seconds, statistics)
 
 
 class _CrowdedError(Exception):
-    """A batch whose longest prompt leaves less room for answers than was asked for."""
+    """Raised for a batch whose longest prompt leaves less room for answers than `max_new_tokens`."""
 
 
 def as_text(prompt: Prompt) -> str:
-    """A chat as plain text: what was said, turn by turn, an empty line between."""
+    """A chat as plain text: the contents of its turns, separated by empty lines."""
     if isinstance(prompt, str):
         return prompt
     return "\n\n".join(message["content"] for message in prompt) + "\n"
 
 
 def is_failure(error: Exception) -> bool:
-    """Whether an error is the prompt's, so that other prompts may succeed; all others end the run."""
+    """Whether an error is due to the prompt, so that others may succeed. All other errors end the run."""
     if isinstance(error, ContextLengthError | UnusableLogitsError | torch.OutOfMemoryError):
         return True
-    # Stock speculative decoding divides by a residual that may be zero, and then draws from NaN.
+    # Assisted decoding of transformers divides by a residual that may be zero, and then samples from NaN.
     return isinstance(error, RuntimeError) and "probability tensor contains" in str(error)
 
 
 class _RefuseUnusableLogits(LogitsProcessor):
-    """Raises where a model's logits are NaN, +inf or all -inf, as KAD does for its own."""
+    """Raises an error if a model's logits are NaN, +inf or all -inf, as KAD does."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -265,7 +267,7 @@ class _RefuseUnusableLogits(LogitsProcessor):
 
 
 def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
-    """How many tokens fit behind the prompts, `wanted` at most."""
+    """The number of tokens that fit into the contexts after the prompts, at most `wanted`."""
     for model, length in prompts:
         limit = context_length(model)
         if limit is not None:
@@ -277,8 +279,8 @@ def _room(prompts: Sequence[tuple[PreTrainedModel, int]], wanted: int) -> int:
     return wanted
 
 
-def draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
-    """Make stock speculative decoding draft a fixed number of tokens, whatever the proxy thinks of them."""
+def fix_draft_length(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
+    """Make assisted decoding of transformers draft a fixed number of tokens, independently of their probability."""
     settings = model_below(proxy).generation_config
     settings.num_assistant_tokens = num_assistant_tokens
     settings.num_assistant_tokens_schedule = "constant"
@@ -286,7 +288,7 @@ def draft_like_kad(proxy: PreTrainedModel, num_assistant_tokens: int) -> None:
 
 
 def shared_settings(decoder: Decoder) -> dict[str, Any]:
-    """What all methods' answers depend on, as JSON values."""
+    """The settings that determine the answers of all methods, as JSON values."""
     models = decoder.pair.models
     return {
         "base": models.base,
@@ -304,7 +306,7 @@ def shared_settings(decoder: Decoder) -> dict[str, Any]:
 
 
 def own_settings(decoder: Decoder, method: Method) -> dict[str, Any]:
-    """What only this method's answers depend on, as JSON values."""
+    """The settings that determine the answers of this method only, as JSON values."""
     settings: dict[str, Any] = {"name": method.name, "shown_parameters": method.parameters}
     if method.name == "aligned":
         settings["aligned"] = decoder.aligned
@@ -315,6 +317,10 @@ def own_settings(decoder: Decoder, method: Method) -> dict[str, Any]:
         settings["parameters"] = dict(method.config.parameters)
         settings["component_temperature"] = method.config.component_temperature
         settings["num_assistant_tokens"] = method.config.num_assistant_tokens
+        # Defaults are left out: results that were recorded without these settings can still be resumed.
+        for name in ("drafter", "compile", "lazy"):
+            if getattr(method.config, name) != getattr(KADConfig, name):
+                settings[name] = getattr(method.config, name)
         if RULES[method.config.rule].needs_reference:
             settings["reference"] = decoder.pair.models.reference or "below the proxy's adapter"
     return settings

@@ -1,17 +1,13 @@
-"""The plots of a report: which rows and records each one shows."""
+"""Makes the plots of a report."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .accuracy_plots import plot_accuracy_parameter, plot_accuracy_speed
+from .decoding_plots import plot_acceptance_lengths, plot_deferral_positions
 from .methods import SETTINGS
-from .plots import (
-    Point,
-    plot_acceptance_lengths,
-    plot_accuracy_parameter,
-    plot_accuracy_speed,
-    plot_deferral_positions,
-)
+from .points import Point
 from .results import ResultsFolder
 
 
@@ -37,7 +33,7 @@ def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
 
 
 def masses_by_position(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
-    """For each method, the mean deferral mass at each position of the text, and over how many texts."""
+    """For each method, the mean deferral mass at each position of the text, and the number of texts it is over."""
     rows: dict[str, list[list[float]]] = {}
     for record in records:
         if "deferral_masses" in record:
@@ -51,7 +47,7 @@ def masses_by_position(records: Sequence[Mapping[str, Any]]) -> tuple[dict[str, 
 
 
 def plot_report(report: Mapping[str, Any], folder: ResultsFolder) -> list[Path]:
-    """Every plot of every task, into `plots/` beside the results. Methods that answered nothing are left out."""
+    """Write the plots of all tasks into `plots/` in the results folder, without methods that generated nothing."""
     paths = []
     records = folder.read()
     for task in dict.fromkeys(row["task"] for row in report["rows"]):

@@ -1,6 +1,6 @@
-"""Compares mathematical expressions by math-verify, in a process of its own.
+"""Compares mathematical expressions by math-verify in a separate process.
 
-This module imports nothing but the standard library: it is also the script that the process runs.
+This module is also the script that the process runs, so it imports only the standard library.
 """
 
 import atexit
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 class MathVerifier:
-    """math-verify in a process of its own, started at the first comparison and kept.
+    """Runs math-verify in a separate process, which is started at the first comparison and reused.
 
-    math-verify parses LaTeX and lets sympy simplify it, which can take for ever (9^{9^9}). Its own timeout is a
-    signal: it works in the main thread only, and not while Python computes with huge integers. In a process of its own
-    each comparison is watched by a timer that ends the process; the answer then counts as wrong, a warning says so,
-    and the next comparison starts a new process. Hence it works in every thread, one comparison at a time.
+    math-verify parses LaTeX and simplifies it with sympy, which may never return (9^{9^9}). Its own timeout is based
+    on a signal, so it works only in the main thread, and not while Python computes with huge integers. Here a timer
+    ends the separate process if a comparison takes too long: the answer counts as wrong, a warning is logged, and the
+    next comparison starts a new process. This works in every thread, with one comparison at a time.
 
     Args:
-        timeout: seconds for one comparison.
+        timeout: the maximum time for one comparison, in seconds.
     """
 
     def __init__(self, timeout: float = 10.0) -> None:
@@ -37,9 +37,9 @@ class MathVerifier:
         atexit.register(self.close)
 
     def equal(self, prediction: str, answer: str) -> bool:
-        """Whether two expressions in LaTeX mean the same.
+        """Whether two LaTeX expressions are equivalent.
 
-        The order matters: for the answer `x = 5` the prediction may be `5`.
+        The order matters: `5` is a correct prediction for the answer `x = 5`.
 
         Raises:
             ImportError: math-verify is not installed, or does not run.
@@ -52,7 +52,7 @@ class MathVerifier:
                 reply = self._ask([prediction, answer])
                 if reply is None:
                     self.close()
-            except BaseException:  # an interrupt would leave a reply behind, which the next question would read
+            except BaseException:  # after an interrupt the next question would read the reply to this one
                 self.close()
                 raise
         if reply is None:
@@ -70,15 +70,15 @@ class MathVerifier:
 
     def _start(self) -> None:
         if find_spec("math_verify") is None:
-            raise ImportError('Comparing mathematics needs math-verify: pip install "transformers-kad[eval]"')
-        # This file, which imports nothing but the standard library: the process has no torch and starts in a second.
+            raise ImportError('Comparing mathematics needs math-verify: pip install -e ".[eval]"')
+        # The process runs this file, does not import torch, and starts within a second.
         command = [sys.executable, "-P", __file__, str(self.timeout)]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8"
         )
-        if self._ask([r"\frac{1}{2}", "0.5"]) is not True:  # without a parser everything would be unequal
+        if self._ask([r"\frac{1}{2}", "0.5"]) is not True:  # without its parser, math-verify finds everything unequal
             self.close()
-            raise ImportError('math-verify does not run here: pip install "transformers-kad[eval]"')
+            raise ImportError('math-verify does not run here: pip install -e ".[eval]"')
 
     def _ask(self, pair: list[str]) -> bool | None:
         """The process's reply; None if it ended instead."""
@@ -93,7 +93,7 @@ class MathVerifier:
 
 
 def _serve(questions: IO[str], replies: IO[str], timeout: float) -> None:
-    """The process of a `MathVerifier`: reads pairs of prediction and answer, writes true or false, a line each."""
+    """Run the process of a `MathVerifier`: read pairs of prediction and answer, write true or false."""
     from math_verify import LatexExtractionConfig, parse, verify  # type: ignore[import-untyped]  # noqa: PLC0415
 
     def expression(text: str) -> list:
@@ -110,7 +110,7 @@ def _serve(questions: IO[str], replies: IO[str], timeout: float) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
-        os.dup2(2, 1)  # what the libraries print goes to stderr, not among the replies
+        os.dup2(2, 1)  # output of the libraries must not mix with the replies
         _serve(sys.stdin, channel, float(sys.argv[1]))

@@ -1,22 +1,22 @@
-"""Ways to answer that can be compared: the models alone, stock speculative decoding, and every rule by name."""
+"""The methods that can be compared: the models alone, assisted decoding of transformers, and every rule."""
 
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ...configuration import KADConfig
-from ...rules.composition import RULES, unknown_name_message
+from ...rules.registry import RULES, unknown_name_message
 
-# What decodes without a rule.
+# Methods without a rule.
 PLAIN_METHODS: Mapping[str, str] = {
     "base": "the base alone",
     "proxy": "the proxy alone",
     "aligned": "the aligned large model that --aligned names, alone",
-    "assisted": "stock speculative decoding: the base's own distribution, drafted by the proxy",
+    "assisted": "assisted decoding of transformers: the base's own distribution, drafted by the proxy",
 }
-# What decodes with a rule: its name in RULES, and the parameters that the method's name settles.
+# Methods with a rule: its name in RULES, and the parameters that the name of the method fixes.
 RULE_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "kad-dual": ("dual", {}),
     "kad-primal": ("primal", {}),
@@ -37,12 +37,12 @@ SETTINGS = ("component_temperature", "num_assistant_tokens")  # KADConfig's own,
 
 @dataclass(frozen=True)
 class Method:
-    """One way to answer.
+    """A decoding method with its settings.
 
     Attributes:
         name: a name from `PLAIN_METHODS` or `RULE_METHODS`, or "config".
-        config: rule and settings; None for the methods without a rule.
-        draft_length: draft length of stock speculative decoding; None: the default.
+        config: rule and settings; None for methods without a rule.
+        draft_length: draft length of the method "assisted"; None for the default.
     """
 
     name: str
@@ -56,22 +56,22 @@ class Method:
 
     @property
     def label(self) -> str:
-        """The name with what tells this method from others of the name: "kad-dual threshold=0.4"."""
+        """The name with the parameters that distinguish the method from others: "kad-dual threshold=0.4"."""
         names = [self.name] if self.name != FROM_CONFIG or self.config is None else [self.name, self.config.rule]
         return " ".join([*names, *(f"{name}={format_value(value)}" for name, value in self.parameters.items())])
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The rule's first parameter, and whatever else differs from its default."""
+        """The rule's first parameter, and all settings that differ from their defaults."""
         default = KADConfig()
         if self.config is None:
             drafts_otherwise = self.num_assistant_tokens != default.num_assistant_tokens
             return {"num_assistant_tokens": self.draft_length} if drafts_otherwise else {}
-        settled = RULE_METHODS[self.name][1] if self.name in RULE_METHODS else {}
+        fixed = RULE_METHODS[self.name][1] if self.name in RULE_METHODS else {}
         rule = self.config.make_rule()
         shown: dict[str, Any] = {}
         for field in fields(rule):
-            if field.name not in settled and (not shown or getattr(rule, field.name) != field.default):
+            if field.name not in fixed and (not shown or getattr(rule, field.name) != field.default):
                 shown[field.name] = getattr(rule, field.name)
         return shown | {
             name: getattr(self.config, name)
@@ -81,7 +81,7 @@ class Method:
 
 
 def format_value(value: Any) -> str:
-    """A parameter's value as labels show it."""
+    """A parameter's value as text for labels."""
     return str(value).removesuffix(".0")
 
 
@@ -91,19 +91,19 @@ def parse_methods(
     settings: Mapping[str, Any] | None = None,
     config: KADConfig | None = None,
 ) -> list[Method]:
-    """The methods that some words of a command line stand for, without repetitions.
+    """Parse the methods of a command line, and drop repetitions.
 
-    A word is a name, or a name with values of its own: `kad-dual:threshold=0.4`. Several values make several methods:
+    Each word is a name, or a name with parameters: `kad-dual:threshold=0.4`. Several values make several methods:
     `kad-dual:threshold=0.3,0.4:num_assistant_tokens=3,5` makes four.
 
     Args:
         words: the words.
-        parameters: the values of rule parameters where a word has none; each is used by the rules that have it.
-        settings: the same for `component_temperature` and `num_assistant_tokens`.
-        config: what the name "config" stands for.
+        parameters: values of rule parameters, for all rules that have them, unless a word has its own.
+        settings: values of `component_temperature` and `num_assistant_tokens`, unless a word has its own.
+        config: the configuration of the method "config".
 
     Raises:
-        ValueError: an unknown name, a value out of range, a parameter that no method uses.
+        ValueError: an unknown name, a value out of range, or a parameter that no method uses.
         TypeError: a parameter that the method does not have.
 
     >>> [method.label for method in parse_methods(["base", "kad-dual:threshold=0.3,0.5"])]
@@ -119,25 +119,23 @@ def parse_methods(
                 methods[method.label] = method
             unused -= {"num_assistant_tokens"} if name == "assisted" else set()
             continue
-        start, settled = _start_of(name, config)
+        start, fixed = _start_of(name, config)
         known = [field.name for field in fields(RULES[start.rule])]
-        usable = {key: value for key, value in (parameters or {}).items() if key in known and key not in settled}
+        usable = {key: value for key, value in (parameters or {}).items() if key in known and key not in fixed}
         unused -= {*usable, *SETTINGS}
         for values in itertools.product(*(choices for _, choices in grid)):
             own = dict(zip((key for key, _ in grid), values, strict=True))
             for key in own:
-                if key in settled or key not in (*known, *SETTINGS):
-                    allowed = [k for k in (*known, *SETTINGS) if k not in settled]
+                if key in fixed or key not in (*known, *SETTINGS):
+                    allowed = [k for k in (*known, *SETTINGS) if k not in fixed]
                     raise TypeError(unknown_name_message(f"parameter of the method {name!r}:", key, allowed))
-            merged = {**dict(start.parameters), **usable, **own, **settled}
+            merged = {**dict(start.parameters), **usable, **own, **fixed}
             method = Method(
                 name,
-                KADConfig(
-                    rule=start.rule,
+                replace(
+                    start,
                     parameters={key: value for key, value in merged.items() if key in known},
                     **{key: own.get(key, (settings or {}).get(key, getattr(start, key))) for key in SETTINGS},
-                    base=start.base,
-                    proxy=start.proxy,
                 ),
             )
             methods[method.label] = method
@@ -147,7 +145,7 @@ def parse_methods(
 
 
 def _plain_methods(name: str, grid: list[tuple[str, list[Any]]], settings: Mapping[str, Any]) -> list[Method]:
-    """A method without a rule; stock speculative decoding once for each draft length."""
+    """A method without a rule, or the method "assisted" with each draft length."""
     length = "num_assistant_tokens"
     allowed = [length] if name == "assisted" else []
     for key, _ in grid:
@@ -164,15 +162,15 @@ def _plain_methods(name: str, grid: list[tuple[str, list[Any]]], settings: Mappi
 
 
 def _start_of(name: str, config: KADConfig | None) -> tuple[KADConfig, Mapping[str, Any]]:
-    """The configuration that a name starts from, and the parameters that it settles."""
+    """The configuration that a name starts from, and the parameters that it fixes."""
     if name == FROM_CONFIG:
         if config is None:
             raise ValueError('The method "config" needs --config, a folder or Hub repo with a kad_config.json.')
         return config, {}
     if name not in RULE_METHODS:
         raise ValueError(unknown_name_message("method", name, [*PLAIN_METHODS, *RULE_METHODS, FROM_CONFIG]))
-    rule, settled = RULE_METHODS[name]
-    return KADConfig(rule=rule, parameters=settled), settled
+    rule, fixed = RULE_METHODS[name]
+    return KADConfig(rule=rule, parameters=fixed), fixed
 
 
 def _parse_assignment(text: str, word: str) -> tuple[str, list[Any]]:

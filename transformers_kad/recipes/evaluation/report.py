@@ -1,4 +1,4 @@
-"""Figures of an evaluation: one row a task and method, every pair of methods compared, as Markdown and JSON."""
+"""The report of an evaluation, as Markdown and JSON: a row for each task and method, and all pairs compared."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ from .tasks import get_task
 
 Record = Mapping[str, Any]
 
-LEAST_ENDED = 0.9  # where fewer answers ended by themselves, the report warns
+LEAST_ENDED = 0.9  # the report warns if a smaller share of the answers ended by themselves
 
 
 @cache
@@ -29,15 +29,15 @@ def _metric(name: str) -> Any:
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """The figures of one method on one task.
+    """The results of one method on one task.
 
     Args:
-        records: all its lines of `results.jsonl`, every instance with equally many samples.
+        records: all its lines of `results.jsonl`, with the same number of samples for every instance.
 
     Returns:
-        Accuracy with its 95 % interval (over instances), the share of answers that ended by themselves and the number
-        of those that were cut (of answers that did not fail), speed, and what the drafts and the rule did; None where
-        a method has no such figure, or its lines do not say.
+        Accuracy with its 95 % interval over instances; of the answers that did not fail, the share that ended by
+        themselves and the number that were truncated; speed, acceptance and deferral. A value is None if the method
+        has none or its records don't have it.
     """
     records = sorted(records, key=lambda r: (r["instance"], r["sample"]))
     instances = len({record["instance"] for record in records})
@@ -47,11 +47,11 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         comparison=get_task(records[0]["task"]).comparison,
         samples=len(records) // instances,
     )
+    statistics = _metric("decoding_statistics")
     lenient = [r["correct_lenient"] for r in records if "correct_lenient" in r]
     tokens, seconds = [r["tokens"] for r in records], [max(r["seconds"], 1e-6) for r in records]
     ended = [r["ended"] for r in records if r["error"] is None and "ended" in r]
     ruled = [r for r in records if "rounds" in r]
-    drafted = any(r["drafted"] for r in ruled)
     summary: dict[str, Any] = {
         "task": records[0]["task"],
         "method": records[0]["method"],
@@ -65,7 +65,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "ended": sum(ended) / len(ended) if ended else None,
         "cut": len(ended) - sum(ended) if ended else None,
         "mean_tokens": sum(tokens) / len(tokens),
-        "tokens_per_second": _metric("throughput").compute(tokens=tokens, seconds=seconds)["tokens_per_second"],
+        "tokens_per_second": _metric("decoding_statistics").compute(tokens=tokens, seconds=seconds)[
+            "tokens_per_second"
+        ],
         "deferral_mass": None,
         "acceptance_rate": None,
         "acceptance_length": None,
@@ -73,18 +75,18 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "acceptance_histogram": None,
     }
     if ruled:
-        summary["deferral_mass"] = _metric("deferral_mass").compute(
-            masses=[r["deferral_mass"] for r in ruled], tokens=[r["tokens"] for r in ruled]
-        )["deferral_mass"]
-    if drafted:
-        length = _metric("acceptance_length").compute(histograms=[r["acceptance_histogram"] for r in ruled])
-        rate = _metric("acceptance_rate").compute(
-            drafted=[r["drafted"] for r in ruled], accepted=[r["accepted"] for r in ruled]
+        deferral = statistics.compute(masses=[r["deferral_mass"] for r in ruled], tokens=[r["tokens"] for r in ruled])
+        summary["deferral_mass"] = deferral["deferral_mass"]
+    if any(r["drafted"] for r in ruled):
+        acceptance = statistics.compute(
+            drafted=[r["drafted"] for r in ruled],
+            accepted=[r["accepted"] for r in ruled],
+            histograms=[r["acceptance_histogram"] for r in ruled],
         )
         summary |= {
-            "acceptance_rate": rate["acceptance_rate"],
-            "acceptance_length": length["acceptance_length"],
-            "acceptance_histogram": length["histogram"],
+            "acceptance_rate": acceptance["acceptance_rate"],
+            "acceptance_length": acceptance["acceptance_length"],
+            "acceptance_histogram": acceptance["histogram"],
             "tokens_per_round": sum(r["tokens"] for r in ruled) / max(sum(r["rounds"] for r in ruled), 1),
         }
     return summary
@@ -93,10 +95,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 def make_report(
     folder: ResultsFolder, *, device: str = "cpu", dtype: str = "auto", processes: int = 1
 ) -> dict[str, Any]:
-    """The figures of everything that a folder holds, and with what they were measured.
+    """The results of all methods in a folder, with their settings and the environment.
 
-    A method that has not answered every instance has no row, and of its samples only those count that are complete;
-    `unfinished` says how far such methods are.
+    Only complete samples count, and a method without one has no row. `unfinished` lists how far such methods are.
     """
     configs = folder.configs()
     groups: dict[tuple[str, str], list[Record]] = {}
@@ -149,10 +150,10 @@ def _order(settings: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str
 
 
 def compare(records: Mapping[str, Sequence[Record]]) -> list[Comparison]:
-    """Every pair of methods of one task, on the samples that all of them have.
+    """Compare every pair of methods of one task, on the samples that all of them have.
 
     Args:
-        records: by method; all instances of the task, each with equally many samples.
+        records: the records of each method: all instances of the task, each with the same number of samples.
     """
     if len(records) < 2:
         return []
@@ -168,7 +169,7 @@ def compare(records: Mapping[str, Sequence[Record]]) -> list[Comparison]:
 
 @cache
 def current_commit() -> str | None:
-    """The commit of the checkout that the package lies in; None where it is installed without one."""
+    """The commit of the repository that contains the package; None if it is installed without one."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty"],
@@ -183,9 +184,9 @@ def current_commit() -> str | None:
 
 
 def to_markdown(report: Mapping[str, Any]) -> str:
-    """For each task its models and settings, a table, and what the differences to its best method are worth.
+    """A report as Markdown: for each task models, settings, results, and the differences to its best method.
 
-    Reports that were stored before settings and ends were recorded have none of them.
+    Reports that were stored by earlier versions may lack settings and the share of answers that ended.
     """
     parts = []
     for task in dict.fromkeys(row["task"] for row in report["rows"]):
@@ -234,12 +235,12 @@ def _describe_questions(settings: Mapping[str, Any]) -> str:
 
 
 def _warnings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> list[str]:
-    """A line for each method of which more than a tenth of the answers were cut."""
+    """A line for each method with more than a tenth of its answers truncated."""
     limit = settings.get("max_new_tokens")
     where = "" if limit is None else f", at {limit} tokens or where a context ends"
     return [
         f"Warning: {row['cut']} of {row['instances'] * row['samples'] - row['failed']} answers of {row['method']} "
-        f"were cut before their end{where}. A longer --max_new_tokens may change the figures.\n"
+        f"were truncated{where}. A larger --max_new_tokens may change the results.\n"
         for row in rows
         if row.get("ended") is not None and row["ended"] < LEAST_ENDED
     ]

@@ -1,4 +1,4 @@
-"""A folder of results that one process or many write to, and that a later run goes on with."""
+"""A folder of results that one or several processes write to, and that a later run continues."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from ..resumable import append_json_lines, describe_differences, json_line, lock
 RESULTS, CONFIGS, LOCK = "results.jsonl", "configs.json", ".lock"
 
 
-# What every line holds, and of which types. Lines hold more, where a method or a task has more to say.
+# The fields of every line and their types. Some methods and tasks add more fields.
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "task": (str,),
     "method": (str,),
@@ -37,19 +37,19 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
 CONFIG_FIELDS: Mapping[str, tuple[type, ...]] = {"task": (str,), "method": (str,), "shared": (dict,), "own": (dict,)}
 
 
-def hash_of(config: Mapping[str, Any]) -> str:
-    """A short name of a configuration: equal configurations have equal ones."""
+def config_hash(config: Mapping[str, Any]) -> str:
+    """A short hash of a configuration, which is equal for equal configurations."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
-class Mended:
-    """What was found broken and put right when a folder was opened.
+class Repairs:
+    """What an interrupted run left and was removed when the folder was opened.
 
     Attributes:
-        torn: beginnings of torn last lines, removed.
-        incomplete: batches that a stop left unfinished; their lines were removed.
-        retried: batches with failed answers that are to be tried again; their lines were removed.
+        torn: the beginnings of incomplete last lines.
+        incomplete: the batches that were not finished.
+        retried: the batches with failed answers that are to be answered again.
     """
 
     torn: tuple[str, ...] = ()
@@ -58,18 +58,18 @@ class Mended:
 
 
 class ResultsFolder:
-    """Results of an evaluation, one JSON object a line, one line an instance, method and sample.
+    """The results of an evaluation: one line, a JSON object, for each instance, method and sample.
 
-    `results.jsonl` holds what is merged, `results.<process>.jsonl` what a process has written since, and
-    `configs.json` the configuration behind every line's `config`. Lines carry `batch`, the unit in which they were
-    made, and `batch_size`, by which a batch that a stop cut short is recognised.
+    `results.jsonl` holds the merged results, `results.<process>.jsonl` those that a process has written since, and
+    `configs.json` the configurations, which lines refer to by `config`. Each line has the name of its batch and the
+    size of the batch, so that an incomplete batch can be detected.
 
-    The first process owns the folder: it opens it before all others (`prepare`) and merges at the end. The others
-    only append to files of their own.
+    The main process prepares the folder before the others use it (`prepare`) and merges the results at the end. The
+    other processes only append to their own files.
 
     Args:
-        path: the folder, made if it is missing.
-        process: number of this process.
+        path: the folder, which is created if it is missing.
+        process: the index of this process.
     """
 
     def __init__(self, path: str | Path, process: int = 0) -> None:
@@ -77,7 +77,7 @@ class ResultsFolder:
         if self.path.is_file():
             raise ValueError(f"Results go into a folder, got the file {str(self.path)!r}.")
         self.process = process
-        self._used: set[str] = set()  # configurations of the lines that are there, or will be
+        self._used: set[str] = set()  # the configurations of all lines that exist or will be written
         self._file: IO[str] | None = None
         self._lock: IO[str] | None = None
 
@@ -91,16 +91,19 @@ class ResultsFolder:
             if file is not None:
                 file.close()
 
-    def prepare(self, *, retry_failed: bool = False) -> Mended:
-        """Take the folder, and merge what a stopped run left.
+    def prepare(self, *, retry_failed: bool = False) -> Repairs:
+        """Lock the folder, and merge the results of an interrupted run.
 
-        For the first process only, before any other touches the folder.
+        Only the main process may call this, before any other process uses the folder.
 
         Args:
-            retry_failed: let go of the batches in which an answer failed.
+            retry_failed: remove the batches in which an answer failed.
+
+        Returns:
+            What was removed.
 
         Raises:
-            ValueError: another run is writing to it.
+            ValueError: another run is writing to the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / LOCK).open("a", encoding="utf-8")
@@ -108,11 +111,11 @@ class ResultsFolder:
         return self.merge(retry_failed=retry_failed)
 
     def describe(self, configs: Sequence[Mapping[str, Any]]) -> None:
-        """Note the configurations of the lines that will be written.
+        """Store the configurations of the lines that will be written.
 
         Args:
             configs: each with `task` and `method`, the settings `shared` by all methods of a task, and the method's
-                `own`.
+                `own` settings.
 
         Raises:
             ValueError: the folder holds results of the task under other shared settings, or of the method under other
@@ -133,18 +136,18 @@ class ResultsFolder:
             if any(differences):
                 raise ValueError(
                     f"{str(self.path)!r} holds results of {found['method']!r} on {found['task']!r} under other "
-                    f"settings: {'; '.join(filter(None, differences))}. Choose another --output, or repeat the "
-                    "settings to go on."
+                    f"settings: {'; '.join(filter(None, differences))}. Choose another --output, or use the "
+                    "same settings to continue that run."
                 )
-        new = {hash_of(config): dict(config) for config in configs}
+        new = {config_hash(config): dict(config) for config in configs}
         self._used |= new.keys()
         write_whole(self.path / CONFIGS, json.dumps(kept | new, indent=2) + "\n")
 
     def configs(self) -> dict[str, dict[str, Any]]:
-        """Every configuration, by the name that lines carry.
+        """All configurations, by the hash that lines refer to.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file is malformed.
         """
         path = self.path / CONFIGS
         if not path.exists():
@@ -152,28 +155,28 @@ class ResultsFolder:
         try:
             configs = parse_json_object(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{str(path)!r} is no JSON object: {error}.") from error
+            raise ValueError(f"{str(path)!r} is not a JSON object: {error}.") from error
         for name, config in configs.items():
             _check_fields(config, CONFIG_FIELDS, f"{str(path)!r}, {name!r}")
         return configs
 
     def read(self) -> list[dict[str, Any]]:
-        """Every merged record.
+        """All merged records.
 
         Raises:
-            ValueError: a line that is no record, with its number.
+            ValueError: a line is malformed; the message has its number.
         """
         path = self.path / RESULTS
         return _read_records(path)[0] if path.exists() else []
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the answers of a batch; when this returns, it is on the disk."""
+        """Write the records of a batch to the disk before returning."""
         if self._file is None:
             self._file = (self.path / f"results.{self.process}.jsonl").open("a", encoding="utf-8")
         append_json_lines(self._file, records)
 
-    def merge(self, *, retry_failed: bool = False) -> Mended:
-        """Put every process's lines into `results.jsonl`, in an order that does not depend on who made them."""
+    def merge(self, *, retry_failed: bool = False) -> Repairs:
+        """Merge the files of all processes into `results.jsonl`, in an order that does not depend on the processes."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -190,7 +193,7 @@ class ResultsFolder:
             for record in records:
                 batches.setdefault((record["config"], record["batch"]), []).append(record)
             for key, batch in batches.items():
-                # A batch that was cut short is made again behind its own beginning: the whole one counts.
+                # An interrupted batch is repeated after its own first lines. The complete one counts.
                 whole = batch[-batch[0]["batch_size"] :]
                 if [record["row"] for record in whole] != list(range(batch[0]["batch_size"])):
                     incomplete.append(key[1])
@@ -207,11 +210,11 @@ class ResultsFolder:
             write_whole(self.path / RESULTS, "".join(map(json_line, lines)))
         for path in parts:
             path.unlink()
-        return Mended(tuple(torn), tuple(incomplete), tuple(retried))
+        return Repairs(tuple(torn), tuple(incomplete), tuple(retried))
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """What `read_json_lines` returns, with every record checked."""
+    """Call `read_json_lines`, and check every record."""
     records, torn = read_json_lines(path)
     for number, record in enumerate(records, start=1):
         _check_fields(record, FIELDS, f"{str(path)!r}, line {number}")
@@ -219,8 +222,8 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _check_fields(found: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    """Raise a ValueError unless an object holds all fields, of their types."""
-    advice = "It was not written by this program, or was changed: put it right, or choose another --output."
+    """Raise a ValueError unless an object has all fields with the right types."""
+    advice = "It was not written by this program, or was changed: correct it, or choose another --output."
     if not isinstance(found, dict):
         raise ValueError(f"{where} must be an object, got {found!r:.80}. {advice}")
     for name, types in fields.items():

@@ -1,4 +1,4 @@
-"""The run itself: batches of instances, each answered by a method, recorded as soon as it is there."""
+"""Runs an evaluation: batches of instances are answered by each method and recorded immediately."""
 
 import hashlib
 import json
@@ -13,24 +13,25 @@ from ..environment import describe_environment
 from ..progress import Progress
 from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
-from .results import Mended, ResultsFolder, hash_of
-from .tasks import Instance, Task
+from .results import Repairs, ResultsFolder, config_hash
+from .task import Instance, Task
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A task's instances and how they are asked.
+    """The instances of a task, and how they are asked.
 
     Attributes:
         task: the task.
         instances: the instances, in the order of the data set.
-        examples: solved instances that stand before every question.
-        max_new_tokens: longest answer.
-        num_samples: how often each instance is answered.
-        batch_size: instances at once. A batch is also what a seed, a process and a resumed run work on: with another
-            batch size the samples are others. Speculative decoders answer one at a time, see `one_by_one`.
-        seed: of the sampling.
-        positions: record the deferral mass at every position. It decides no answer.
+        examples: solved instances that precede every question.
+        max_new_tokens: the maximum length of an answer in tokens.
+        num_samples: the number of answers to each instance.
+        batch_size: the number of instances in a batch. Each batch has its own seed, is answered by one process, and is
+            repeated as a whole when a run is continued, so another batch size gives other samples. Speculative
+            decoding answers one instance at a time, see `one_by_one`.
+        seed: seed of the sampling.
+        positions: record the deferral mass at every position, which does not change the answers.
     """
 
     task: Task
@@ -43,15 +44,15 @@ class Workload:
     positions: bool = False
 
     def one_by_one(self, decoder: Decoder) -> "Workload":
-        """The same, in batches of one where the decoder is speculative.
+        """The same workload, with a batch size of 1 if the decoder is speculative.
 
-        It makes no batches, so every answer has a seed of its own, is written down as soon as it is there, and a stop
-        loses none.
+        Such a decoder answers one instance at a time. Each answer then has its own seed and is recorded immediately,
+        so that an interrupt loses none.
         """
         return replace(self, batch_size=1) if decoder.speculative else self
 
     def config(self, method: Method, decoder: Decoder) -> dict[str, Any]:
-        """Everything that the results of a method depend on, as JSON values; `shared` with all other methods."""
+        """All settings that determine the results of a method, as JSON values, in `shared` and `own`."""
         asked = [[i.id, self.task.messages(i, self.examples), i.answer] for i in self.instances]
         versions = describe_environment()
         return {
@@ -79,7 +80,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Batch:
-    """Instances that one method answers at once."""
+    """Instances that one method answers together."""
 
     workload: Workload
     method: Method
@@ -89,12 +90,12 @@ class Batch:
 
     @property
     def key(self) -> str:
-        """Its name, unique in a folder of results."""
+        """The name of the batch, unique in a results folder."""
         return f"{self.workload.task.name}/{self.method.label}/{self.sample}/{self.number}"
 
     @property
     def seed(self) -> int:
-        """A seed of its own, so that its answers do not depend on who answers it, or after what."""
+        """The seed of the batch, so that its answers don't depend on the process or on earlier batches."""
         return random.Random(f"{self.workload.seed} {self.key}").getrandbits(32)
 
 
@@ -105,26 +106,25 @@ def run_evaluation(
     folder: ResultsFolder,
     *,
     state: PartialState | None = None,
-    report: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     retry_failed: bool = False,
 ) -> None:
-    """Answer every instance by every method, as far as the folder does not hold it yet.
+    """Answer every instance by every method, except those that the folder already has.
 
-    The batches that are left are dealt out to the processes one by one, and each process writes a batch down when it
-    is done; speculative decoders make batches of one answer. When all are through, the first process merges their
-    files.
+    The remaining batches are distributed over the processes in turn, and each process records a batch when it is
+    finished. With speculative decoding a batch is one answer. At the end the main process merges all files.
 
     Args:
         decoder: the models.
         workloads: the tasks.
         methods: the methods.
-        folder: where results go.
-        state: the processes; this one alone by default.
-        report: called by the first process with what a person should know.
-        retry_failed: answer the batches anew in which an answer failed.
+        folder: the results folder.
+        state: the processes. Default: those of the current launch.
+        log: called by the first process with messages for the user.
+        retry_failed: answer batches again in which an answer failed.
 
     Raises:
-        ValueError: the folder holds results of other settings, or a method lacks what it needs.
+        ValueError: the folder holds results of other settings, or a method can't be used with the models.
     """
     state = state or PartialState()
     for method in methods:
@@ -132,20 +132,20 @@ def run_evaluation(
     workloads = [workload.one_by_one(decoder) for workload in workloads]
     configs = {(w.task.name, m.label): w.config(m, decoder) for w in workloads for m in methods}
     if state.is_main_process:
-        _report_mended(folder.prepare(retry_failed=retry_failed), report)
+        _log_repairs(folder.prepare(retry_failed=retry_failed), log)
         folder.describe(list(configs.values()))
     state.wait_for_everyone()
     done = {(record["config"], record["batch"]) for record in folder.read()}
     batches = [batch for w in workloads for m in methods for batch in w.batches(m)]
-    names = {key: hash_of(config) for key, config in configs.items()}
+    names = {key: config_hash(config) for key, config in configs.items()}
     left = [b for b in batches if (names[b.workload.task.name, b.method.label], b.key) not in done]
     if state.is_main_process and len(left) < len(batches):
-        report(f"{len(batches) - len(left)} of {len(batches)} batches are done already.")
-    state.wait_for_everyone()  # nobody writes while somebody still reads
+        log(f"{len(batches) - len(left)} of {len(batches)} batches are already done.")
+    state.wait_for_everyone()  # no process writes while another one reads
     mine = left[state.process_index :: state.num_processes]
     total = sum(len(batch.instances) for batch in mine)
     with Progress(total, "answers", shown=state.is_main_process) as progress:
-        warm, tally = set[str](), _Tally()
+        warm, tally = set[str](), _RunningScore()
         for batch in mine:
             if batch.method.label not in warm:
                 warm.add(batch.method.label)
@@ -160,7 +160,7 @@ def run_evaluation(
 
 
 def answer_batch(decoder: Decoder, batch: Batch, config: str) -> list[dict[str, Any]]:
-    """The records of a batch, one a line of the results."""
+    """Answer a batch, and return its records, one for each line of the results."""
     workload = batch.workload
     prompts = [workload.task.messages(instance, workload.examples) for instance in batch.instances]
     answers = decoder.answer(batch.method, prompts, batch.seed, workload.max_new_tokens)
@@ -183,12 +183,12 @@ def answer_batch(decoder: Decoder, batch: Batch, config: str) -> list[dict[str, 
 
 
 def warm_up(decoder: Decoder, batch: Batch) -> None:
-    """Answer unrecorded: the first call of a process takes a second more than those that follow."""
+    """Answer a question without recording it, since the first call of a process is slower than later ones."""
     decoder.answer(batch.method, [batch.workload.task.messages(batch.instances[0])], seed=0, max_new_tokens=2)
 
 
 def score(task: Task, instance: Instance, answer: Answer) -> dict[str, Any]:
-    """What the answer says, and whether it is right. A failed one is wrong."""
+    """The prediction in an answer, and whether it is correct. A failed answer is wrong."""
     if answer.error is not None:
         prediction = lenient = None
     else:
@@ -205,7 +205,7 @@ def score(task: Task, instance: Instance, answer: Answer) -> dict[str, Any]:
 
 
 def measure(answer: Answer, *, positions: bool) -> dict[str, Any]:
-    """What the answer cost, and how it came about."""
+    """The tokens and seconds of an answer, and the statistics of its decoding."""
     statistics = answer.statistics
     measured: dict[str, Any] = {"tokens": answer.tokens, "seconds": round(answer.seconds, 6)}
     if statistics is not None:
@@ -221,23 +221,23 @@ def measure(answer: Answer, *, positions: bool) -> dict[str, Any]:
     return measured
 
 
-def _report_mended(mended: Mended, report: Callable[[str], None]) -> None:
-    for torn in mended.torn:
-        report(f"A torn last line was removed, its batch is answered anew: {torn!r}")
-    for batch in mended.incomplete:
-        report(f"The batch {batch!r} was cut short and is answered anew.")
-    for batch in mended.retried:
-        report(f"The batch {batch!r} holds a failed answer and is answered anew.")
+def _log_repairs(repairs: Repairs, log: Callable[[str], None]) -> None:
+    for torn in repairs.torn:
+        log(f"An incomplete last line was removed, and its batch is answered again: {torn!r}")
+    for batch in repairs.incomplete:
+        log(f"The batch {batch!r} was interrupted and is answered again.")
+    for batch in repairs.retried:
+        log(f"The batch {batch!r} has a failed answer and is answered again.")
 
 
-class _Tally:
-    """Accuracy and speed of the current method so far, as the note of a progress line."""
+class _RunningScore:
+    """The accuracy and speed of the current method so far, for the progress line."""
 
     def __init__(self) -> None:
         self._name = ""
 
     def note(self, batch: Batch, records: Sequence[Mapping[str, Any]]) -> str:
-        """Count a batch."""
+        """Count a batch, and return the text for the progress line."""
         name = f"{batch.workload.task.name}, {batch.method.label}"
         if name != self._name:
             self._name, self._right, self._answers, self._tokens, self._seconds = name, 0, 0, 0, 0.0

@@ -1,4 +1,4 @@
-"""An evaluation from the command line's arguments to the report."""
+"""Runs an evaluation, from the command-line arguments to the report."""
 
 import sys
 from datetime import timedelta
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from ...integrations.loading.arguments import ModelArguments
+from ..arguments import ModelArguments
 from .arguments import EvaluationArguments, EvaluationSampling, MethodArguments, make_decoder
 from .figures import plot_report
 from .report import make_report, to_markdown, write_report
@@ -16,16 +16,16 @@ from .results import ResultsFolder
 from .runner import run_evaluation
 
 
-def start_processes() -> PartialState:
-    """Join the other processes of the run, if there are any.
+def distributed_state() -> PartialState:
+    """The state of this process and of the other processes of the run.
 
-    They wait for each other at the end only, and one may have far more left to do than another.
+    The timeout is long, since processes wait for each other only at the end, and one may have much more to do.
     """
     return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
 
 
-def say(line: str) -> None:
-    """Tell a person at the terminal, beside what the recipe prints as its result."""
+def log(line: str) -> None:
+    """Print a message to standard error, apart from the results on standard output."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -39,22 +39,22 @@ def evaluate(
     positions: bool = False,
     retry_failed: bool = False,
 ) -> dict[str, Any] | None:
-    """Answer, score, print the tables, and write them and the plots beside the results.
+    """Answer and score all questions, print the report, and write it and the plots into the results folder.
 
     Returns:
-        The report, see `make_report`; None in all processes but the first.
+        The report, see `make_report`; None in all processes but the main one.
     """
-    state = start_processes()
+    state = distributed_state()
     methods = chosen.methods()
     workloads = evaluation.workloads(sampling, positions=positions)
     decoder = make_decoder(models, evaluation, sampling, state, config=chosen.config, default_pair=default_pair)
     with ResultsFolder(evaluation.output, state.process_index) as folder:
-        run_evaluation(decoder, workloads, methods, folder, state=state, report=say, retry_failed=retry_failed)
+        run_evaluation(decoder, workloads, methods, folder, state=state, log=log, retry_failed=retry_failed)
         if not state.is_main_process:
             return None
         dtype = str(decoder.pair.base.dtype).removeprefix("torch.")
         report = make_report(folder, device=decoder.pair.device, dtype=dtype, processes=state.num_processes)
     print(to_markdown(report))
     for path in (*write_report(report, folder.path), *plot_report(report, folder)):
-        say(f"Written: {path}")
+        log(f"Written: {path}")
     return report

@@ -1,4 +1,4 @@
-"""Search a rule's parameters with Optuna: the most accurate, the fastest, or the front between the two."""
+"""Searches the parameters of a rule with Optuna, for accuracy, for speed, or for the Pareto front of the two."""
 
 import json
 import math
@@ -15,11 +15,11 @@ from ..resumable import describe_differences
 from .comparison import sign_flip_p_value
 from .decoding import Decoder
 from .methods import RULE_METHODS, Method, parse_methods
-from .results import ResultsFolder, hash_of
+from .results import ResultsFolder, config_hash
 from .runner import Workload, answer_batch, warm_up
 
-# What is searched for each method's first parameter: name, lowest, highest. In steps, so that a value that was tried
-# once costs nothing the second time.
+# The search range of each method's first parameter: name, lowest and highest value. Values are multiples of `STEP`, so
+# that a value that was tried before is found in the results.
 SEARCH_RANGES: Mapping[str, tuple[str, float, float]] = {
     "kad-dual": ("threshold", 0.05, 0.95),
     "kad-primal": ("budget", 0.05, 0.99),
@@ -35,21 +35,21 @@ SEARCH_RANGES: Mapping[str, tuple[str, float, float]] = {
     "blend-in": ("threshold", 0.05, 0.95),
 }
 STEP = 0.01
-SURE = 0.05  # the chance, at most, that a setting is given up though it is as good as all that were tried before
+ERROR_RATE = 0.05  # the highest probability that a setting is pruned although it is as good as all tried before
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is looked for.
+    """The objective of a search.
 
     Attributes:
-        accuracy: accuracy is to be high.
-        speed: tokens/s are to be high. With both, the front between them is searched.
-        min_speedup: tokens/s as a multiple of the base's that a setting must reach.
-        min_accuracy: accuracy that a setting must reach.
+        accuracy: maximize the accuracy.
+        speed: maximize tokens/s. With both, the search is for the Pareto front.
+        min_speedup: the tokens/s that a setting must reach, as a multiple of the base's.
+        min_accuracy: the accuracy that a setting must reach.
 
     Raises:
-        ValueError: nothing is looked for, or a constraint on what is itself to be high.
+        ValueError: nothing is maximized, or a constraint is on a quantity that is itself maximized.
     """
 
     accuracy: bool = True
@@ -79,20 +79,20 @@ class Goal:
         return (accuracy,) * self.accuracy + (speedup,) * self.speed
 
     def constraints(self, accuracy: float, speedup: float) -> dict[str, float]:
-        """By how much a setting misses what it must reach; zero or less: not at all."""
+        """By how much a setting misses each constraint; zero or less if it meets it."""
         limits = {"min_speedup": (self.min_speedup, speedup), "min_accuracy": (self.min_accuracy, accuracy)}
         return {name: least - reached for name, (least, reached) in limits.items() if least is not None}
 
 
 @dataclass(frozen=True)
 class BatchScores:
-    """What a search keeps of a batch's records.
+    """The part of a batch's records that a search needs.
 
     Attributes:
-        right: whether each answer is right, in the order of the batch.
-        tokens: generated in all.
-        seconds: what they took.
-        error: why there is no answer, of the first one that failed.
+        right: whether each answer is correct, in the order of the batch.
+        tokens: the number of generated tokens.
+        seconds: the time they took.
+        error: the error of the first answer that failed; None if none did.
     """
 
     right: tuple[bool, ...]
@@ -102,7 +102,7 @@ class BatchScores:
 
     @classmethod
     def of(cls, records: Sequence[Mapping[str, Any]]) -> "BatchScores":
-        """Condense a batch's records."""
+        """Summarize the records of a batch."""
         return cls(
             tuple(record["correct"] for record in records),
             sum(record["tokens"] for record in records),
@@ -113,26 +113,27 @@ class BatchScores:
 
 @dataclass
 class Tuner:
-    """Tries settings of some methods on a workload.
+    """Evaluates settings of some methods on a workload, in one process.
 
-    Every batch of every trial is kept in the folder of results, and every trial in the study, so that a search that
-    was stopped goes on where it was. One process.
+    Every batch of every trial is stored in the results folder, and every trial in the study, so that an interrupted
+    search can be continued.
 
-    A trial is given up when another setting is more accurate, and at least as fast where speed counts, by the paired
-    sign-flip test on the questions so far. The test is made after every batch and against every other setting, so
-    each one gets its share of `SURE` (Bonferroni): whatever the number of batches and settings, one that is as good as
-    all that were tried before is given up with a chance of `SURE` at most. The share counts the settings that were
-    given up as well, since with more luck they would be rivals. Fewer shares, by comparing with the most accurate
-    setting alone, would not do: it owes its rank to luck on these very questions too, and its equals look worse.
+    A trial is pruned if another setting is more accurate on the questions so far by the paired sign-flip test, and at
+    least as fast if speed is maximized. The test is made after every batch and against every other setting, so each
+    test gets an equal share of `ERROR_RATE` (Bonferroni): whatever the number of batches and settings, a setting that
+    is as good as all that were tried before is pruned with a probability of at most `ERROR_RATE`. The shares count
+    pruned settings as well, since they might have been compared with if their results had been luckier. Comparing with
+    the most accurate setting alone would need fewer shares, but would be biased: that setting owes its rank to luck on
+    the same questions, so settings that equal it look worse.
 
     Args:
         decoder: the models.
-        workload: the questions; not those that the result will be reported on.
-        folder: the results, opened and prepared.
+        workload: the questions. They must not be those that the result will be reported on.
+        folder: the results folder, opened and prepared.
         methods: names from `RULE_METHODS`.
-        goal: what is looked for.
-        draft_lengths: the shortest and the longest draft to try; None: always the default.
-        progress: called after every trial with a line for a person.
+        goal: the objective.
+        draft_lengths: the shortest and the longest draft to try; None for the default draft length.
+        progress: called after every trial with a line for the user.
     """
 
     decoder: Decoder
@@ -152,16 +153,16 @@ class Tuner:
         for record in self.folder.read():
             records.setdefault((record["config"], record["batch"]), []).append(record)
         self._done = {key: BatchScores.of(batch) for key, batch in records.items()}
-        self._dealt = self.workload.one_by_one(self.decoder)
-        whole = math.ceil(len(self.workload.instances) / self._dealt.batch_size)
-        samples, step = self.workload.num_samples, self.workload.batch_size // self._dealt.batch_size
-        # The numbers of batches after which a trial may be given up: after every `batch_size` questions, if all
-        # questions so far have equally many samples, and there is something left to save.
-        self._looks = {*range(step, whole, step), *range(whole, whole * samples, whole)}
+        self._batched = self.workload.one_by_one(self.decoder)
+        whole = math.ceil(len(self.workload.instances) / self._batched.batch_size)
+        samples, step = self.workload.num_samples, self.workload.batch_size // self._batched.batch_size
+        # The numbers of batches after which a trial may be pruned: every `batch_size` questions, if all questions so
+        # far have the same number of samples and some batches are left.
+        self._test_points = {*range(step, whole, step), *range(whole, whole * samples, whole)}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the outcome of a search, as JSON values."""
+        """The settings that determine the outcome of a search, as JSON values."""
         config = self.workload.config(Method("base"), self.decoder)
         settings = {
             "goal": asdict(self.goal),
@@ -179,16 +180,16 @@ class Tuner:
         return sorted(set(self.methods))
 
     def run(self, study: optuna.Study, trials: int) -> None:
-        """Bring the study to `trials` finished ones, those of earlier runs included.
+        """Run trials until the study has `trials` finished ones, including those of earlier runs.
 
-        Trials that were cut short are tried anew; what they had answered is not answered again. One that an error cut
-        short, and then another error, is left alone: both have been raised.
+        Interrupted trials are repeated, but questions that they have answered are not answered again. A trial that
+        failed with an error twice in a row is not repeated; both errors have been raised.
 
         Raises:
-            ValueError: the study was made with other settings (the message shows the difference), or the base answered
-                nothing.
+            ValueError: the study was made with other settings (the message shows the difference), or the base
+                generated nothing.
         """
-        self._claim(study)
+        self._check_settings(study)
         each, before = len(self.workload.instances) * self.workload.num_samples, len(finished(study))
         with Progress(each * (1 + max(trials, before)), "answers", done=each * before) as bar:
             self._search(study, trials, bar)
@@ -203,22 +204,23 @@ class Tuner:
                 f"speed to compare with. Its first error: {error}. Remove its cause, and choose another --output."
             )
         study.set_user_attr("base_tokens_per_second", base[1])
-        enqueue_cut_trials(study)
-        for trial in finished(study):  # what later trials are compared with
+        enqueue_interrupted_trials(study)
+        for trial in finished(study):  # later trials are compared with these
             if trial.state == TrialState.COMPLETE:
                 self.measure(method_of(trial.params))
         while len(finished(study)) < trials:
             study.optimize(lambda trial: self._objective(study, trial, base[1], bar), n_trials=1)
 
-    def _claim(self, study: optuna.Study) -> None:
-        """Write the settings into the study, or check that they are those that it was made with."""
+    def _check_settings(self, study: optuna.Study) -> None:
+        """Write the settings into the study, or compare them with those that the study was made with."""
         settings, found = self.settings, study.user_attrs.get("settings", {})
         if all(trial.state == TrialState.WAITING for trial in study.get_trials(deepcopy=False)):
             study.set_user_attr("settings", settings)
         elif found != settings:
             raise ValueError(
                 f"The study in {str(self.folder.path)!r} was made with other settings: "
-                f"{describe_differences(found, settings)}. Choose another --output, or repeat the settings to go on."
+                f"{describe_differences(found, settings)}. Choose another --output, or use the same settings to "
+                "continue that search."
             )
 
     def _objective(
@@ -233,17 +235,19 @@ class Tuner:
         trial.set_user_attr("method", method.label)
         tried = {t.user_attrs["method"]: t for t in finished(study)}
         rivals = [t for t in tried.values() if t.state == TrialState.COMPLETE and feasible(t)]
-        chance = SURE / max(len(tried) * len(self._looks), 1)
+        chance = ERROR_RATE / max(len(tried) * len(self._test_points), 1)
         try:
-            result = self.measure(method, lambda speed: self._beaten(method, speed / base_speed, rivals, chance), bar)
+            result = self.measure(
+                method, lambda speed: self._is_dominated(method, speed / base_speed, rivals, chance), bar
+            )
         except Exception as error:
             trial.set_user_attr("error", f"{type(error).__name__}: {error}")
             raise
         if result is None:
             better = "more accurate and no slower" if self.goal.speed else "more accurate"
             self.progress(
-                f"{method.label}: given up, another setting is {better} (paired tests; as good a one as any is given "
-                f"up with a chance of {SURE:.0%} at most)"
+                f"{method.label}: pruned, another setting is {better} (paired tests; a setting as good as any "
+                f"other is pruned with a probability of at most {ERROR_RATE:.0%})"
             )
             raise optuna.TrialPruned
         accuracy, speed = result
@@ -255,19 +259,21 @@ class Tuner:
         return self.goal.values(accuracy, speed / base_speed)
 
     def measure(
-        self, method: Method, give_up: Callable[[float], bool] = lambda speed: False, bar: Progress | None = None
+        self, method: Method, prune: Callable[[float], bool] = lambda speed: False, bar: Progress | None = None
     ) -> tuple[float, float] | None:
-        """Accuracy and tokens/s of a method on the whole workload; None if it was given up.
+        """The accuracy and tokens/s of a method on the whole workload; None if it was pruned.
 
-        `give_up` is asked after every batch, with the tokens/s so far. `bar` is told of every answer, and of those
-        that are not needed any more.
+        Args:
+            method: the method.
+            prune: called after every batch with the tokens/s so far; returns whether to stop.
+            bar: counts the answers, and those that pruning makes unnecessary.
         """
-        config = self._dealt.config(method, self.decoder)
-        name = hash_of(config)
+        config = self._batched.config(method, self.decoder)
+        name = config_hash(config)
         scores = self._scores[method.label] = []
         right = answers = tokens = 0
         seconds, ready = 0.0, False
-        for batch in self._dealt.batches(method):
+        for batch in self._batched.batches(method):
             if (name, batch.key) not in self._done:
                 if not ready:
                     self.decoder.prepare(method)
@@ -281,44 +287,44 @@ class Tuner:
             scores.append(done)
             right, answers = right + sum(done.right), answers + len(done.right)
             tokens, seconds = tokens + done.tokens, seconds + done.seconds
-            given_up = give_up(tokens / max(seconds, 1e-9))
+            pruned = prune(tokens / max(seconds, 1e-9))
             if bar is not None:
                 left = len(self.workload.instances) * self.workload.num_samples - answers
                 bar.update(
-                    len(done.right) + (left if given_up else 0),
+                    len(done.right) + (left if pruned else 0),
                     f"{method.label}: accuracy {right / answers:.3f} so far",
                 )
-            if given_up:
+            if pruned:
                 return None
         return right / answers, tokens / max(seconds, 1e-9)
 
-    def _beaten(self, method: Method, speedup: float, rivals: Iterable[FrozenTrial], chance: float) -> bool:
-        """Whether a rival is more accurate on the questions so far, and no slower where speed counts.
+    def _is_dominated(self, method: Method, speedup: float, rivals: Iterable[FrozenTrial], chance: float) -> bool:
+        """Whether a rival is more accurate on the questions so far, and at least as fast if speed is maximized.
 
-        `chance`: that a setting as good as a rival is found worse, for one test.
+        `chance` is the significance level of one test: the probability that a setting as good as a rival is pruned.
         """
         batches = len(self._scores[method.label])
-        if not self.goal.accuracy or batches not in self._looks:
+        if not self.goal.accuracy or batches not in self._test_points:
             return False
-        own = self._right_samples(method.label, batches)
+        own = self._correct_samples(method.label, batches)
         for rival in rivals:
             if self.goal.speed and rival.user_attrs["speedup"] < speedup:
                 continue
-            theirs = self._right_samples(rival.user_attrs["method"], batches)
+            theirs = self._correct_samples(rival.user_attrs["method"], batches)
             differences = [a - b for a, b in zip(theirs, own, strict=True)]
             if sum(differences) > 0 and sign_flip_p_value(differences) / 2 <= chance:  # one-sided
                 return True
         return False
 
-    def _right_samples(self, label: str, batches: int) -> list[int]:
-        """For each question, how many samples are right in a method's first batches."""
+    def _correct_samples(self, label: str, batches: int) -> list[int]:
+        """For each question, the number of correct samples in a method's first batches."""
         right = list(chain.from_iterable(batch.right for batch in self._scores[label][:batches]))
         instances = len(self.workload.instances)
         return [sum(right[at::instances]) for at in range(min(instances, len(right)))]
 
 
-def enqueue_cut_trials(study: optuna.Study) -> None:
-    """Have the trials tried anew that a stop or an error cut short, but none that two errors in a row cut short."""
+def enqueue_interrupted_trials(study: optuna.Study) -> None:
+    """Enqueue trials again that were interrupted or failed, except those that failed twice in a row."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     trials = study.get_trials(deepcopy=False)
@@ -333,7 +339,7 @@ def enqueue_cut_trials(study: optuna.Study) -> None:
 
 
 def method_of(params: Mapping[str, Any]) -> Method:
-    """The method that a trial's parameters stand for, without the rounding errors of counting in steps."""
+    """The method of a trial's parameters, which are rounded to remove the rounding errors of multiples of `STEP`."""
     name = params["method"]
     words = [f"{key.partition('.')[2]}={round(v, 6)}" for key, v in params.items() if key.startswith(f"{name}.")]
     if "num_assistant_tokens" in params:
@@ -343,7 +349,7 @@ def method_of(params: Mapping[str, Any]) -> Method:
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that were measured, or given up in the middle."""
+    """The trials that were measured completely or pruned."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
@@ -353,9 +359,9 @@ def feasible(trial: FrozenTrial) -> bool:
 
 
 def front(study: optuna.Study) -> list[FrozenTrial]:
-    """The trials that meet the constraints and that no other one beats, from the most accurate on.
+    """The trials on the Pareto front that meet the constraints, the most accurate first.
 
-    Settings that were tried twice count once.
+    Settings that were tried twice are listed once.
     """
     trials = {trial.user_attrs["method"]: trial for trial in study.best_trials if feasible(trial)}
     return sorted(trials.values(), key=lambda t: (-t.user_attrs["accuracy"], -t.user_attrs["speedup"]))

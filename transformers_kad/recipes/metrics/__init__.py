@@ -1,27 +1,17 @@
-"""Metrics for `evaluate.load(metric_path(name))`. They need `pip install "transformers-kad[eval]"`.
+"""Metrics for `evaluate.load(metric_path(name))`. They need `pip install -e ".[eval]"`.
 
-What is counted is written down in each module's description: `evaluate.load(metric_path("throughput")).description`.
+Each module's description defines its figures: `evaluate.load(metric_path("decoding_statistics")).description`.
 """
 
 from pathlib import Path
 
-from ...rules.composition import unknown_name_message
+from ...rules.registry import unknown_name_message
 
-METRICS = ("answer_accuracy", "throughput", "acceptance_rate", "acceptance_length", "deferral_mass")
-
-KAD_CITATION = """\
-@inproceedings{hammal2026kad,
-  title     = {{KAD}: A Framework for Proxy-based Test-time Alignment with Knapsack Approximation Deferral},
-  author    = {Hammal and Zweigenbaum and Corro},
-  booktitle = {Proceedings of EACL},
-  year      = {2026},
-  note      = {arXiv:2510.27017}
-}
-"""
+METRICS = ("answer_accuracy", "decoding_statistics")
 
 
 def metric_path(name: str) -> str:
-    """Where a metric of :data:`METRICS` lies, for `evaluate.load`.
+    """The folder of a metric of :data:`METRICS`, for `evaluate.load`.
 
     Raises:
         ValueError: for an unknown name.

@@ -1,15 +1,15 @@
-"""What the metrics share: how they hold their inputs, and the checks of numbers."""
+"""What the metrics share: inputs that are held in memory, and the check of counts."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 class InMemory:
-    """Mixin before `evaluate.Metric`: inputs are held in memory, and missing ones are named.
+    """Mixin before `evaluate.Metric`: holds the inputs in memory, and names those that are missing.
 
     By default `evaluate` writes inputs to a cache file that all processes of a user share. Its locks keep two metrics
-    apart, but the second waits, and a metric that raised keeps its lock. Several processes that gather their inputs
-    (`num_process` > 1) can only do so through files; give those an `experiment_id`.
+    apart, but the second one has to wait, and a metric that raised an error keeps its lock. Several processes that
+    gather their inputs (`num_process` > 1) can do so only through files and need an `experiment_id`.
     """
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
@@ -29,7 +29,7 @@ class InMemory:
 def whole_numbers(name: str, values: Sequence[float | None]) -> list[int]:
     """Counts as integers.
 
-    Metrics take them as float64: an int64 column would cut 1.5 to 1 without a word.
+    Metrics take counts as float64, since an int64 column would silently truncate 1.5 to 1.
 
     Raises:
         ValueError: for anything but whole numbers >= 0.

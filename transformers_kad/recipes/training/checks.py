@@ -1,4 +1,4 @@
-"""Can this proxy serve this base? Answered from tokenizers and configurations, before any weights are loaded."""
+"""Checks that a proxy can guide a base, from tokenizers and configurations, before any weights are loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +8,9 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 from ...integrations.loading.models import below_adapter, load_tokenizer
 from ...integrations.loading.prompts import no_padding_error, pad_token_id
 from . import AlignmentError
-from .arguments import say
+from .arguments import log
 
-# Texts that tokenizers with one vocabulary, but other rules, split in different ways.
+# Texts that tokenizers with the same vocabulary, but different rules, split differently.
 PROBES = (
     "Hello, world! It's 12 + 7 = 19.",
     "  two spaces\n\n\ttab, newline\n",
@@ -22,13 +22,13 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 @dataclass(frozen=True)
 class Pair:
-    """What is known of a base and a proxy that fit together.
+    """A base and a proxy that fit together.
 
     Attributes:
-        tokenizer: the base's, with the chat template to train with.
-        vocabulary: rows of the proxy's embedding matrix, padding included.
-        context_length: longest text of the proxy, in tokens; None if its configuration does not say.
-        eos_token_ids: what ends a text, by the generation configurations of both.
+        tokenizer: the base's tokenizer, with the chat template to train with.
+        vocabulary: the number of rows of the proxy's embedding matrix, padding included.
+        context_length: the maximum length of a text for the proxy, in tokens; None if its configuration has none.
+        eos_token_ids: the ids that end a text, from the generation configurations of both.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -41,20 +41,21 @@ def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
     """Check that the proxy can be trained for this base and guide it.
 
     Args:
-        base: Hub id or folder of the base. Its weights are not read.
+        base: Hub id or folder of the base. Its weights are not loaded.
         proxy: Hub id or folder of the proxy, a model or an adapter.
         chat_template: file with a chat template to use instead of theirs.
 
     Raises:
-        AlignmentError: ids that mean different strings, text that is split differently, special tokens that only one
-            of them has, an embedding matrix that is too small, no chat template, no causal language model.
+        AlignmentError: ids mean different strings, text is split differently, special tokens exist in only one of the
+            vocabularies, the embedding matrix is too small, there is no chat template, or a model is not a causal
+            language model.
     """
     configs = load_config(base, "--base"), load_config(proxy, "--proxy")
     tokenizer = _load_tokenizer(base, "--base")
     vocabulary = configs[1].get_text_config(decoder=True).vocab_size
     own_tokenizer = None if _has_no_tokenizer(proxy) else _load_tokenizer(proxy, "--proxy")
     if own_tokenizer is None:
-        say(f"The proxy {proxy} has no tokenizer of its own; the base's is used.")
+        log(f"The proxy {proxy} has no tokenizer of its own; the base's is used.")
         if len(tokenizer) > vocabulary:
             raise AlignmentError(
                 f"The base's tokenizer has {len(tokenizer)} tokens, but the proxy's embeddings end at {vocabulary}. "
@@ -73,12 +74,12 @@ def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
 
 
 def check_same_tokens(base_tokenizer: PreTrainedTokenizerBase, proxy_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise unless two tokenizers give the same ids for the same strings.
+    """Check that two tokenizers give the same ids for the same strings.
 
-    Sizes may differ, by padding or by tokens that only one has and that are not special.
+    Their sizes may differ by padding, or by tokens that are not special and that only one of them has.
 
     Raises:
-        AlignmentError: names the first ids or strings that differ.
+        AlignmentError: they don't; the message names the first ids or strings that differ.
     """
     base, proxy = base_tokenizer.get_vocab(), proxy_tokenizer.get_vocab()
     base_strings, proxy_strings = ({index: token for token, index in v.items()} for v in (base, proxy))
@@ -105,7 +106,7 @@ def check_same_tokens(base_tokenizer: PreTrainedTokenizerBase, proxy_tokenizer: 
         if missing:
             eos = " (its end of sequence)" if tokenizer.eos_token in missing else ""
             raise AlignmentError(
-                f"The {owner}'s tokenizer has special tokens that the {other}'s has not: {missing[:5]}{eos}. Take a "
+                f"The {owner}'s tokenizer has special tokens that the {other}'s lacks: {missing[:5]}{eos}. Take a "
                 "proxy of the same model family, or give both the same special tokens."
             )
     for text in PROBES:
@@ -123,7 +124,7 @@ def find_chat_template(
     """The chat template of a file, else the base's, else the proxy's.
 
     Raises:
-        AlignmentError: the file cannot be read, there is none anywhere, or several and none is the default.
+        AlignmentError: the file can't be read, there is no template, or there are several and none is the default.
     """
     if path is not None:
         try:
@@ -149,7 +150,7 @@ def load_config(path: str, option: str) -> PreTrainedConfig:
     """The configuration of a causal language model, or of the model below an adapter.
 
     Raises:
-        AlignmentError: there is none, or it is an encoder-decoder model's.
+        AlignmentError: there is none, or it is that of an encoder-decoder model.
     """
     try:
         while (below := below_adapter(path)) is not None:
@@ -157,7 +158,7 @@ def load_config(path: str, option: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise AlignmentError(f"{option} {path!r} is no folder or Hub id of a model: {reason}") from error
+        raise AlignmentError(f"{option} {path!r} is not a folder or Hub id of a model: {reason}") from error
     if config.is_encoder_decoder:
         raise AlignmentError(f"{option} {path!r} is an encoder-decoder model; KAD needs decoders alone.")
     return config
@@ -172,7 +173,7 @@ def _load_tokenizer(path: str, option: str) -> PreTrainedTokenizerBase:
 
 
 def _has_no_tokenizer(path: str) -> bool:
-    """Whether a local folder, and the model below it if it is an adapter, has no tokenizer; never said of Hub ids."""
+    """Whether a local folder has no tokenizer, nor the model below it if it is an adapter. False for Hub ids."""
     if not Path(path).is_dir() or any((Path(path) / name).exists() for name in TOKENIZER_FILES):
         return False
     below = below_adapter(path)
@@ -182,6 +183,6 @@ def _has_no_tokenizer(path: str) -> bool:
 def _eos_ids(path: str, config: PreTrainedConfig) -> list[int]:
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:  # no such file: an adapter, or a model that was saved without
+    except OSError:  # an adapter, or a model that was saved without this file
         eos = config.get_text_config(decoder=True).eos_token_id
     return eos if isinstance(eos, list) else [] if eos is None else [eos]

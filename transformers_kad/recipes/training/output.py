@@ -1,4 +1,4 @@
-"""The folder of a run: what is there already, whether it may be gone on with, its checkpoints and its record."""
+"""The output folder of a run: whether the run may write to it or continue in it, its checkpoints and its record."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from .arguments import AlignmentArguments
 
 RECORD_NAME = "training.json"
 CHECKPOINTS = "checkpoints"
-# What may change when a run is taken up again.
+# Arguments that may change when a run is continued.
 FREE_ARGUMENTS = (
     *("output_dir", "resume_from_checkpoint", "push_to_hub", "hub_private", "report_to"),
     *("threshold", "license", "language"),
@@ -22,45 +22,47 @@ FREE_ARGUMENTS = (
 
 
 def read_record(output_dir: str | Path) -> dict[str, Any] | None:
-    """What `training.json` in a folder says; None if there is none."""
+    """Read `training.json` in a folder; None if there is none."""
     path = Path(output_dir) / RECORD_NAME
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def write_record(output_dir: str | Path, record: dict[str, Any]) -> None:
-    """Write `training.json`, whole or not at all."""
+    """Write `training.json` atomically."""
     path = Path(output_dir) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record, indent=2) + "\n")
 
 
 def settings_of(arguments: AlignmentArguments) -> dict[str, Any]:
-    """What decides the result of a run."""
+    """The settings that determine the result of a run."""
     settings = {key: value for key, value in asdict(arguments).items() if key not in FREE_ARGUMENTS}
     return {**settings, "world_size": PartialState().num_processes}
 
 
 def check_output(arguments: AlignmentArguments) -> bool:
-    """Refuse an output folder that this run may not write to.
+    """Check that a run may write to its output folder.
 
     Returns:
-        Whether the same run has finished there already.
+        Whether the same run has already finished there.
 
     Raises:
-        AlignmentError: the folder holds something else, another run, or a run that was not asked to go on.
+        AlignmentError: the folder holds other files, a run with other settings, or a run that was not asked to be
+            continued.
     """
     folder = Path(arguments.output_dir)
     record = read_record(folder)
     if record is None:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             raise AlignmentError(
-                f"--output_dir {arguments.output_dir!r} holds something that is no run of this recipe. Choose another."
+                f"--output_dir {arguments.output_dir!r} holds files that are not those of a run of this recipe. "
+                "Choose another folder."
             )
         return False
     if arguments.resume_from_checkpoint is None:
         raise AlignmentError(
             f"--output_dir {arguments.output_dir!r} holds {'a result' if record['finished'] else 'an unfinished run'} "
-            "already. Go on with it by --resume_from_checkpoint, or choose another folder."
+            "already. Continue it by --resume_from_checkpoint, or choose another folder."
         )
     found, wanted = record["settings"], settings_of(arguments)
     listed = "; ".join(
@@ -70,8 +72,8 @@ def check_output(arguments: AlignmentArguments) -> bool:
     )
     if listed:
         raise AlignmentError(
-            f"The run in {arguments.output_dir!r} cannot go on with other settings ({listed}). Give those it was "
-            "started with, or choose another --output_dir."
+            f"The run in {arguments.output_dir!r} can't be continued with other settings ({listed}). Use the same "
+            "settings, or choose another --output_dir."
         )
     return record["finished"]
 
@@ -79,17 +81,17 @@ def check_output(arguments: AlignmentArguments) -> bool:
 def newest_checkpoint(checkpoints: str | Path) -> str | None:
     """The newest complete checkpoint in a folder; None if there is none.
 
-    `Trainer` writes its state last, so a checkpoint that was cut off has none.
+    `Trainer` writes its state last, so an incomplete checkpoint has none.
     """
     complete = [path.parent for path in Path(checkpoints).glob("checkpoint-*/trainer_state.json")]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def checkpoint_to_resume(arguments: AlignmentArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` asks for; None to start from the beginning.
+    """The checkpoint for `--resume_from_checkpoint`; None to start from the beginning.
 
     Raises:
-        AlignmentError: the folder that it names holds no complete checkpoint, or the best one so far is elsewhere.
+        AlignmentError: the named folder is not a complete checkpoint, or the best checkpoint so far is not found.
     """
     wanted = arguments.resume_from_checkpoint
     if wanted == "auto":
@@ -99,17 +101,17 @@ def checkpoint_to_resume(arguments: AlignmentArguments) -> str | None:
     state = Path(wanted) / "trainer_state.json"
     if not state.is_file():
         raise AlignmentError(
-            f"--resume_from_checkpoint {wanted!r} is no complete checkpoint: it has no trainer_state.json."
+            f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: it has no trainer_state.json."
         )
     best = json.loads(state.read_text(encoding="utf-8"))["best_model_checkpoint"]
     if best is not None and not Path(best).is_dir():
         raise AlignmentError(
-            f"The best checkpoint so far, {best!r}, is not there. Go on from the folder in which the run was started, "
-            "with the same --output_dir."
+            f"The best checkpoint so far, {best!r}, was not found. Continue in the working directory in which the run "
+            "was started, with the same --output_dir."
         )
     return wanted
 
 
-def drop_checkpoints(output_dir: str | Path) -> None:
+def delete_checkpoints(output_dir: str | Path) -> None:
     """Delete the checkpoints of a finished run."""
     shutil.rmtree(Path(output_dir) / CHECKPOINTS, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The result of a run: adapter, tokenizer, KADConfig, model card, and the lines of code that use it."""
+"""Writes and uploads the result of a run: adapter, tokenizer, KADConfig, model card, and code that uses them."""
 
 import json
 import shlex
@@ -18,10 +18,10 @@ from ...integrations.loading.models import below_adapter
 from ...utils.sources import looks_like_path, portable_name
 from ..environment import describe_environment
 from . import AlignmentError
-from .arguments import AlignmentArguments, say
+from .arguments import AlignmentArguments, log
 from .checks import Pair
 from .data import Examples
-from .output import drop_checkpoints, settings_of, write_record
+from .output import delete_checkpoints, settings_of, write_record
 from .trainers import TrainingResult
 
 CARD = """\
@@ -66,28 +66,29 @@ def save_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: s
     """Write an adapter and its tokenizer into a folder.
 
     Args:
-        model: trained.
-        tokenizer: with the chat template that was trained with.
-        folder: where to.
-        below: what the adapter's configuration names as the model below it.
+        model: the trained model.
+        tokenizer: the tokenizer, with the chat template of the training.
+        folder: the folder.
+        below: the model that the adapter's configuration is to name as its base model.
     """
     config = model.peft_config["default"]
     config.base_model_name_or_path = below
     if isinstance(config.target_modules, set):
-        config.target_modules = sorted(config.target_modules)  # a set's order changes from run to run
-    # Embeddings go with `modules_to_save`; do not look for another copy's configuration.
+        config.target_modules = sorted(config.target_modules)  # the order of a set changes from run to run
+    # Trained embeddings are saved by `modules_to_save`. Otherwise peft would look up the base model's configuration.
     model.save_pretrained(folder, save_embedding_layers=False)
     (Path(folder) / "README.md").unlink(missing_ok=True)  # peft's empty model card
     tokenizer.save_pretrained(folder)
 
 
 def usage(base: str, proxy: str, eos_token_ids: list[int]) -> str:
-    """Lines of Python that let an adapter guide a base and print its likeliest answer."""
+    """Python code that lets an adapter guide a base and prints a greedy answer."""
     return f"""\
-from transformers_kad import KADConfig, KADLogitsProcessor, loading, prompting
-base, proxy, tokenizer = loading.load_model({base!r}), loading.load_model({proxy!r}), loading.load_tokenizer({proxy!r})
+from transformers_kad import KADConfig, KADLogitsProcessor
+from transformers_kad.integrations.loading import models, prompts
+base, proxy, tokenizer = models.load_model({base!r}), models.load_model({proxy!r}), models.load_tokenizer({proxy!r})
 kad = KADLogitsProcessor.from_config(proxy, KADConfig.from_pretrained({proxy!r}))
-inputs = prompting.encode(tokenizer, ["Why is the sky blue?"])
+inputs = prompts.encode(tokenizer, ["Why is the sky blue?"])
 ids = base.generate(**inputs, logits_processor=[kad], assistant_model=proxy, eos_token_id={eos_token_ids},
                     do_sample=False, max_new_tokens=100)
 print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
@@ -103,21 +104,21 @@ def publish(
     method: str,
     command: list[str],
 ) -> None:
-    """Write everything into the output folder, print how to use it, and upload it if asked to.
+    """Write the result into the output folder, print how to use it, and upload it if requested.
 
-    Only the first of several processes does anything.
+    This happens in the main process only.
 
     Args:
-        trainer: after training.
-        arguments: of the recipe.
+        trainer: the trainer, after training.
+        arguments: the arguments of the recipe.
         pair: base and proxy.
-        examples: what was learned from.
-        result: of the training.
-        method: for the model card, in a few words.
-        command: the command line that made it, script first.
+        examples: the training examples.
+        result: the result of the training.
+        method: a short description of the method for the model card.
+        command: the command line of the run, beginning with the script.
 
     Raises:
-        AlignmentError: the upload failed. The folder is complete all the same.
+        AlignmentError: the upload failed. The folder is complete nevertheless.
     """
     if not trainer.is_world_process_zero():
         return
@@ -133,11 +134,11 @@ def publish(
     card.save(folder / "README.md")
     record = {"finished": True, "settings": settings_of(arguments), **asdict(result), "environment": made}
     write_record(folder, record)
-    drop_checkpoints(folder)
-    say(f"\nWritten to {arguments.output_dir}. To use it:\n\n{snippet}\n")
+    delete_checkpoints(folder)
+    log(f"\nWritten to {arguments.output_dir}. To use it:\n\n{snippet}\n")
     if arguments.push_to_hub:
         upload(folder, arguments.push_to_hub, private=arguments.hub_private)
-        say(f"Uploaded to {arguments.push_to_hub}.")
+        log(f"Uploaded to {arguments.push_to_hub}.")
 
 
 def model_card(
@@ -151,7 +152,7 @@ def model_card(
     snippet: str,
     environment: dict[str, Any],
 ) -> ModelCard:
-    """The model card: base, proxy, data, figures, and the command that made it."""
+    """The model card: base, proxy, data, results, and the command line of the run."""
     data = {path for path in (arguments.data, arguments.eval_data) if path is not None}
     languages = (arguments.language or "").replace(",", " ").split()
     metadata = ModelCardData(
@@ -166,7 +167,7 @@ def model_card(
     processes = f"{result.world_size} process{'es' if result.world_size > 1 else ''}"
     skipped = ", ".join(f"{count} {reason}" for reason, count in examples.skipped.items())
     figures: dict[str, Any] = {
-        "examples to learn from": result.examples,
+        "training examples": result.examples,
         "examples held out": len(examples.evaluation or ()),
         "rows skipped": skipped or "none",
         "updates": f"{result.steps} ({result.epochs:.2f} epochs, {processes})",
@@ -192,7 +193,7 @@ def model_card(
 
 
 def hub_id(name: str) -> str | None:
-    """The Hub id of a model, or the one that a local folder says it was made from; None if it says nothing."""
+    """The Hub id of a model, or that of the model that a local folder was made from; None if it is not known."""
     if not Path(name).is_dir():
         return name
     below = below_adapter(name)
@@ -203,10 +204,10 @@ def hub_id(name: str) -> str | None:
 
 
 def check_upload(arguments: AlignmentArguments) -> None:
-    """Find out before the training whether the result can be uploaded, if it is to be.
+    """Check before the training that the result can be uploaded, if that was requested.
 
     Raises:
-        AlignmentError: nobody is logged in, or the Hub cannot be reached.
+        AlignmentError: there is no login, or the Hub can't be reached.
     """
     if arguments.push_to_hub is None:
         return
@@ -217,14 +218,14 @@ def check_upload(arguments: AlignmentArguments) -> None:
             f"--push_to_hub {arguments.push_to_hub} needs a login (`hf auth login`) and the Hub: {error}"
         ) from error
     if Path(arguments.proxy).is_dir():
-        say(f"Note: the proxy {arguments.proxy} is a folder here. Whoever downloads the adapter needs it as well.")
+        log(f"Note: the proxy {arguments.proxy} is a local folder. Whoever downloads the adapter needs it as well.")
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> None:
-    """Upload the result to a Hub repo, made if it is missing.
+    """Upload the result to a Hub repo, which is created if it is missing.
 
     Raises:
-        AlignmentError: it failed; the message names the command that tries again.
+        AlignmentError: the upload failed; the message names a command to try again.
     """
     api = HfApi()
     try:

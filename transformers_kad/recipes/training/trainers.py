@@ -1,4 +1,4 @@
-"""TRL's trainers, made from the arguments of a recipe, and their run."""
+"""The trainers of TRL: their settings from the arguments of a recipe, their progress reports, and the training."""
 
 import sys
 import time
@@ -23,36 +23,36 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from ...integrations.loading.models import load_merged
 from ..progress import Progress
 from . import AlignmentError
-from .arguments import AlignmentArguments, say
+from .arguments import AlignmentArguments, log
 from .checks import Pair
 from .data import Examples
 from .output import CHECKPOINTS, settings_of, write_record
 
 
 def sft_trainer(arguments: AlignmentArguments, pair: Pair, examples: Examples) -> SFTTrainer:
-    """Supervised fine-tuning of a LoRA adapter on the proxy, with the labels that the examples bring.
+    """A trainer for supervised fine-tuning of a LoRA adapter on the proxy, with the labels of the examples.
 
-    They are tokenized already, so that TRL neither renders nor cuts anything.
+    The examples are already tokenized, so TRL neither applies the chat template nor truncates.
     """
     settings = SFTConfig(**training_settings(arguments, examples.evaluation), packing=False)
     return SFTTrainer(**_trainer_arguments(arguments, settings, pair, examples))
 
 
 def dpo_trainer(arguments: AlignmentArguments, pair: Pair, examples: Examples, beta: float) -> DPOTrainer:
-    """Direct preference optimisation of a LoRA adapter; the reference is the proxy without the adapter.
+    """A trainer for direct preference optimisation of a LoRA adapter. The reference is the proxy without the adapter.
 
     Args:
-        arguments: of the recipe.
-        pair: base and proxy, checked.
+        arguments: the arguments of the recipe.
+        pair: the checked base and proxy.
         examples: pairs of answers, as messages.
-        beta: how strongly the proxy is held to what it was.
+        beta: how strongly the trained proxy is kept close to the original one.
     """
     settings = DPOConfig(**training_settings(arguments, examples.evaluation), beta=beta)
     return DPOTrainer(**_trainer_arguments(arguments, settings, pair, examples))
 
 
 def training_settings(arguments: AlignmentArguments, evaluation: datasets.Dataset | None) -> dict[str, Any]:
-    """The arguments that `SFTConfig` and `DPOConfig` share, none of them left to TRL's defaults by chance."""
+    """The arguments of `SFTConfig` and `DPOConfig` that differ from their defaults, or must not change with them."""
     measured = evaluation is not None
     return {
         "output_dir": str(Path(arguments.output_dir) / CHECKPOINTS),
@@ -66,7 +66,7 @@ def training_settings(arguments: AlignmentArguments, evaluation: datasets.Datase
         "warmup_steps": arguments.warmup_ratio,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "max_length": None,  # lengths were checked: nothing is ever cut
+        "max_length": None,  # lengths were checked, so nothing is truncated
         "eval_strategy": "steps" if measured else "no",
         "eval_steps": arguments.eval_steps,
         "save_strategy": "steps",
@@ -75,11 +75,11 @@ def training_settings(arguments: AlignmentArguments, evaluation: datasets.Datase
         "load_best_model_at_end": measured,
         "metric_for_best_model": "eval_loss" if measured else None,
         "greater_is_better": False if measured else None,
-        "restore_callback_states_from_checkpoint": True,  # the patience of early stopping
+        "restore_callback_states_from_checkpoint": True,  # includes the patience of early stopping
         "logging_steps": arguments.eval_steps,
         "report_to": arguments.report_to,
         "disable_tqdm": not sys.stderr.isatty(),
-        # TRL would compute in bfloat16 and recompute activations on the CPU as well.
+        # By default TRL computes in bfloat16 and recomputes activations on the CPU as well.
         "bf16": has_bfloat16(arguments) and arguments.dtype != "float32",
         "activation_checkpointing": arguments.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
@@ -91,24 +91,24 @@ def training_settings(arguments: AlignmentArguments, evaluation: datasets.Datase
 
 
 def on_cpu(arguments: AlignmentArguments) -> bool:
-    """Whether the run takes place on the CPU, by choice or for want of another device."""
+    """Whether the run uses the CPU, by choice or because there is no other device."""
     return arguments.use_cpu or PartialState().device.type == "cpu"
 
 
 def has_bfloat16(arguments: AlignmentArguments) -> bool:
-    """Whether to compute in bfloat16 unless told otherwise: never on the CPU, where it is slow."""
+    """Whether to compute in bfloat16 by default: never on the CPU, where it is slow."""
     return not on_cpu(arguments) and is_torch_bf16_gpu_available()
 
 
 def weight_dtype(arguments: AlignmentArguments) -> str:
-    """The dtype of the proxy's own weights. peft keeps those of LoRA in float32, but not trained embeddings."""
+    """The dtype of the proxy's own weights. peft keeps LoRA weights in float32, but not trained embeddings."""
     if arguments.dtype != "auto":
         return arguments.dtype
     return "bfloat16" if has_bfloat16(arguments) and not arguments.train_embeddings else "float32"
 
 
 def lora_config(arguments: AlignmentArguments, model: PreTrainedModel) -> LoraConfig:
-    """LoRA on every linear layer but the last; `train_embeddings` trains that one and the embeddings as a whole."""
+    """LoRA on all linear layers but the output layer. `train_embeddings` trains that and the embeddings in full."""
     embeddings = [model.get_input_embeddings(), model.get_output_embeddings()]
     trained = [name.split(".")[-1] for name, module in model.named_modules() if module in embeddings]
     return LoraConfig(
@@ -123,7 +123,7 @@ def lora_config(arguments: AlignmentArguments, model: PreTrainedModel) -> LoraCo
 
 
 def _trainer_arguments(arguments: AlignmentArguments, settings: Any, pair: Pair, examples: Examples) -> dict[str, Any]:
-    # An adapter is merged into the proxy, and the new one is trained on top of that.
+    # If the proxy has an adapter, it is merged, and the new adapter is trained on top.
     try:
         model = load_merged(arguments.proxy, dtype=weight_dtype(arguments))
     except ValueError as error:
@@ -142,8 +142,8 @@ def _trainer_arguments(arguments: AlignmentArguments, settings: Any, pair: Pair,
     }
 
 
-class MeasurementReport(TrainerCallback):
-    """One line for each measurement."""
+class EvaluationReport(TrainerCallback):
+    """Prints one line for each evaluation."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         named = {"loss": "loss", "eval_loss": "held-out loss"}
@@ -155,11 +155,11 @@ class MeasurementReport(TrainerCallback):
         print(line, flush=True)
 
 
-class Report(MeasurementReport):
-    """The same, and lines in between that say how far the run is, where there is no terminal."""
+class Report(EvaluationReport):
+    """Prints evaluations and, if standard error is not a terminal, lines with the progress in between."""
 
     steps: Progress
-    measuring: Progress | None = None
+    evaluating: Progress | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.steps = Progress(state.max_steps, "steps", done=state.global_step, shown=state.is_world_process_zero)
@@ -170,24 +170,24 @@ class Report(MeasurementReport):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        if self.measuring is None:
+        if self.evaluating is None:
             shown = state.is_world_process_zero
-            self.measuring = Progress(len(eval_dataloader), "held-out batches", shown=shown, patient=True)
-        self.measuring.update()
+            self.evaluating = Progress(len(eval_dataloader), "held-out batches", shown=shown, patient=True)
+        self.evaluating.update()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.measuring = None
+        self.evaluating = None
 
 
-class ReportWithBar(MeasurementReport, ProgressCallback):
-    """Measurements above a progress bar, for terminals."""
+class ReportWithBar(EvaluationReport, ProgressCallback):
+    """Prints evaluations above a progress bar, for terminals."""
 
     def write(self, line: str) -> None:
         self.training_bar.write(line)
 
 
 def report_progress(trainer: Trainer) -> None:
-    """Let a trainer report in lines instead of dictionaries, above bars where somebody watches."""
+    """Let a trainer print lines instead of dictionaries, above a progress bar on a terminal."""
     quiet = trainer.args.disable_tqdm
     trainer.remove_callback(PrinterCallback if quiet else ProgressCallback)
     trainer.add_callback(Report() if quiet else ReportWithBar())
@@ -195,17 +195,17 @@ def report_progress(trainer: Trainer) -> None:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         eval_loss_before: loss on the held-out examples before training; None if there are none.
-        eval_loss: the same of the adapter that was kept.
-        best_step: the update after which that adapter was saved; None if nothing was measured.
-        steps: updates made.
-        epochs: how often the data was gone through.
-        examples: examples to learn from.
-        seconds: of the last start, if the run was taken up again.
-        world_size: processes.
+        eval_loss: the loss of the adapter that was kept; None if there are none.
+        best_step: the update after which that adapter was saved; None without evaluation.
+        steps: the number of updates.
+        epochs: the number of passes over the data.
+        examples: the number of training examples.
+        seconds: the duration of the training, since the last start if the run was continued.
+        world_size: the number of processes.
     """
 
     eval_loss_before: float | None
@@ -219,7 +219,7 @@ class TrainingResult:
 
 
 def fit(trainer: Trainer, arguments: AlignmentArguments, checkpoint: str | None) -> TrainingResult:
-    """Train, from a checkpoint if there is one, and measure before and after. Writes the record of the run.
+    """Train, from a checkpoint if there is one, and evaluate before and after. The record of the run is written.
 
     Raises:
         AlignmentError: the launcher shards the model.
@@ -231,8 +231,8 @@ def fit(trainer: Trainer, arguments: AlignmentArguments, checkpoint: str | None)
         )
     report_progress(trainer)
     measured = trainer.eval_dataset is not None
-    # Not by `trainer.evaluate()` before `train()`: that marks the model as prepared, so that it would not be wrapped
-    # for distributed training, and several processes would each train a copy of their own.
+    # `trainer.evaluate()` before `train()` would mark the model as prepared. It would then not be wrapped for
+    # distributed training, and each process would train its own copy.
     trainer.args.eval_on_start = measured and checkpoint is None
     if trainer.is_world_process_zero():
         write_record(arguments.output_dir, {"finished": False, "settings": settings_of(arguments)})
@@ -243,10 +243,10 @@ def fit(trainer: Trainer, arguments: AlignmentArguments, checkpoint: str | None)
     steps, before, after = state.global_step, None, None
     if measured:
         before = next(entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry)
-        # The last step was measured too, and the best adapter is loaded; there is none where every loss is NaN.
+        # The last step was evaluated too, and the best adapter is loaded. There is none if every loss is NaN.
         after = state.best_metric if state.best_metric is not None else trainer.evaluate()["eval_loss"]
         best = state.best_global_step
-        say(f"Kept: step {best} of {steps}, held-out loss {after:.4f} (before training {before:.4f})")
+        log(f"Kept: step {best} of {steps}, held-out loss {after:.4f} (before training {before:.4f})")
     return TrainingResult(
         eval_loss_before=before,
         eval_loss=after,

@@ -1,6 +1,7 @@
 """Answer accuracy, as an `evaluate` module.
 
-`evaluate.load` copies this file elsewhere: its imports are absolute, and one a line, or the loader misreads them.
+`evaluate.load` copies this file to another folder and parses its imports line by line. They therefore have to be
+absolute, and each of them in a single line.
 """
 
 from typing import Any
@@ -15,10 +16,10 @@ from transformers_kad.recipes.metrics.inputs import InMemory
 DESCRIPTION = """\
 Share of answers that match their reference, with a 95 % interval.
 
-Predictions are answers that were already taken out of a model's text; None and "" (no answer was found) are wrong.
-With several samples an instance the accuracy is the mean over all samples, but only the instances are independent: the
-Wilson score interval is that of a proportion among total / samples instances. That is never too narrow: samples of one
-instance that agree in nothing would allow a narrower one.
+Predictions are answers that were extracted from a model's text; None and "" (no answer was found) are wrong. With
+several samples per instance the accuracy is the mean over all samples, but only the instances are independent: the
+Wilson score interval is that of a proportion among total / samples instances. It is never too narrow, since samples of
+one instance that are independent would allow a narrower interval.
 """
 
 CITATION = """\
@@ -34,21 +35,21 @@ CITATION = """\
 
 INPUTS = """
 Args:
-    predictions: answers, texts or None.
-    references: the right answers, as many. The samples of one instance stand in a row and repeat its reference.
+    predictions: answers, each text or None.
+    references: the right answer for each. The samples of one instance follow each other and repeat its reference.
     comparison: "text", "number" or "math", see `transformers_kad.recipes.evaluation.answers.answers_match`.
-    samples: how many samples of each instance stand in a row.
+    samples: the number of samples of each instance.
 
 Returns:
     accuracy: correct / total.
     low: lower end of the 95 % interval.
-    high: upper end.
-    correct: predictions that match.
-    total: predictions.
+    high: upper end of the interval.
+    correct: the number of predictions that match.
+    total: the number of predictions.
 
 Raises:
-    ValueError: no predictions, lists of different length, an unknown comparison, or predictions that are not whole
-        rows of `samples` for one reference each.
+    ValueError: there are no predictions, the lists have different lengths, the comparison is unknown, or the samples
+        of an instance are incomplete or have different references.
 
 Example:
     >>> import evaluate

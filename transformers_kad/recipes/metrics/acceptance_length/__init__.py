@@ -1,1 +1,0 @@
-"""Accepted draft tokens a round and their histogram, as an `evaluate` module."""

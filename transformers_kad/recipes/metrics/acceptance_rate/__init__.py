@@ -1,1 +1,0 @@
-"""Accepted / drafted tokens, as an `evaluate` module."""

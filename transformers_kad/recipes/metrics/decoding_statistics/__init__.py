@@ -1,0 +1,1 @@
+"""Speed, acceptance and deferral of decoding runs, as an `evaluate` module."""

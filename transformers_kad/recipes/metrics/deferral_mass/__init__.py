@@ -1,1 +1,0 @@
-"""Mean deferral mass D, as an `evaluate` module."""

@@ -1,1 +1,0 @@
-"""Tokens per second, as an `evaluate` module."""
