@@ -9,12 +9,12 @@ from rule_cases import ALL_RULES, close, random_rows
 
 from transformers_kad import BlendIn, DeferralRule, Ensemble, ImplicitReward
 
-NO_MASK = [rule for rule in ALL_RULES if not isinstance(rule, DeferralRule)]
+WITHOUT_MASK = [rule for rule in ALL_RULES if not isinstance(rule, DeferralRule)]
 
 
-def test_rules_that_are_no_mask_give_back_a_distribution_that_both_models_share():
+def test_rules_without_a_mask_give_back_a_distribution_that_both_models_share():
     p = random_rows(20, 30, seed=1)
-    for rule in NO_MASK:
+    for rule in WITHOUT_MASK:
         torch.testing.assert_close(rule(p, p, p), p, rtol=0, atol=1e-6)
 
 
