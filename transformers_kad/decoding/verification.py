@@ -116,12 +116,19 @@ def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch
     distribution (with NaN, or all zeros) gives an arbitrary id.
     """
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
-    drawn = []
     parts = split_for_float64(probs)
-    for part, share in zip(parts, uniform.split([len(part) for part in parts]), strict=True):
-        cumulated = part.cumsum(-1, dtype=torch.float64)
-        drawn.append(torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True))
-    return torch.cat(drawn).squeeze(-1).clamp(max=probs.shape[-1] - 1)
+    if len(parts) == 1:
+        drawn = _invert(probs, uniform)
+    else:
+        shares = uniform.split([len(part) for part in parts])
+        drawn = torch.cat([_invert(part, share) for part, share in zip(parts, shares, strict=True)])
+    return drawn.squeeze(-1).clamp(max=probs.shape[-1] - 1)
+
+
+def _invert(probs: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """The first id of each row of `(B, V)` with more than a share `(B, 1)` of the sum up to it, `(B, 1)`."""
+    cumulated = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
 
 
 def _at(probs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

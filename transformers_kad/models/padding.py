@@ -1,12 +1,11 @@
 """Padding before the texts of a batch, and holes in them where rows took back different numbers of tokens."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class PaddedTexts:
+class PaddedTexts(NamedTuple):
     """Texts of a batch in columns.
 
     Attributes:
@@ -41,19 +40,20 @@ class PaddedTexts:
 
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None) -> "PaddedTexts":
         """The texts continued by `ids` `(B, k)`, whose `mask` `(B, k)` has zeros at what is no token."""
-        texts = replace(self, ids=torch.cat([self.ids, ids], dim=-1))
+        longer = torch.cat([self.ids, ids], dim=-1)
         if self.mask is None and (mask is None or bool(mask.all())):
-            return texts
+            return PaddedTexts(longer, None, self.lengths)
         added = torch.ones_like(ids) if mask is None else mask.to(ids)
-        return replace(texts, mask=torch.cat([self.full_mask, added], dim=-1))
+        return PaddedTexts(longer, torch.cat([self.full_mask, added], dim=-1), self.lengths)
 
     def keep(self, begin: int, kept: torch.Tensor) -> "PaddedTexts":
         """The first `begin` columns and the k behind them, with holes where `kept` `(B, k)`, on the CPU, is False."""
         lengths = self.full_mask[:, :begin].sum(dim=-1).cpu() if self.lengths is None else self.lengths
-        texts = replace(self.crop(begin + kept.shape[1]), lengths=lengths + kept.sum(dim=-1))
-        if kept.all():
-            return texts
-        return replace(texts, mask=torch.cat([self.full_mask[:, :begin], kept.to(self.ids)], dim=-1))
+        columns = begin + kept.shape[1]
+        mask = None if self.mask is None else self.mask[:, :columns]
+        if not kept.all():
+            mask = torch.cat([self.full_mask[:, :begin], kept.to(self.ids)], dim=-1)
+        return PaddedTexts(self.ids[:, :columns], mask, lengths + kept.sum(dim=-1))
 
     def close_holes(self, columns: int) -> tuple["PaddedTexts", torch.Tensor]:
         """Move every row's tokens to the end of so many columns, and the padding that fits there before them.
@@ -63,7 +63,7 @@ class PaddedTexts:
         """
         index = self.full_mask.argsort(dim=-1, stable=True)[:, self.columns - columns :]
         mask = None if self.mask is None else self.mask.gather(1, index)
-        return replace(self, ids=self.ids.gather(1, index), mask=mask), index
+        return PaddedTexts(self.ids.gather(1, index), mask, self.lengths), index
 
 
 def match_rows(held: PaddedTexts, texts: PaddedTexts) -> tuple[int, list[int]]:
