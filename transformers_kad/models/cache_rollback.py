@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicLayer
 
 def _caches_in(cache: Cache) -> list[Cache]:
     """The caches that one consists of: peft's Shadow adapter keeps one for the model and one of its own."""
-    parts = (cache.base, cache.shadow) if isinstance(cache, ShadowCache) else (cache,)
-    return [part for part in parts if part is not None]
+    if not isinstance(cache, ShadowCache):
+        return [cache]
+    return [part for part in (cache.base, cache.shadow) if part is not None]
 
 
 def layers_of(cache: Cache) -> list[Any]:
@@ -32,10 +33,14 @@ def forget_past(cache: Cache) -> None:
             layer.crop(0)
 
 
+def _is_croppable(cache: Cache) -> bool:
+    """What a cache says of itself. It is asked since some keep states outside their layers, which look croppable."""
+    return all(part.is_croppable for part in _caches_in(cache))
+
+
 def can_crop(cache: Cache, tokens: int) -> bool:
     """Whether the last `tokens` tokens can be taken back from every layer of a cache."""
-    # The caches are asked first: some keep states outside their layers, which look croppable.
-    if not all(part.is_croppable for part in _caches_in(cache)):
+    if not _is_croppable(cache):
         return False
     for layer in layers_of(cache):
         if getattr(layer, "is_sliding", False) and layer.is_initialized:
@@ -47,7 +52,7 @@ def can_crop(cache: Cache, tokens: int) -> bool:
 
 def can_have_holes(cache: Cache) -> bool:
     """Whether rows may take back different numbers of tokens, which needs full attention: it counts no columns."""
-    return can_crop(cache, 0) and all(type(layer) is DynamicLayer for layer in layers_of(cache))
+    return _is_croppable(cache) and all(type(layer) is DynamicLayer for layer in layers_of(cache))
 
 
 def shortest_window(cache: Cache) -> int | None:
