@@ -171,13 +171,21 @@ class KADLogitsProcessor(LogitsProcessor):
 
     @property
     def settings(self) -> DecodingSettings:
-        """All settings, which never change. Each of them is an attribute of the processor too, such as `kad.rule`."""
+        """All settings, which never change. Each but `trace` is an attribute of the processor too, as `kad.rule`."""
         return self.state.settings
 
     def __getattr__(self, name: str) -> Any:
         if "state" in vars(self) and any(field.name == name for field in fields(DecodingSettings)):
             return getattr(self.state.settings, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "trace" and any(field.name == name for field in fields(DecodingSettings)):
+            raise AttributeError(
+                f"`{name}` of a processor can't be changed, got {value!r:.200}: build another processor. It may share "
+                "the proxy."
+            )
+        super().__setattr__(name, value)
 
     @property
     def statistics(self) -> KADStatistics | None:
@@ -204,8 +212,8 @@ class KADLogitsProcessor(LogitsProcessor):
     def proxy_prompt(self, proxy_inputs: Mapping[str, torch.Tensor] | torch.Tensor) -> Iterator[None]:
         """Give the proxy a prompt of its own for the calls inside, its chat template for example.
 
-        It reaches the calls of this thread and this asynchronous task. A thread that is started inside needs a block
-        of its own.
+        It reaches the calls of this thread and this asynchronous task. A `threading.Thread` that is started inside
+        needs a block of its own; a task that is created inside keeps the prompt after the block.
 
         Args:
             proxy_inputs: `input_ids` `(B, L)`, padded on the left, one row a prompt of the call; or a mapping

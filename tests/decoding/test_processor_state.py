@@ -1,5 +1,6 @@
 """What a processor keeps between calls: one call at a time, prompts of one thread, copies without caches."""
 
+import contextvars
 import copy
 import gc
 import pickle
@@ -157,3 +158,59 @@ def test_a_copy_of_the_base_has_no_static_cache_of_the_processor(base, proxy):
     assert not vars(other)["_kad_static_models"]
     ids = other.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **GREEDY)
     assert torch.equal(ids, expected)
+
+
+def test_a_setting_of_a_processor_is_not_silently_ignored(proxy):
+    kad = make_kad(proxy)
+    for name, value in (("num_assistant_tokens", 1), ("lazy", True), ("rule", DualDeferral(0.1)), ("compile", True)):
+        with pytest.raises(AttributeError, match=f"`{name}` of a processor can't be changed"):
+            setattr(kad, name, value)
+    assert kad.num_assistant_tokens == 3
+
+
+def test_a_step_in_another_thread_or_after_its_call_is_refused(base, proxy):
+    kad, kept, errors = make_kad(proxy), [], []
+
+    def ask(ids):
+        try:
+            kept[0](ids, torch.zeros(1, 50))
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def method(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        kept.append(logits_processor)
+        thread = threading.Thread(target=ask, args=(input_ids,))
+        thread.start()
+        thread.join()
+        return input_ids
+
+    base.generate(PROMPT, logits_processor=[kad], custom_generate=method, **GREEDY)
+    ask(PROMPT)
+    assert ["in another thread" in errors[0], "a call of `generate` that is over" in errors[1]] == [True, True]
+
+
+def test_a_block_may_be_left_in_another_context(proxy):
+    """As servers do that run each step of a generator in a thread of a pool."""
+    kad = make_kad(proxy)
+
+    def stream():
+        with kad.proxy_prompt(OTHER):
+            yield kad.state.proxy_prompt
+        assert kad.state.proxy_prompt is None
+
+    steps = stream()
+    assert contextvars.copy_context().run(next, steps) is not None
+    assert contextvars.copy_context().run(next, steps, "end") == "end"
+    assert not kad.state.has_proxy_prompt_elsewhere
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_reset_frees_the_static_caches_of_every_base(base, proxy):
+    kad, other = make_kad(proxy, compile=True), tiny_model(hidden=32, seed=7)
+    shallow = copy.copy(base)
+    models = kad.state.models
+    assert models.static_base(base, 4).model is base
+    assert models.static_base(shallow, 4).model is shallow
+    models.static_base(other, 4)
+    kad.reset()
+    assert [len(vars(model)["_kad_static_models"]) for model in (base, other)] == [0, 0]

@@ -124,7 +124,7 @@ def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, give
         state.open(call)
         forwards = call.models.proxy_forwards
         result = original(given.model, **arguments)
-        _keep_records(state, call, given.model, result, call.models.proxy_forwards - forwards)
+        _keep_records(state, call, given, result, call.models.proxy_forwards - forwards)
         call.finished = True
     finally:
         state.close(call)
@@ -132,16 +132,22 @@ def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, give
 
 
 def _keep_records(
-    state: ProcessorState, call: OpenCall, model: PreTrainedModel, result: Any, proxy_forwards: int
+    state: ProcessorState, call: OpenCall, given: CallArguments, result: Any, proxy_forwards: int
 ) -> None:
-    """Keep the statistics and the trace of a call. Where they can't be told, a warning says so, and they are None."""
+    """Keep the statistics and the trace of a call.
+
+    A decoding method of the user's may return what it likes: where the statistics of such a call can't be told, a
+    warning says so, and they are None.
+    """
     state.statistics = state.trace = None
-    sequences = result if torch.is_tensor(result) else getattr(result, "sequences", None)
     try:
+        sequences = result if torch.is_tensor(result) else getattr(result, "sequences", None)
         if not torch.is_tensor(sequences) or sequences.dim() != 2:
             raise TypeError(f"a tensor of sequences (N, L) is needed, and the call returned {type(result).__name__}")
         statistics, trace = call.finish(sequences, proxy_forwards)
-    except Exception as error:  # whatever it is, the generation is finished and must not be lost
+    except Exception as error:
+        if isinstance(call.recorder, BatchRecorder) or given.get("custom_generate") is None:
+            raise  # a fault of this library, or of the device
         logger.warning(
             f"`kad.statistics` and `kad.trace` are None: the statistics of this call can't be told ({error!r}). What "
             "the call returned is not affected. Decoding methods that emit one token a step and return the sequences "
@@ -150,7 +156,7 @@ def _keep_records(
         return
     state.statistics = statistics
     if trace is not None:
-        state.trace = replace(trace, statistics=statistics, **_described(state, model))
+        state.trace = replace(trace, statistics=statistics, **_described(state, given.model))
 
 
 def _described(state: ProcessorState, model: PreTrainedModel) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class LazyStep(TokenStep):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores that force a token drawn from r, for texts `(rows, L)` and the base's scores `(rows, V)`."""
+        self._check_call()
         call, rule = self.call, self.call.settings.rule
         assert isinstance(rule, DeferralRule)
         base_logits = self._tempered_base(scores)

@@ -33,14 +33,14 @@ class ProcessorState:
         self.warned: set[Hashable] = set()
         self._claims: list[weakref.ref[OpenCall]] = []  # of calls, in order; the first that is not closed is open
         self._reset_at_close = False
-        self._proxy_prompts = 0  # blocks of `using_proxy_prompt` that are open, in all threads
+        self._proxy_prompts: list[object] = []  # blocks of `using_proxy_prompt` that are open, in all threads
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: all but the caches and the calls."""
         return {name: vars(self)[name] for name in ("settings", "models", "statistics", "trace", "warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _claims=[], _reset_at_close=False, _proxy_prompts=0)
+        vars(self).update(state, _claims=[], _reset_at_close=False, _proxy_prompts=[])
 
     @property
     def open_call(self) -> OpenCall | None:
@@ -113,18 +113,20 @@ class ProcessorState:
     @contextmanager
     def using_proxy_prompt(self, prompt: ProxyPrompt) -> Iterator[None]:
         """Give the proxy prompts of its own for the calls inside, in this thread and task alone."""
-        token = _PROXY_PROMPTS.set((*_PROXY_PROMPTS.get(), (self, prompt)))
-        self._proxy_prompts += 1
+        entry = (self, prompt)
         try:
+            _PROXY_PROMPTS.set((*_PROXY_PROMPTS.get(), entry))
+            self._proxy_prompts.append(entry)
             yield
         finally:
-            self._proxy_prompts -= 1
-            _PROXY_PROMPTS.reset(token)
+            # Not by a token of the variable: a generator may be left in another context than it was entered in.
+            _PROXY_PROMPTS.set(tuple(other for other in _PROXY_PROMPTS.get() if other is not entry))
+            self._proxy_prompts[:] = [other for other in self._proxy_prompts if other is not entry]
 
     @property
     def has_proxy_prompt_elsewhere(self) -> bool:
         """Whether another thread or task gives the proxy prompts of its own, and this one does not."""
-        return self.proxy_prompt is None and self._proxy_prompts > 0
+        return self.proxy_prompt is None and bool(self._proxy_prompts)
 
     def first_time(self, subject: Hashable) -> bool:
         """Whether this is the first question about a subject: of each, a warning is given once."""

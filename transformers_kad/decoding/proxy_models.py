@@ -25,7 +25,7 @@ class ProxyModels:
         if reference is not None:
             self.reference = CachedModel(reference, "reference", without_adapter=without_adapter)
         self._static_proxy: StaticCacheModel | None = None
-        self._compiled_base: weakref.ref[PreTrainedModel] | None = None
+        self._compiled_bases: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._caches_are_valid = True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -83,9 +83,8 @@ class ProxyModels:
         for cached in self:
             cached.reset()
         self._static_proxy = None
-        attached = self._attached_to_base()
-        if attached is not None:
-            attached.pop(self, None)
+        for base in list(self._compiled_bases):
+            vars(base)[_AttachedModels.NAME].pop(self, None)
 
     def static_proxy(self, width: int) -> StaticCacheModel:
         """The proxy in a static cache with compiled forwards of `width` tokens, kept from call to call."""
@@ -96,24 +95,20 @@ class ProxyModels:
 
     def static_base(self, base: PreTrainedModel, width: int) -> StaticCacheModel:
         """The same for a base, which keeps it: a processor that did would keep the base alive."""
-        self._compiled_base = weakref.ref(base)
+        self._compiled_bases.add(base)
         attached = vars(base).setdefault(_AttachedModels.NAME, _AttachedModels())
         static: StaticCacheModel | None = attached.get(self)
-        if static is None or static.width != width:
+        if static is None or static.model is not base or static.width != width:
             static = attached[self] = StaticCacheModel(base, "base", width=width)
         static.refresh()
         return static
 
     def _reset_caches(self) -> None:
         """Empty all caches; static ones keep their memory, and with it what was compiled for them."""
-        attached = self._attached_to_base()
-        static = [self._static_proxy, None if attached is None else attached.get(self)]
-        for cached in (*self, *(model for model in static if model is not None)):
-            cached.reset()
-
-    def _attached_to_base(self) -> "_AttachedModels | None":
-        base = None if self._compiled_base is None else self._compiled_base()
-        return None if base is None else vars(base).get(_AttachedModels.NAME)
+        static = [vars(base)[_AttachedModels.NAME].get(self) for base in list(self._compiled_bases)]
+        for cached in (*self, self._static_proxy, *static):
+            if cached is not None:
+                cached.reset()
 
 
 class _AttachedModels(weakref.WeakKeyDictionary[ProxyModels, StaticCacheModel]):

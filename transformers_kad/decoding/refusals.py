@@ -1,4 +1,4 @@
-"""Every call of `generate` that could not be answered rightly is refused here, before it begins.
+"""Calls of `generate` that can be seen to go wrong are refused here, before they begin.
 
 A new refusal is one more `if` in the function of its kind: it echoes the value and says what to pass instead.
 """

@@ -31,6 +31,15 @@ class TokenStep(LogitsProcessor):
         """See `KADLogitsProcessor.__call__`."""
         raise NotImplementedError
 
+    def _check_call(self) -> None:
+        """Raise `RuntimeError` unless the call is open and runs in this thread, so that no other uses its caches."""
+        if not self.call.is_in_this_thread:
+            raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
+        if self.call.closed:
+            raise RuntimeError(
+                "This step belongs to a call of `generate` that is over: pass the KAD processor to the next call."
+            )
+
     def _proxy_texts(self, input_ids: torch.Tensor) -> "_ProxyTexts":
         """The base's texts `(rows, L)` as the proxy and the reference read them."""
         call = self.call
@@ -70,6 +79,7 @@ class EagerStep(TokenStep):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log r of the next token of texts `(rows, L)`, for the base's scores `(rows, V)`."""
+        self._check_call()
         call, vocabulary = self.call, scores.shape[-1]
         texts = self._proxy_texts(input_ids)
         logits = [texts.logits(cached) for cached in call.models]

@@ -1,4 +1,4 @@
-"""A model beside the base that reads what the base emits: in its own tokens, after its own prompt."""
+"""A model, the base included, that reads what the base emits: in its own tokens, after its own prompt."""
 
 from itertools import accumulate
 
