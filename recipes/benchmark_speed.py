@@ -274,16 +274,7 @@ def find_models(models: ModelArguments, rule: RuleArguments, speed: SpeedArgumen
     """
     if speed.configs:
         return
-    named = KADConfig.from_pretrained(rule.config) if rule.config else KADConfig()
-    if models.base is models.proxy is named.base is named.proxy is None:
-        pair = speed.pair or TINY_PAIR
-        if not (pair / "base").is_dir() or not (pair / "proxy").is_dir():
-            raise ValueError(
-                f"No pair in {str(pair)!r}. Pass --base and --proxy, or --pair with a folder that holds base/ and "
-                "proxy/, or --random_weights."
-            )
-        models.base, models.proxy = str(pair / "base"), str(pair / "proxy")
-    models.complete(named, rule.config)
+    models.complete_with_pair(rule.config, speed.pair or TINY_PAIR, ", or --random_weights")
 
 
 def write_report(report: dict[str, Any], text: str, folder: Path, name: str) -> None:

@@ -6,7 +6,7 @@ comparison worth something.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -169,3 +169,15 @@ def nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
             break
         kept[v] = 0.0
     return kept / kept.sum()
+
+
+def counted_p_values(threshold: float, most: int) -> Iterator[Callable[[float], None]]:
+    """A check of p-values against a threshold, for a fixture of a module; at the end it counts them."""
+    seen = []
+
+    def one(p_value: float) -> None:
+        seen.append(p_value)
+        assert p_value >= threshold
+
+    yield one
+    assert len(seen) <= most, f"{len(seen)} p-values were computed: raise P_VALUES, the level is per module."

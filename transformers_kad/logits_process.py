@@ -28,6 +28,8 @@ from .rules.base import Rule
 from .rules.deferral import DualDeferral
 from .rules.registry import RULES, make_rule, unknown_name_message
 
+_SETTINGS = tuple(field.name for field in fields(DecodingSettings))
+
 
 class KADLogitsProcessor(LogitsProcessor):
     r"""Guides a base model with a small aligned proxy while it generates.
@@ -175,12 +177,12 @@ class KADLogitsProcessor(LogitsProcessor):
         return self.state.settings
 
     def __getattr__(self, name: str) -> Any:
-        if "state" in vars(self) and any(field.name == name for field in fields(DecodingSettings)):
+        if "state" in vars(self) and name in _SETTINGS:
             return getattr(self.state.settings, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "trace" and any(field.name == name for field in fields(DecodingSettings)):
+        if name != "trace" and name in _SETTINGS:
             raise AttributeError(
                 f"`{name}` of a processor can't be changed, got {value!r:.200}: build another processor. It may share "
                 "the proxy."
@@ -313,7 +315,7 @@ def _resolve_rule(rule: Rule | str, parameters: dict[str, Any]) -> Rule:
     ):
         raise TypeError(f"`rule` must be a rule object or one of {', '.join(RULES)}, got {rule!r}.")
     if parameters:
-        names = ["reference", *(field.name for field in fields(DecodingSettings)), "proxy_tokenizer"]
+        names = ["reference", *_SETTINGS, "proxy_tokenizer"]
         names.remove("rule")
         raise TypeError(
             f"{unknown_name_message('argument', next(iter(parameters)), names)} Parameters of a rule are passed "

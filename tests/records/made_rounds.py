@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from transformers_kad import DualDeferral
-from transformers_kad.records.recorders import RoundRecorder
+from transformers_kad.records.recorders import BatchRecorder, RoundRecorder
 from transformers_kad.rules.composition import Composition, compose
 
 SIZE = 6  # of the vocabulary
@@ -52,9 +52,14 @@ def texts(draw):
     return rounds
 
 
+def finish(recorder):
+    """Statistics and trace of a batch with this row alone."""
+    return BatchRecorder(recorder.trace, [recorder]).finish()
+
+
 def recorded(rounds, trace=False):
     recorder = RoundRecorder(trace)
     for one in rounds:
         recorder.record(one.drafted, one.accepted, list(range(one.tokens)), [with_mass(m) for m in one.masses])
-    (statistics,), records = recorder.finish()
+    (statistics,), records = finish(recorder)
     return statistics, records

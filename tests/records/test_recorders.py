@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made_rounds import SIZE, Round, position, recorded, texts, with_mass
+from made_rounds import SIZE, Round, finish, position, recorded, texts, with_mass
 
 from transformers_kad import (
     ConfidenceBetDeferral,
@@ -101,10 +101,10 @@ def test_equal_runs_have_equal_statistics_and_a_later_round_does_not_change_a_sn
     assert recorded(rounds, trace=True) == recorded(rounds, trace=True)
     recorder = RoundRecorder(trace=True)
     recorder.record(1, 0, [3], [with_mass(0.5)])
-    before = recorder.finish()
+    before = finish(recorder)
     recorder.record(1, 1, [3, 4], [with_mass(0.5), with_mass(0.5)])
     assert before[0][0].tokens == len(before[1]) == 1
-    assert recorder.finish()[0][0].tokens == 3
+    assert finish(recorder)[0][0].tokens == 3
 
 
 # --- The trace of rounds --------------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_a_record_holds_p_q_r_and_the_share_owed_to_the_proxy(rule):
     positions = [position(rule, seed) for seed in range(8)]
     tokens = [seed % SIZE for seed in range(8)]
     recorder.record(7, 7, tokens, positions)
-    _, trace = recorder.finish()
+    _, trace = finish(recorder)
     shares = []
     for record, token, at in zip(trace, tokens, positions, strict=True):
         p, q, r = (float(probs[0, token]) for probs in (at.base_probs, at.proxy_probs, at.target_probs))
@@ -143,7 +143,7 @@ def test_a_record_of_a_rule_that_is_no_mask_has_no_mass_and_no_share():
     recorder = RoundRecorder(trace=True)
     at = position(Ensemble(0.5))
     recorder.record(0, 0, [2], [at])
-    _, trace = recorder.finish()
+    _, trace = finish(recorder)
     assert trace[0].deferral_mass is None
     assert trace[0].proxy_share is None
     assert trace[0].target_prob == float(at.target_probs[0, 2])
@@ -153,7 +153,7 @@ def test_a_token_that_the_target_rules_out_owes_nothing_to_the_proxy():
     recorder = RoundRecorder(trace=True)
     certain = torch.tensor([[1.0, 0, 0, 0, 0, 0]])
     recorder.record(0, 0, [3], [Composition(certain, certain, certain, torch.tensor([0.5]))])
-    assert recorder.finish()[1][0].proxy_share == 0
+    assert finish(recorder)[1][0].proxy_share == 0
 
 
 def test_without_trace_there_is_none():
@@ -329,7 +329,7 @@ def test_a_small_vocabulary_has_fewer_alternatives():
     recorder = RoundRecorder(trace=True)
     p, q = torch.tensor([[0.25, 0.5, 0.25]]), torch.tensor([[0.125, 0.125, 0.75]])
     recorder.record(0, 0, [1], [Composition(p, q, p, torch.tensor([0.0]))])
-    (record,) = recorder.finish()[1]
+    (record,) = finish(recorder)[1]
     assert record.base_alternatives == ((1, 0.5), (0, 0.25), (2, 0.25))
     assert record.proxy_alternatives == ((2, 0.75), (0, 0.125), (1, 0.125))
 
@@ -344,7 +344,7 @@ def test_recording_reads_nothing_back_before_the_end(monkeypatch):
         recorders[0].record(2, 2, [1, 2, 3], of_round)
         for at, step in enumerate(of_steps):
             recorders[1].record(ids[:, : 2 + at], step, None)
-    assert len(recorders[0].finish()[1]) == 3
+    assert len(finish(recorders[0])[1]) == 3
     assert len(recorders[1].finish(ids, 2, [2, 2], [0, 1])[1]) == 2
 
 

@@ -27,7 +27,7 @@ ALL_RULES = [
     ExactDeferral(0.6, tolerance=0.02),  # to 1e-4, flat distributions take seconds
     NudgingDeferral(0.5),
     ConfidenceBetDeferral(0.1),
-    *(CascadeDeferral(variant, 0.05) for variant in ("diff", "opt", "token_v2", "token_v3")),
+    *(CascadeDeferral(variant, 0.05) for variant in VARIANTS),
     ImplicitReward(1.5),
     Ensemble(0.3),
     BlendIn(0.6),

@@ -209,7 +209,7 @@ def test_a_known_distribution_of_another_shape_is_refused_and_both_shapes_are_na
 def test_the_distribution_of_the_proxy_is_that_of_the_composition(dtype):
     for logits in (hard_logits(13, 40), [random_logits(3, 40, seed=i) for i in range(3)]):
         base, proxy = (x.to(dtype) for x in logits[:2])
-        q = proxy_distribution(base, proxy)
+        q = proxy_distribution(base, proxy, base.float().softmax(-1))
         assert q.dtype == torch.float32
         assert torch.equal(q, compose(Ensemble(0.5), base, proxy).proxy_probs)
         assert float(q[base == -torch.inf].sum()) == 0

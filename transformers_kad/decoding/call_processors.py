@@ -52,14 +52,12 @@ class RowTexts:
         rows: the numbers of the rows in the batch of the call.
         texts: of each row the text with its draft, `(1, L)`.
         lengths: of each row the length of the text without its draft.
-        going_on: the places of the rows whose round goes on; nobody reads the scores of the others.
         whole_batch: returns the texts of all rows of the call, `(B, L)`, where they go in step.
     """
 
     rows: list[int]
     texts: list[torch.Tensor]
     lengths: list[int]
-    going_on: list[int]
     whole_batch: Callable[[], torch.Tensor]
 
 
@@ -86,8 +84,11 @@ class CallProcessors:
     def __bool__(self) -> bool:
         return bool(self._of_rows)
 
-    def __call__(self, begin: int, scores: torch.Tensor, texts: RowTexts) -> torch.Tensor:
-        """Process scores `(B, n, V)` of the positions of a round from `begin` on."""
+    def __call__(self, begin: int, scores: torch.Tensor, texts: RowTexts, going_on: Sequence[int]) -> torch.Tensor:
+        """Process scores `(B, n, V)` of the positions of a round from `begin` on.
+
+        `going_on` are the places of the rows whose round goes on. Nobody reads the scores of the others.
+        """
         if self._in_step:
             return self._process_whole_batch(scores, texts)
         for of_rows in self._of_rows:
@@ -96,7 +97,7 @@ class CallProcessors:
                 scores = of_rows[0](flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
                 continue
             processed = list(scores)
-            for place in texts.going_on:
+            for place in going_on:
                 processor, text = of_rows[texts.rows[place]], texts.texts[place]
                 positions = enumerate(scores[place].split(1), texts.lengths[place] + begin)
                 processed[place] = torch.cat([processor(text[:, :length], position) for length, position in positions])

@@ -26,11 +26,13 @@ class BaseDraw:
         tokens: v ~ p, `(rows,)`.
         deferred: d_v, whether the token is to be drawn again from q, `(rows,)` boolean.
         deferral_mass: D, `(rows,)`.
+        base_probs: p, `(rows, V)`.
     """
 
     tokens: torch.Tensor
     deferred: torch.Tensor
     deferral_mass: torch.Tensor
+    base_probs: torch.Tensor
 
 
 def draw_from_base(rule: DeferralRule, base_logits: torch.Tensor) -> BaseDraw:
@@ -38,7 +40,7 @@ def draw_from_base(rule: DeferralRule, base_logits: torch.Tensor) -> BaseDraw:
     p = base_logits.float().softmax(-1)
     deferral = rule.defer(p)
     tokens = draw(p)
-    return BaseDraw(tokens, deferral.gather(-1, tokens[:, None]).squeeze(-1), deferral_mass(p, deferral))
+    return BaseDraw(tokens, deferral.gather(-1, tokens[:, None]).squeeze(-1), deferral_mass(p, deferral), p)
 
 
 def draw_again(drawn: BaseDraw, base_logits: torch.Tensor, proxy_logits: torch.Tensor) -> torch.Tensor:
@@ -46,7 +48,8 @@ def draw_again(drawn: BaseDraw, base_logits: torch.Tensor, proxy_logits: torch.T
 
     Both models' logits are tempered, `(rows, V)`. Ids at -inf in `base_logits` are banned from q, as in `compose`.
     """
-    return torch.where(drawn.deferred, draw(proxy_distribution(base_logits, proxy_logits)), drawn.tokens)
+    q = proxy_distribution(base_logits, proxy_logits, drawn.base_probs)
+    return torch.where(drawn.deferred, draw(q), drawn.tokens)
 
 
 def force(tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -122,7 +122,8 @@ class SpeculativeRound:
             drafts = self._draft_ids.split(1)
             with_drafts = [torch.cat([text, ids], dim=-1) for text, ids in zip(texts, drafts, strict=True)]
         lengths = [text.shape[1] for text in texts]
-        self._texts = RowTexts(rows, with_drafts, lengths, list(range(len(rows))), whole_batch)
+        self._texts = RowTexts(rows, with_drafts, lengths, whole_batch)
+        self._going_on = list(range(len(rows)))
 
     def decide(self, generator: KADCandidateGenerator, emit: Callable[[dict[int, list[int]]], Sequence[int]]) -> None:
         """Decide which tokens each row emits: what is accepted of its draft, and one more.
@@ -140,14 +141,14 @@ class SpeculativeRound:
         """
         drafted, known = self._draft_ids.shape[1], self._proxy_logits.shape[1]
         ends = {known, drafted + 1} - {0} if self.settings.run_ahead else range(1, drafted + 2)
-        going_on, begin = self._texts.going_on, 0
+        begin = 0
         for end in sorted(ends):
             if end > known:
                 bonus = generator.next_logits().to(self._proxy_logits.device)
                 self._proxy_logits = torch.cat([self._proxy_logits, bonus[:, None]], dim=1)
-            going_on[:] = self._decide_positions(begin, end, emit)
+            self._going_on = self._decide_positions(begin, end, emit)
             begin = end
-            if not going_on:
+            if not self._going_on:
                 break
 
     def _decide_positions(
@@ -156,7 +157,7 @@ class SpeculativeRound:
         """Decide the positions from `begin` to `end` of the rows that go on; which of them go on behind these."""
         decision = self._verify_positions(begin, end)
         tokens = {}
-        for row in self._texts.going_on:
+        for row in self._going_on:
             count = decision.accepted[row]
             self.accepted[row] += count
             tokens[row] = self._drafted[row][begin : begin + count]
@@ -216,7 +217,7 @@ class SpeculativeRound:
         rows, count, vocabulary = proxy_logits.shape
         base_scores = self.base_logits[:, begin:end]
         if self.settings.before:
-            base_scores = self.settings.before(begin, base_scores.clone(), self._texts)
+            base_scores = self.settings.before(begin, base_scores.clone(), self._texts, self._going_on)
         unusable = {"base": is_unusable(base_scores), "proxy": is_unusable(proxy_logits)}
         reference_logits = None
         if self._reference_logits is not None:
@@ -234,7 +235,7 @@ class SpeculativeRound:
         )
         target_probs, log_target = composition.target_probs.view(rows, count, vocabulary), None
         if self.settings.after:
-            log_target = self.settings.after(begin, target_probs.log(), self._texts)
+            log_target = self.settings.after(begin, target_probs.log(), self._texts, self._going_on)
             # Greedy decoding takes the largest score as it is: +inf forces a token there.
             target_probs = log_target.softmax(-1) if self.settings.do_sample else log_target
             unusable[_BEHIND_KAD] = ~(target_probs.amax(-1) > -torch.inf)

@@ -9,7 +9,7 @@ from transformers import Cache, PreTrainedModel
 from .activated_lora import activated, prompt_activation
 from .cache_rollback import can_crop, record_past
 from .cached_model import CachedModel
-from .forward_inputs import PER_TOKEN, ForwardInputs
+from .forward_inputs import PER_TOKEN
 from .model_errors import describe
 from .padding import PaddedTexts
 
@@ -22,6 +22,7 @@ class BaseModel(CachedModel):
     """
 
     cache_outlives_call = False
+    counts_given_positions_only = True
 
     def __init__(
         self,
@@ -36,7 +37,6 @@ class BaseModel(CachedModel):
         self._stand_in = None  # an id that the base can't read is an error of the prompt
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         given = {name: model_kwargs.pop(name) for name in PER_TOKEN if model_kwargs.get(name) is not None}
-        self._inputs = ForwardInputs(model, for_base=True)
         self._inputs.use_prompt_inputs(given, mask)
         self._kwargs = model_kwargs
         self._tokens_before_activation = prompt_activation(model, mask)

@@ -51,6 +51,8 @@ class CachedModel:
 
     # A cache that a later call continues must not hold tensors of inference mode, which that call could not write to.
     cache_outlives_call = True
+    # See `ForwardInputs`.
+    counts_given_positions_only = False
 
     def __init__(self, model: PreTrainedModel, role: str = "proxy", *, without_adapter: bool = False) -> None:
         self.model = model
@@ -59,7 +61,7 @@ class CachedModel:
         self.forwards = 0
         self.context_length = context_length(model)
         self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self._inputs = ForwardInputs(model)
+        self._inputs = ForwardInputs(model, for_base=self.counts_given_positions_only)
         self.accepted_inputs = self._inputs.accepted
         self._switch = AdapterSwitch(model) if without_adapter else None
         config = model.config.get_text_config(decoder=True)
@@ -138,8 +140,7 @@ class CachedModel:
         texts, begin = self._texts, self._texts.columns - kept.shape[1]
         kept = kept[:, : int(kept.any(dim=0).nonzero().max()) + 1] if bool(kept.any()) else kept[:, :0]
         self.crop(begin + kept.shape[1])
-        may_have_holes = texts.mask is not None and self._cache is not None and can_have_holes(self._cache)
-        if len(kept) == 1 and not may_have_holes:
+        if len(kept) == 1 and (texts.mask is None or self._cache is None or not can_have_holes(self._cache)):
             return
         self._texts = texts.keep(begin, kept)
         assert self._texts.lengths is not None

@@ -52,16 +52,26 @@ def check_tokenizers(base_tokenizer: Any, proxy_tokenizer: Any) -> None:
     Raises:
         ValueError: names the first ids that differ.
     """
+    difference = describe_different_ids(base_tokenizer, proxy_tokenizer)
+    if difference is not None:
+        raise ValueError(
+            f"{difference} Take a proxy of the same model family, or pass "
+            "`vocabulary_alignment=align_vocabularies(base_tokenizer, proxy_tokenizer)`."
+        )
+
+
+def describe_different_ids(base_tokenizer: Any, proxy_tokenizer: Any) -> str | None:
+    """A sentence on the ids that two tokenizers share and that mean different strings; None if there are none."""
     base = {index: token for token, index in base_tokenizer.get_vocab().items()}
     proxy = {index: token for token, index in proxy_tokenizer.get_vocab().items()}
     different = [index for index in sorted(base.keys() & proxy.keys()) if base[index] != proxy[index]]
-    if different:
-        shown = ", ".join(f"{i}: {base[i]!r} and {proxy[i]!r}" for i in different[:5])
-        raise ValueError(
-            f"Base and proxy must share one vocabulary, but {len(different)} token ids mean different strings "
-            f"(base and proxy): {shown}. Take a proxy of the same model family, or pass "
-            "`vocabulary_alignment=align_vocabularies(base_tokenizer, proxy_tokenizer)`."
-        )
+    if not different:
+        return None
+    shown = ", ".join(f"{i}: {base[i]!r} and {proxy[i]!r}" for i in different[:5])
+    return (
+        f"Base and proxy must share one vocabulary, but {len(different)} token ids mean different strings "
+        f"(base and proxy): {shown}."
+    )
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,32 @@ class ModelArguments:
         named = with_models(config, self.base, self.proxy, source)
         self.base, self.proxy = named.base, named.proxy
 
+    def complete_with_pair(self, source: str | Path | None, pair: Path, alternative: str = "") -> bool:
+        """Take base and proxy from a saved configuration, or from a folder with a pair if nothing names them.
+
+        Args:
+            source: folder or Hub repo with a `kad_config.json`, or None.
+            pair: a folder that holds base/ and proxy/.
+            alternative: what else the recipe accepts, for the error message.
+
+        Returns:
+            Whether the pair of the folder is used.
+
+        Raises:
+            ValueError: nothing names them and there is no such pair, or one of the two is named nowhere.
+        """
+        named = KADConfig.from_pretrained(source) if source else KADConfig()
+        uses_pair = self.base is self.proxy is named.base is named.proxy is None
+        if uses_pair:
+            if not (pair / "base").is_dir() or not (pair / "proxy").is_dir():
+                raise ValueError(
+                    f"No pair in {str(pair)!r}. Pass --base and --proxy, or --pair with a folder that holds base/ and "
+                    f"proxy/{alternative}."
+                )
+            self.base, self.proxy = str(pair / "base"), str(pair / "proxy")
+        self.complete(named, source)
+        return uses_pair
+
 
 @dataclass
 class RuleParameters:

@@ -189,10 +189,6 @@ class RoundRecorder:
             ids = torch.tensor(tokens, device="cpu")
             self.traced += map(_trace, positions, torch.split(ids, [len(piece.target_probs) for piece in positions]))
 
-    def finish(self) -> tuple[list[SequenceStatistics], KADTrace | None]:
-        """Statistics and trace of the sequence."""
-        return BatchRecorder(self.trace, [self]).finish()
-
 
 @dataclass
 class BatchRecorder:

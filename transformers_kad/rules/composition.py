@@ -110,9 +110,7 @@ def compose(
     return Composition(p, q, r, torch.cat(masses) if masses else None)
 
 
-def proxy_distribution(
-    base_logits: Tensor, proxy_logits: Tensor, *, base_probs: Tensor | None = None, proxy_probs: Tensor | None = None
-) -> Tensor:
+def proxy_distribution(base_logits: Tensor, proxy_logits: Tensor, base_probs: Tensor) -> Tensor:
     """The proxy's next-token distribution q without the tokens that the base bans, `(rows, V)` float32.
 
     Ids at -inf in `base_logits` are removed and the rest is renormalised. A row in which no token is left is set to p.
@@ -120,24 +118,32 @@ def proxy_distribution(
     Args:
         base_logits: of the base, `(rows, V)`.
         proxy_logits: of the proxy, `(rows, V)`.
-        base_probs: p, if the caller has it already.
-        proxy_probs: the softmax of `proxy_logits`, if the caller has it already, see :func:`compose`.
+        base_probs: p, `(rows, V)` float32.
     """
-    logits = proxy_logits.to(base_logits.device, torch.float32)
-    if may_be_any(base_logits.amin(-1) == -torch.inf):
-        logits, proxy_probs = logits.masked_fill(base_logits == -torch.inf, -torch.inf), None
-    q = logits.softmax(-1) if proxy_probs is None else proxy_probs.to(logits)
-    p = base_logits.float().softmax(-1) if base_probs is None else base_probs
-    return replace_rows(q, logits.amax(-1) == -torch.inf, p)
+    return _without_bans(proxy_logits, _bans(base_logits), base_probs)
 
 
 def _compose(
     rule: Rule, base_logits: Tensor, proxy_logits: Tensor, reference_logits: Tensor | None, proxy_probs: Tensor | None
 ) -> Composition:
     """Apply :func:`compose` to as many rows as are handled at once."""
-    p = base_logits.float().softmax(-1)
-    q = proxy_distribution(base_logits, proxy_logits, base_probs=p, proxy_probs=proxy_probs)
+    p, bans = base_logits.float().softmax(-1), _bans(base_logits)
+    q = _without_bans(proxy_logits, bans, p, proxy_probs)
     if isinstance(rule, DeferralRule):
         return Composition(p, q, *mix_and_mass(p, q, rule.defer(p, q)))
-    q0 = None if reference_logits is None else proxy_distribution(base_logits, reference_logits, base_probs=p)
+    q0 = None if reference_logits is None else _without_bans(reference_logits, bans, p)
     return Composition(p, q, rule(p, q, q0), None)
+
+
+def _bans(base_logits: Tensor) -> Tensor | None:
+    """Which ids are at -inf, boolean `(rows, V)`; None where none can be."""
+    return base_logits == -torch.inf if may_be_any(base_logits.amin(-1) == -torch.inf) else None
+
+
+def _without_bans(logits: Tensor, bans: Tensor | None, p: Tensor, probs: Tensor | None = None) -> Tensor:
+    """The softmax of logits `(rows, V)` without banned ids, see :func:`proxy_distribution`; `probs` if none can be."""
+    logits = logits.to(p.device, torch.float32)
+    if bans is not None:
+        logits, probs = logits.masked_fill(bans, -torch.inf), None
+    q = logits.softmax(-1) if probs is None else probs.to(logits)
+    return replace_rows(q, logits.amax(-1) == -torch.inf, p)

@@ -159,18 +159,9 @@ def make_decoder(
     """
     if evaluation.num_samples > 1 and not sampling.do_sample:
         raise ValueError(f"--num_samples {evaluation.num_samples} needs --do_sample: greedy answers are identical.")
-    named = KADConfig.from_pretrained(config) if config else KADConfig()
-    if models.base is models.proxy is named.base is named.proxy is None:
-        pair = evaluation.pair or default_pair
-        if not (pair / "base").is_dir() or not (pair / "proxy").is_dir():
-            raise ValueError(
-                f"No pair in {str(pair)!r}. Pass --base and --proxy, or --pair with a folder that holds base/ and "
-                "proxy/."
-            )
-        models.base, models.proxy = str(pair / "base"), str(pair / "proxy")
-        if evaluation.pair is None:
-            torch.set_num_threads(1)  # more threads are slower for models this small
-    models.complete(named, config)
+    uses_pair = models.complete_with_pair(config, evaluation.pair or default_pair)
+    if uses_pair and evaluation.pair is None:
+        torch.set_num_threads(1)  # more threads are slower for models this small
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
     assign_devices(models, state.local_process_index, local_processes, torch.cuda.device_count())
     flags: dict[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}

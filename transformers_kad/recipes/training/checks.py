@@ -7,6 +7,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from ...integrations.loading.models import below_adapter, load_tokenizer
 from ...integrations.loading.prompts import no_padding_error, pad_token_id
+from ...models.vocabulary import describe_different_ids
 from . import AlignmentError
 from .arguments import log
 
@@ -81,15 +82,10 @@ def check_same_tokens(base_tokenizer: PreTrainedTokenizerBase, proxy_tokenizer: 
     Raises:
         AlignmentError: they don't; the message names the first ids or strings that differ.
     """
+    difference = describe_different_ids(base_tokenizer, proxy_tokenizer)
+    if difference is not None:
+        raise AlignmentError(f"{difference} Take a proxy of the same model family.")
     base, proxy = base_tokenizer.get_vocab(), proxy_tokenizer.get_vocab()
-    base_strings, proxy_strings = ({index: token for token, index in v.items()} for v in (base, proxy))
-    ids = [i for i in sorted(base_strings.keys() & proxy_strings.keys()) if base_strings[i] != proxy_strings[i]]
-    if ids:
-        shown = ", ".join(f"{i}: {base_strings[i]!r} and {proxy_strings[i]!r}" for i in ids[:5])
-        raise AlignmentError(
-            f"Base and proxy must share one vocabulary, but {len(ids)} token ids mean different strings (base and "
-            f"proxy): {shown}. Take a proxy of the same model family."
-        )
     moved = [token for token in base.keys() & proxy.keys() if base[token] != proxy[token]]
     if moved:
         shown = ", ".join(f"{t!r}: {base[t]} and {proxy[t]}" for t in sorted(moved, key=base.__getitem__)[:5])
