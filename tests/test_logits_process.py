@@ -658,6 +658,40 @@ def test_models_that_cannot_serve_as_proxy_are_refused(proxy):
         KADLogitsProcessor(virtual)
 
 
+def test_what_torch_compile_made_of_a_model_is_refused_with_what_to_do(base, proxy):
+    compiled = torch.compile(proxy)
+    for role, build in {
+        "proxy": lambda: KADLogitsProcessor(compiled),
+        "reference": lambda: KADLogitsProcessor(proxy, ImplicitReward(1.0), reference=compiled),
+    }.items():
+        with pytest.raises(TypeError, match=rf"got OptimizedModule. To compile the {role}, use `{role}.compile\(\)`"):
+            build()
+    with pytest.raises(ValueError, match=r"OptimizedModule: .* use `proxy.compile\(\)`"):
+        base.generate(PROMPT, logits_processor=[KADLogitsProcessor(proxy)], assistant_model=compiled)
+
+
+@pytest.mark.parametrize("rule", [DualDeferral(0.4), ImplicitReward(1.0)])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_models_that_were_compiled_in_place(rule, speculative):
+    """`model.compile()`: also of a `PeftModel` whose adapter is switched off and on between its forwards."""
+    base, below = tiny_model(seed=1), tiny_model(seed=2)
+    torch.manual_seed(0)
+    proxy = get_peft_model(below, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    kad, graphs = KADLogitsProcessor(proxy, rule), []
+    settings = {"logits_processor": [kad], "assistant_model": proxy if speculative else None, **GREEDY}
+    expected = base.generate(PROMPT, **settings)
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for model in (base, proxy):
+        model.compile(backend=count)
+    kad.reset()
+    assert torch.equal(base.generate(PROMPT, **settings), expected)
+    assert graphs
+
+
 def test_a_text_beyond_the_proxys_context_is_refused_by_name(base):
     proxy = tiny_model(seed=2, max_position_embeddings=16)
     proxy.config._name_or_path = "my/proxy"

@@ -20,7 +20,7 @@ from .decoding.settings import DecodingSettings
 from .decoding.token_by_token import EagerStep
 from .models.adapters import check_adapters, model_below
 from .models.forward_inputs import PER_TOKEN
-from .models.model_errors import describe
+from .models.model_errors import describe, how_to_compile
 from .models.vocabulary import VocabularyAlignment, check_tokenizers
 from .records.statistics import KADStatistics
 from .records.trace import KADTrace
@@ -345,9 +345,13 @@ def _make_models(rule: Rule, proxy: PreTrainedModel, reference: PreTrainedModel 
 def _check_model(model: PreTrainedModel, role: str) -> None:
     """Raise unless the model can serve as proxy or reference."""
     if not isinstance(model, PreTrainedModel | PeftModel):
-        raise TypeError(f"`{role}` must be a causal LM or a PeftModel, got {type(model).__name__}.")
+        raise TypeError(
+            f"`{role}` must be a causal LM or a PeftModel, got {type(model).__name__}{how_to_compile(role, model)}."
+        )
     if not isinstance(model_below(model), GenerationMixin):
         raise TypeError(f"`{role}` must be a causal LM, which has a head and `generate`, got {type(model).__name__}.")
+    if getattr(model.get_input_embeddings(), "weight", None) is None:  # such as MusicGen, which has several
+        raise TypeError(f"`{role}` must be a model of text with one table of embeddings, got {type(model).__name__}.")
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only {role}, got the encoder-decoder model {describe(model)}.")
     check_adapters(model, role)

@@ -12,7 +12,7 @@ from test_batches import padded
 from test_forward_inputs import make
 from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, MusicgenForCausalLM
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
 from transformers_kad.models.cached_model import CachedModel
@@ -33,20 +33,16 @@ def layered(name, seed=2):
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("length", [3, 7, 12, 20])
 @pytest.mark.parametrize("kind", ["window", "state"])
-def test_drafts_that_such_a_cache_holds_are_right_or_refused(base, kind, length, rows, drafter):
-    """A batch is refused whatever its texts accept; one text is that of token by token."""
+def test_drafts_that_such_a_cache_holds_are_right(base, kind, length, rows, drafter):
+    """The texts are those of token by token, whether or not they outgrow the window."""
     proxy = layered(kind)
     kad = KADLogitsProcessor(proxy, DualDeferral(0.6), drafter=drafter, num_assistant_tokens=3)
     generator = torch.Generator().manual_seed(length)
     prompts = torch.randint(1, 50, (rows, (length + 1) // 2), generator=generator).repeat(1, 2)[:, :length]
     settings = {"logits_processor": [kad], **GREEDY}
     expected = base.generate(prompts, **settings)
-    if rows > 1:
-        with pytest.raises(ValueError, match="Rows of a batch accept different numbers of draft tokens"):
-            base.generate(prompts, assistant_model=proxy, **settings)
-    else:
-        assert torch.equal(base.generate(prompts, assistant_model=proxy, **settings), expected)
-    assert torch.equal(base.generate(prompts, **settings), expected)  # nothing is left of the refused call
+    assert torch.equal(base.generate(prompts, assistant_model=proxy, **settings), expected)
+    assert torch.equal(base.generate(prompts, **settings), expected)  # nothing is left of that call
 
 
 @pytest.mark.parametrize("dropped", [False, True])
@@ -60,7 +56,7 @@ def test_rows_stay_what_they_keep_and_are_selected_whether_or_not_the_cache_is_t
     cached.extend(draft, logits_to_keep=3)
     if dropped:
         cached._cache = None
-    cached.keep_columns(torch.tensor([[True, True, False], [True, False, False], [True, True, True]]))
+    cached.take_back([1, 2, 0])
     cached.select_rows([2, 1])
     last = torch.tensor([[13], [14]])
     got = cached.extend(last)[:, -1]
@@ -249,9 +245,14 @@ def test_models_without_a_padding_id_of_their_own_as_proxy(base):
     settings = {"logits_processor": [kad], **GREEDY, **padded(3)}
     expected = base.generate(**settings)
     assert torch.equal(base.generate(assistant_model=kad.proxy, **settings), expected)
-    rwkv = of_type("rwkv", attention_hidden_size=32)
-    with pytest.raises(ValueError, match="returned no `Cache`"):
-        base.generate(torch.tensor([[3, 4]]), logits_processor=[KADLogitsProcessor(rwkv)], **GREEDY)
+
+
+def test_a_proxy_without_a_cache_reads_its_text_again_and_says_so(base):
+    kad = KADLogitsProcessor(of_type("rwkv", attention_hidden_size=32), DualDeferral(0.3))
+    settings = {"logits_processor": [kad], **GREEDY}
+    with pytest.warns(UserWarning, match="returned no `Cache` .* reads the whole text again for every token"):
+        expected = base.generate(torch.tensor([[3, 4]]), **settings)
+    assert torch.equal(base.generate(torch.tensor([[3, 4]]), assistant_model=kad.proxy, **settings), expected)
 
 
 def test_a_base_that_reads_in_both_directions_verifies_no_drafts(proxy):
@@ -260,6 +261,13 @@ def test_a_base_that_reads_in_both_directions_verifies_no_drafts(proxy):
     base.generate(torch.tensor([[3, 4]]), **settings)
     with pytest.raises(ValueError, match="reads in both directions"):
         base.generate(torch.tensor([[3, 4]]), assistant_model=proxy, **settings)
+
+
+def test_a_proxy_of_audio_codes_is_refused():
+    sizes = {"vocab_size": 16, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+    config = AutoConfig.for_model("musicgen_decoder", num_codebooks=2, pad_token_id=0, bos_token_id=0, **sizes)
+    with pytest.raises(TypeError, match="model of text with one table of embeddings, got MusicgenForCausalLM"):
+        KADLogitsProcessor(MusicgenForCausalLM(config))
 
 
 def test_a_proxy_without_generate_is_refused():

@@ -127,6 +127,36 @@ def test_without_an_end_of_sequence_rows_go_on_and_count(base, proxy, free):
     assert [row.tokens for row in kad.statistics.sequences] == [ids.shape[1] - BEGIN] * 5
 
 
+def decode_without_criteria(end, padding):
+    """A decoding method of the user's that asks no criterion: one id ends a row, another one fills it up."""
+
+    def decode(model, input_ids, logits_processor, **kwargs):
+        ended = torch.zeros(len(input_ids), dtype=torch.bool)
+        for _ in range(10):
+            tokens = logits_processor(input_ids, model(input_ids).logits[:, -1]).argmax(-1)
+            input_ids = torch.cat([input_ids, tokens.masked_fill(ended, padding)[:, None]], dim=1)
+            ended |= tokens == end
+        return input_ids
+
+    return decode
+
+
+def test_padding_at_the_end_of_a_row_that_nothing_ended_is_text(base, proxy):
+    """Without criteria of the user's only an end of sequence ends a row before the others."""
+    kad, ids = make_kad(proxy), padded(5)["input_ids"][:, -3:].clamp(min=1)
+
+    def generated(end, padding):
+        method = {"custom_generate": decode_without_criteria(end, padding), "eos_token_id": end}
+        return base.generate(ids, logits_processor=[kad], pad_token_id=padding, **method, **GREEDY)[:, 3:].tolist()
+
+    rows = generated(-1, 0)
+    end = next(token for token in rows[0] if token not in rows[1])
+    expected = [trimmed(row, [end]) for row in rows]
+    assert len(expected[0]) < len(expected[1]) == 10
+    assert [row[: len(text)] for row, text in zip(generated(end, rows[1][-1]), expected, strict=True)] == expected
+    assert [row.tokens for row in kad.statistics.sequences] == [len(row) for row in expected]
+
+
 @pytest.mark.parametrize("case", ENDS.values(), ids=ENDS)
 def test_a_beam_counts_up_to_its_end(base, proxy, case):
     kad = make_kad(proxy)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_vocabulary import TOKENIZERS
+from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad import ImplicitReward, KADLogitsProcessor, VocabularyAlignment, align_vocabularies
@@ -103,14 +104,36 @@ def test_beams_and_return_sequences(base, tokenizer, alignment):
     assert twice[1] != best
 
 
-def test_a_sliding_window_refuses_holes_in_a_batch_that_is_longer(base, tokenizer, alignment):
-    kad = make_kad(alignment, make_proxy("mistral"))  # a window of 8
-    with pytest.raises(ValueError, match=r"MistralForCausalLM .*sliding window of 8 .*one sequence at a time"):
-        generated(base, tokenizer, kad, TEXTS)
-    proxy = tiny_model("mistral", vocabulary=len(TOKENIZERS["byte-level"]), seed=3, sliding_window=200)
+@pytest.mark.parametrize("speculative", [False, True])
+@pytest.mark.parametrize("family", ["mistral", "lfm2", "qwen3_next", "zaya", "jamba"])
+def test_rows_spell_differently_over_windows_and_states(base, tokenizer, alignment, family, speculative):
+    proxy = tiny_family(family, vocab_size=len(TOKENIZERS["byte-level"]))  # windows of 8
     kad = make_kad(alignment, proxy)
-    alone = [generated(base, tokenizer, kad, [text])[0] for text in TEXTS]
-    assert generated(base, tokenizer, kad, TEXTS) == alone
+    expected = [greedy_by_hand(base, tokenizer, alignment, proxy, text, kad.rule) for text in TEXTS]
+    widths = [[alignment.spell(torch.tensor([[token]]))[0].shape[1] for token in row] for row in expected]
+    assert widths[0] != widths[1]  # so there were holes
+    settings = {"assistant_model": proxy} if speculative else {}
+    assert generated(base, tokenizer, kad, TEXTS, **settings) == expected
+
+
+@pytest.mark.parametrize("family", ["bloom", "minimax"])
+def test_columns_of_some_rows_only_are_refused_where_rows_go_in_step(base, tokenizer, alignment, family):
+    proxy = tiny_family(family, vocab_size=len(TOKENIZERS["byte-level"]))
+    kad = make_kad(alignment, proxy)
+    with pytest.raises(ValueError, match=r"can't take back tokens of some rows only. Generate one sequence at a time"):
+        generated(base, tokenizer, kad, TEXTS, assistant_model=proxy)
+    expected = [greedy_by_hand(base, tokenizer, alignment, proxy, text, kad.rule) for text in TEXTS]
+    assert [generated(base, tokenizer, kad, [text], assistant_model=proxy)[0] for text in TEXTS] == expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen3_next"])
+def test_drafts_that_were_looked_up_are_spelled_over_windows_and_states(base, tokenizer, alignment, family):
+    proxy = tiny_family(family, vocab_size=len(TOKENIZERS["byte-level"]))
+    kad = make_kad(alignment, proxy, threshold=0.3, drafter="prompt_lookup")
+    texts = [f"{text} {text}" for text in TEXTS]  # so that something is found
+    expected = [greedy_by_hand(base, tokenizer, alignment, proxy, text, kad.rule) for text in texts]
+    assert generated(base, tokenizer, kad, texts, assistant_model=proxy) == expected
+    assert kad.statistics.drafted > 0
 
 
 def test_holes_do_not_count_as_context(base, tokenizer, alignment):

@@ -1,10 +1,11 @@
 """The base's texts as the proxy reads them, against the plain concatenation of its parts."""
 
+import pytest
 import torch
 from test_vocabulary import TOKENIZERS
 
 from transformers_kad import align_vocabularies
-from transformers_kad.decoding.proxy_text import ProxyText
+from transformers_kad.decoding.proxy_text import ProxyText, without_placeholders
 
 TEXT = torch.tensor([[0, 3, 14, 15], [2, 7, 18, 2]])
 MASK = torch.tensor([[0, 1], [1, 1]])
@@ -46,3 +47,25 @@ def test_spelling_goes_on_where_it_was_and_begins_anew_for_other_texts():
             spelled, spelled_mask, _ = alignment.spell(row[:, :length])
             assert ids[:, 2:].tolist() == spelled.tolist()
             assert mask[:, 2:].tolist() == spelled_mask.tolist()
+
+
+def test_placeholders_are_left_out_and_the_rest_is_padded_on_the_left():
+    ids = torch.tensor([[1, 2, 9, 9, 8, 3], [0, 4, 9, 5, 9, 6], [0, 0, 0, 1, 2, 3]])
+    mask = torch.tensor([[1] * 6, [0] + [1] * 5, [0] * 3 + [1] * 3])
+    text, kept = without_placeholders(ids, mask, [8, 9])
+    assert kept.tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 1]]
+    assert text.tolist() == [[1, 2, 3], [4, 5, 6], [1, 2, 3]]
+    text, kept = without_placeholders(ids[:2], None, [9])
+    assert kept.tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
+    assert text.tolist() == [[1, 2, 8, 3], [0, 4, 5, 6]]
+    text, kept = without_placeholders(ids, mask, [1])
+    assert kept.tolist() == [[1] * 5, [1] * 5, [0] * 3 + [1] * 2]
+    assert [row[m.bool()].tolist() for row, m in zip(text, kept, strict=True)] == [
+        [2, 9, 9, 8, 3],
+        [4, 9, 5, 9, 6],
+        [2, 3],
+    ]
+    for placeholders in ([], [7]):
+        assert without_placeholders(ids, mask, placeholders) == (ids, mask)
+    with pytest.raises(ValueError, match="Prompt 2 has placeholders"):
+        without_placeholders(ids, mask, [1, 2, 3])

@@ -506,11 +506,18 @@ def test_outputs_that_the_loop_does_not_collect_are_refused(base, proxy, name):
         )
 
 
-@pytest.mark.parametrize("settings", [{"use_cache": False}, {"cache_implementation": "static"}])
-def test_caches_that_cannot_take_tokens_back_are_refused(base, proxy, settings):
-    kad = KADLogitsProcessor(proxy)
-    with pytest.raises(ValueError, match="cache"):
-        base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **settings, **GREEDY)
+def test_caches_that_cannot_take_tokens_back_are_refused(base, proxy):
+    settings = {"logits_processor": [KADLogitsProcessor(proxy)], "cache_implementation": "static", **GREEDY}
+    with pytest.raises(ValueError, match="from a static or quantized cache"):
+        base.generate(PROMPT, assistant_model=proxy, **settings)
+
+
+def test_a_base_without_a_cache_reads_its_text_again_in_every_round(base, proxy):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    settings = {"logits_processor": [kad], "use_cache": False, **GREEDY}
+    expected = base.generate(PROMPT, **settings)
+    assert torch.equal(base.generate(PROMPT, assistant_model=proxy, **settings), expected)
+    assert kad.statistics.base_forwards < expected.shape[1] - PROMPT.shape[1]
 
 
 @pytest.mark.parametrize("role", ["base", "proxy"])

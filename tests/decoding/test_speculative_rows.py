@@ -38,21 +38,36 @@ def make_rows(kind, criteria, count=2, **config):
 
 def test_rows_by_themselves_emit_all_their_tokens_up_to_an_end():
     texts = make_rows(RowByRow, [])
-    going_on = texts.emit(SimpleNamespace(rows=[0, 1]), {0: [3, END, 4], 1: [5, 6]})
+    going_on = texts.emit(SimpleNamespace(rows=[0, 1], in_step=False), {0: [3, END, 4], 1: [5, 6]})
     assert going_on == [1]
     assert [row.text[0].tolist() for row in texts.rows] == [[1, 2, 3, END], [1, 2, 5, 6]]
     assert [row.finished for row in texts.rows] == [True, False]
-    assert texts.emit(SimpleNamespace(rows=[1]), {0: [7, 7, 7, 7]}) == []  # the limit of 7 tokens
+    assert texts.emit(SimpleNamespace(rows=[1], in_step=False), {0: [7, 7, 7, 7]}) == []  # the limit of 7 tokens
     assert texts.rows[1].text[0].tolist() == [1, 2, 5, 6, 7, 7, 7]
+
+
+def test_rows_that_end_a_round_together_emit_as_many_as_the_shortest():
+    texts = make_rows(RowByRow, [], count=3)
+    round_ = SimpleNamespace(rows=[0, 1, 2], in_step=True)
+    assert texts.emit(round_, {0: [3, 4, 5], 1: [6, 7], 2: [8, 3, 4]}) == [0, 1, 2]
+    assert [row.text[0].tolist() for row in texts.rows] == [[1, 2, 3, 4], [1, 2, 6, 7], [1, 2, 8, 3]]
+
+
+def test_a_row_that_ends_does_not_hold_back_those_that_go_together():
+    texts = make_rows(RowByRow, [], count=3)
+    round_ = SimpleNamespace(rows=[0, 1, 2], in_step=True)
+    assert texts.emit(round_, {0: [3, 4, 5], 1: [END], 2: [8, 3]}) == [0, 2]
+    assert [row.text[0].tolist() for row in texts.rows] == [[1, 2, 3, 4], [1, 2, END], [1, 2, 8, 3]]
+    assert [row.finished for row in texts.rows] == [False, True, False]
 
 
 def test_rows_in_step_emit_as_many_as_the_shortest_and_padding_when_they_have_ended():
     note = NoteLengths()
     texts = make_rows(InStep, [note])
-    assert texts.emit(SimpleNamespace(rows=[0, 1]), {0: [3, 4, 5], 1: [6]}) == [0, 1]
+    assert texts.emit(SimpleNamespace(rows=[0, 1], in_step=False), {0: [3, 4, 5], 1: [6]}) == [0, 1]
     assert texts.whole_batch().tolist() == [[1, 2, 3], [1, 2, 6]]
-    assert texts.emit(SimpleNamespace(rows=[0, 1]), {0: [END], 1: [7]}) == [1]
-    assert texts.emit(SimpleNamespace(rows=[1]), {0: [8]}) == [0]
+    assert texts.emit(SimpleNamespace(rows=[0, 1], in_step=False), {0: [END], 1: [7]}) == [1]
+    assert texts.emit(SimpleNamespace(rows=[1], in_step=False), {0: [8]}) == [0]
     assert texts.whole_batch().tolist() == [[1, 2, 3, END, 0], [1, 2, 6, 7, 8]]
     assert [row.text[0].tolist() for row in texts.rows] == [[1, 2, 3, END], [1, 2, 6, 7, 8]]
     assert note.shapes == [(2, 3), (2, 4), (2, 5)]  # once a step, with all rows
@@ -70,7 +85,7 @@ def test_rows_of_different_lengths_are_filled_up_and_their_scores_say_so():
     config = {"return_dict_in_generate": True, "output_scores": True}
     texts = make_rows(RowByRow, [], **config)
     scores = torch.randn(2, 3, 10)
-    round_ = SimpleNamespace(rows=[0, 1], scores=lambda place, at: scores[place, at])
+    round_ = SimpleNamespace(rows=[0, 1], in_step=False, scores=lambda place, at: scores[place, at])
     texts.emit(round_, {0: [3, END], 1: [5, 6, 7]})
     result = texts.output.finish(texts.rows, None)
     assert result.sequences.tolist() == [[1, 2, 3, END, 0], [1, 2, 5, 6, 7]]

@@ -117,17 +117,9 @@ KINDS |= {
     ),
 }
 
-NOT_FOLLOWABLE = {
-    "CARTRIDGE",
-    "CPT",
-    "LILY",
-    "MULTITASK_PROMPT_TUNING",
-    "POLY",
-    "PREFIX_TUNING",
-    "PROMPT_TUNING",
-    "PVERA that samples",
-    "P_TUNING",
-}
+# Those that put tokens, or keys and values, before the text.
+VIRTUAL_TOKENS = {"CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"}
+NOT_FOLLOWABLE = {"LILY", "POLY", "PVERA that samples", *VIRTUAL_TOKENS}
 ANOTHER_MODEL_BELOW = {
     "OFT with biases",
     "bias all",
@@ -202,8 +194,7 @@ def test_every_kind_of_adapter_behind_a_cache_is_refused_or_right(name: str) -> 
     wrong[1, 1] = 49
     got = drafts.extend(wrong, logits_to_keep=5)
     torch.testing.assert_close(got[0, :3], expected[0, 1:4], **close)
-    kept = torch.tensor([[True, True, True, False, False], [True] + [False] * 4, [True, True, True, False, False]])
-    drafts.keep_columns(kept)
+    drafts.take_back([2, 4, 2])
     drafts.select_rows([0, 1])
     got = drafts.extend(torch.stack([ids[0, 13:15], ids[1, 11:13]]), logits_to_keep=2)
     torch.testing.assert_close(got[0], expected[0, 4:6], **close)
@@ -299,13 +290,34 @@ def padded_prompts() -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-@pytest.mark.parametrize("name", ["LILY", "PROMPT_TUNING", "PREFIX_TUNING"])
+def needed_by(name: str, rows: int) -> dict[str, torch.Tensor]:
+    """What calls of a model with such an adapter must pass."""
+    needs_task = name in ("MULTITASK_PROMPT_TUNING", "POLY")
+    return {"task_ids": torch.zeros(rows, dtype=torch.long)} if needs_task else {}
+
+
+@pytest.mark.parametrize("name", sorted(NOT_FOLLOWABLE - {"POLY"}))  # with `task_ids`, POLY verifies drafts
 def test_a_base_that_no_draft_can_be_verified_with_is_refused(name: str) -> None:
     base, kad = adapted(name), KADLogitsProcessor(tiny_model(seed=9))
-    settings = {"input_ids": random_ids(1, 6), "logits_processor": [kad], **GREEDY}
+    settings = {"input_ids": random_ids(1, 6), "logits_processor": [kad], **needed_by(name, 1), **GREEDY}
     base.generate(**settings)
     with pytest.raises(ValueError, match=r"can't verify drafts: leave out `assistant_model`"):
         base.generate(assistant_model=kad.proxy, **settings)
+
+
+@pytest.mark.parametrize("name", sorted(VIRTUAL_TOKENS))
+def test_a_base_with_virtual_tokens_is_right_token_by_token(name: str) -> None:
+    """As a computation in which both models read the whole text anew for every token."""
+    base, proxy, rule = adapted(name), tiny_model(seed=9), DualDeferral(0.3)
+    ids, needed = random_ids(2, 6), needed_by(name, 2)
+    text = ids
+    for _ in range(GREEDY["max_new_tokens"]):
+        whole = {"input_ids": text, "attention_mask": torch.ones_like(text), "use_cache": False}
+        with torch.no_grad():
+            logits = base(**whole, **needed).logits[:, -1], proxy(**whole).logits[:, -1]
+        text = torch.cat([text, rule(*(own.softmax(-1) for own in logits)).argmax(-1, keepdim=True)], dim=1)
+    kad = KADLogitsProcessor(proxy, rule)
+    assert torch.equal(base.generate(input_ids=ids, logits_processor=[kad], **needed, **GREEDY), text)
 
 
 def two_adapters(seed: int = 3) -> PeftModel:

@@ -4,11 +4,14 @@ import pytest
 import torch
 from test_adapters import ENDS, GREEDY, adapted, generated, padded_prompts
 from test_cached_model import plain, random_ids
+from tiny_families import tiny_family
 from tiny_models import tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import BaseQuantizedLayer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
 from transformers_kad.models.base_model import BaseModel
+from transformers_kad.models.cached_model import MOST_ONE_BY_ONE
 
 
 def base_of(model, ids, held=0, **further):
@@ -29,27 +32,28 @@ def test_it_reads_on_from_the_cache_of_the_call(held):
     draft = random_ids(1, 3, seed=5)
     whole = torch.cat([ids, draft], dim=1)
     torch.testing.assert_close(base.extend(draft, logits_to_keep=3), plain(model, whole, 3), atol=1e-4, rtol=1e-4)
-    base.keep_columns(torch.tensor([[True, False, False]]))
+    base.take_back([2])
     assert base.cached_length == base.cache.get_seq_length() == 10
     other = random_ids(1, 2, seed=6)
     whole = torch.cat([ids, draft[:, :1], other], dim=1)
     torch.testing.assert_close(base.extend(other), plain(model, whole), atol=1e-4, rtol=1e-4)
 
 
-def test_the_cache_of_the_call_is_not_dropped():
+def test_what_a_window_of_the_call_dropped_is_read_again():
     """Of a window that moved on, what the call brought can't be taken back."""
     model, ids = tiny_model("mistral", seed=3), random_ids(1, 20)  # a window of 8
     base = base_of(model, ids, 20)
-    with pytest.raises(ValueError, match="can't take back what `past_key_values` held beyond its window"):
-        base.crop(17)
+    base.crop(17)
+    assert base.cached_length == 0
+    other = random_ids(1, 2, seed=6)
+    whole = torch.cat([ids[:, :17], other], dim=1)
+    torch.testing.assert_close(base.extend(other), plain(model, whole), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"use_cache": False}, "needs a key-value cache, got use_cache=False"),
-        ({"past_key_values": None}, "a cache of type NoneType"),
-        ({"past_key_values": StaticCache(config=tiny_model().config, max_cache_len=64)}, "can take tokens back"),
+        ({"past_key_values": StaticCache(config=tiny_model().config, max_cache_len=64)}, "static or quantized cache"),
         ({"inputs_embeds": torch.zeros(1, 4, 16)}, "needs `input_ids`, got `inputs_embeds`"),
     ],
 )
@@ -92,3 +96,59 @@ def test_states_of_an_encoder_follow_the_rows_that_stay() -> None:
     texts = generated(base.generate(**settings), 6)
     assert len({len(text) for text in texts}) > 1
     assert generated(base.generate(assistant_model=kad.proxy, **settings), 6) == texts
+
+
+class TinyQuantizedLayer(BaseQuantizedLayer):
+    """Quantizes nothing. Those of transformers need packages of their own."""
+
+    def _quantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+def test_a_quantized_cache_is_refused() -> None:
+    cache = Cache(layers=[TinyQuantizedLayer() for _ in range(2)])
+    with pytest.raises(ValueError, match=r"can't take tokens back from a static or quantized cache, got Cache\("):
+        base_of(tiny_model(seed=3), random_ids(1, 4), past_key_values=cache)
+
+
+def test_a_base_that_reads_in_both_directions_is_refused() -> None:
+    model = tiny_model(seed=3)
+    model.config.is_decoder = False
+    with pytest.raises(ValueError, match="needs a base that reads from left to right, and LlamaForCausalLM"):
+        base_of(model, random_ids(1, 4))
+
+
+def test_a_cache_of_states_alone_cannot_be_continued() -> None:
+    model, ids = tiny_family("mamba2"), random_ids(1, 6)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).cache_params
+    with pytest.raises(ValueError, match="can't tell how many tokens are in a cache of recurrent states alone"):
+        BaseModel(model, ids, None, {"use_cache": True, "cache_params": cache})
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "jamba", "minimax", "zaya", "lfm2"])
+def test_states_that_came_with_the_call_are_continued(family: str) -> None:
+    model, ids = tiny_family(family), random_ids(1, 14)
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+    base = BaseModel(model, ids, None, {"use_cache": True, "past_key_values": cache})
+    assert (base.cached_length, base.reads_prompt_alone) == (9, True)
+    torch.testing.assert_close(base.logits(ids), plain(model, ids), atol=1e-3, rtol=1e-3)
+    draft, other = random_ids(1, 3, seed=1), random_ids(1, 2, seed=2)
+    whole = torch.cat([ids, draft], dim=1)
+    torch.testing.assert_close(base.extend(draft, logits_to_keep=3), plain(model, whole, 3), atol=1e-3, rtol=1e-3)
+    base.take_back([2])
+    whole = torch.cat([ids, draft[:, :1], other], dim=1)
+    torch.testing.assert_close(base.extend(other), plain(model, whole), atol=1e-3, rtol=1e-3)
+
+
+def test_many_tokens_behind_states_that_are_read_one_by_one_are_read_anew() -> None:
+    model, ids = tiny_family("jamba"), random_ids(1, 9 + MOST_ONE_BY_ONE + 1)
+    with torch.no_grad():
+        cache = model(ids[:, :9], use_cache=True).past_key_values
+    base = BaseModel(model, ids, None, {"use_cache": True, "past_key_values": cache})
+    torch.testing.assert_close(base.logits(ids), plain(model, ids), atol=1e-3, rtol=1e-3)
+    assert base.cache is not cache

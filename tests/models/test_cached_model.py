@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from architectures import LONGROPE
+from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad.models.cached_model import CachedModel
@@ -82,3 +84,200 @@ def test_drafts_taken_back_by_promise():
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="empty prompt"):
         CachedModel(tiny_model()).logits(torch.empty(1, 0, dtype=torch.long))
+
+
+# Of every kind of cache: full attention, windows, convolutions, recurrent states, both in one layer, states that are
+# read one token at a time, a cache of a model's own, positions by columns, no cache.
+KINDS = [
+    "llama",
+    "mistral",
+    "lfm2",
+    "qwen3_next",
+    "falcon_h1",
+    "zaya",
+    "mamba2",
+    "jamba",
+    "minimax",
+    "bloom",
+    "mpt",
+]
+
+
+def padded(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+
+
+def check_logits(model, got, rows):
+    """Logits at the last positions of rows against those of each row alone, without a cache."""
+    for row, text in enumerate(rows):
+        ids = torch.tensor([text])
+        with torch.no_grad():
+            expected = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -got.shape[1] :]
+        torch.testing.assert_close(got[row], expected, atol=2e-3, rtol=2e-3)
+
+
+# Of five rounds with drafts of four tokens, how many of them each row keeps. Behind the second round a row leaves.
+KEPT = ([1, 4, 2], [3, 1, 4], [2, 1], [2, 4], [1, 2])
+
+
+def read_rounds(model, rows, *, at_once):
+    """Rounds after some prompts: the model that has read them, and the texts.
+
+    `at_once` says whether a draft is read in one forward.
+    """
+    cached = CachedModel(model)
+    check_logits(model, cached.logits(*padded(rows)), rows)
+    for number, of_rows in enumerate(KEPT):
+        draft = random_ids(len(rows), 4, seed=10 + number)
+        texts = rows
+        for step in [draft] if at_once else draft.split(1, dim=1):
+            texts = [text + more for text, more in zip(texts, step.tolist(), strict=True)]
+            check_logits(model, cached.extend(step, logits_to_keep=step.shape[1]), texts)
+        kept = of_rows[:1] * len(rows) if cached.needs_rows_in_step else of_rows
+        cached.take_back([4 - count for count in kept])
+        rows = [text + own[:count] for text, own, count in zip(rows, draft.tolist(), kept, strict=True)]
+        if number == 1:
+            cached.select_rows([2, 0])
+            rows = [rows[2], rows[0]]
+    return cached, rows
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("family", KINDS)
+def test_rows_that_take_back_different_numbers_read_on_as_if_they_were_alone(family, at_once):
+    model = tiny_family(family, seed=3)  # windows of 8
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (11, 5, 9)]
+    cached, rows = read_rounds(model, rows, at_once=at_once)
+    # A later call goes on with the texts, and with other ones.
+    rows = [[*row, 5, 6] for row in rows]
+    check_logits(model, cached.logits(*padded(rows)), rows)
+    other = [row[:6] for row in rows]
+    check_logits(model, cached.logits(*padded(other)), other)
+
+
+@pytest.mark.parametrize(
+    ("family", "at_once", "expected"),
+    [
+        ("llama", True, False),
+        ("mistral", True, False),
+        ("qwen3_next", False, False),  # there is a copy of the states from before each forward
+        ("qwen3_next", True, True),
+        ("bloom", False, True),
+        ("minimax", False, True),
+    ],
+)
+def test_rows_go_in_step_where_they_cannot_take_back_their_own_numbers(family, at_once, expected):
+    cached = CachedModel(tiny_family(family))
+    cached.logits(random_ids(2, 9))
+    for step in [random_ids(2, 2, seed=1)] if at_once else random_ids(2, 2, seed=1).split(1, dim=1):
+        cached.extend(step)
+    assert cached.needs_rows_in_step is expected
+    alone = CachedModel(cached.model)
+    alone.logits(random_ids(1, 9))
+    alone.extend(random_ids(1, 2))
+    assert not alone.needs_rows_in_step
+
+
+def test_a_model_without_a_cache_reads_all_again():
+    model = tiny_family("rwkv")
+    cached, rows = CachedModel(model), [random_ids(1, 9)[0].tolist()]
+    with pytest.warns(UserWarning, match="reads the whole text again for every token"):
+        check_logits(model, cached.logits(torch.tensor(rows)), rows)
+    assert not cached.has_cache
+    draft = random_ids(1, 4, seed=1)
+    check_logits(model, cached.extend(draft, logits_to_keep=4), [rows[0] + draft[0].tolist()])
+    cached.take_back([3])
+    check_logits(model, cached.extend(draft), [rows[0] + draft[0, :1].tolist() + draft[0].tolist()])
+
+
+@pytest.mark.parametrize(("following", "forwards"), [(4, 1), (2, 2)])
+def test_accepted_tokens_that_wait_are_read_with_the_next(following, forwards):
+    """Three tokens stay of a forward over four, whose states were restored to before it."""
+    model, prompts = tiny_family("qwen3_next"), random_ids(2, 9)
+    cached = CachedModel(model)
+    cached.logits(prompts)
+    draft, more = random_ids(2, 4, seed=1), random_ids(2, following, seed=2)
+    cached.extend(draft)
+    cached.take_back([1, 1])
+    assert cached.cached_length == 9
+    cached.select_rows([1, 0])  # what waits goes along
+    before = cached.forwards
+    texts = torch.cat([prompts, draft[:, :3], more[[1, 0]]], dim=1)[[1, 0]].tolist()
+    check_logits(model, cached.extend(more, logits_to_keep=2), texts)
+    assert cached.forwards - before == forwards  # more than `MOST_WAITING` times the new ones have one of their own
+    cached.take_back([following, following])
+    check_logits(model, cached.extend(more), texts)
+
+
+def test_what_waits_at_the_end_of_a_call_is_read_by_the_next():
+    model, prompts, draft = tiny_family("qwen3_next"), random_ids(1, 9), random_ids(1, 4, seed=1)
+    cached = CachedModel(model)
+    cached.logits(prompts)
+    cached.extend(draft)
+    cached.take_back([2])
+    text = torch.cat([prompts, draft[:, :2], random_ids(1, 3, seed=2)], dim=1)
+    check_logits(model, cached.logits(text), text.tolist())
+
+
+@pytest.mark.parametrize("family", ["mistral", "lfm2", "qwen3_next", "zaya"])
+def test_gaps_are_closed_also_where_the_texts_continue(family):
+    """The rows move when one of them has a token more than another."""
+    model = tiny_family(family)
+    cached, ids = CachedModel(model), random_ids(2, 14)
+    mask = torch.ones_like(ids)
+    mask[0, 10] = mask[1, 12] = 0
+    for length in (10, 12, 14):
+        texts = [row[kept.bool()].tolist() for row, kept in zip(ids[:, :length], mask[:, :length], strict=True)]
+        got = cached.logits(ids[:, :length], mask[:, :length], continues=length > 10)
+        check_logits(model, got, texts)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_next", "lfm2", "mistral"])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(family):
+    model, prompts, draft = tiny_family(family), random_ids(3, 9), random_ids(3, 2, seed=1)
+    cached = CachedModel(model)
+    with torch.inference_mode():
+        cached.logits(prompts)
+        for step in draft.split(1, dim=1):
+            cached.extend(step)
+        cached.take_back([0, 1, 2])
+        cached.select_rows([2, 1])
+    texts = [prompts[2].tolist(), prompts[1].tolist() + draft[1, :1].tolist()]
+    check_logits(
+        model, cached.extend(draft[:2]), [text + more for text, more in zip(texts, draft.tolist()[:2], strict=True)]
+    )
+
+
+def test_padding_of_all_rows_leaves_a_model_that_counts_columns_for_its_embeddings():
+    """When the longest row leaves, the others have not reached the longer factors of LongRoPE."""
+    model = tiny_family("phi3", window=64, **LONGROPE)  # which change behind 16 tokens
+    cached = CachedModel(model)
+    rows = [random_ids(1, length, seed=length)[0].tolist() for length in (15, 9)]
+    cached.logits(*padded(rows))
+    draft = random_ids(2, 3, seed=1)
+    for step in draft.split(1, dim=1):
+        cached.extend(step)
+    cached.take_back([0, 0])
+    cached.select_rows([1])
+    text = rows[1] + draft[1].tolist()
+    assert cached.cached_length == 0
+    for token in range(10, 20):  # passes the 16 tokens
+        text = [*text, token]
+        check_logits(model, cached.extend(torch.tensor([[token]])), [text])
+
+
+@pytest.mark.parametrize("family", ["mistral", "lfm2", "zaya"])
+def test_a_hole_within_a_round_leaves_less_to_take_back(family):
+    """Closing it makes windows forget what they recorded, so that the text is read anew."""
+    model, prompts = tiny_family(family), random_ids(2, 12)
+    cached = CachedModel(model)
+    cached.logits(prompts)
+    cached.extend(torch.tensor([[0, 7], [9, 7]]), torch.tensor([[0, 1], [1, 1]]))
+    for step in random_ids(2, 2, seed=1).split(1, dim=1):
+        cached.extend(step)
+    cached.take_back([3, 4])
+    check_logits(
+        model, cached.extend(torch.tensor([[5], [6]])), [[*prompts[0].tolist(), 5], [*prompts[1].tolist(), 6]]
+    )

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from tiny_families import tiny_family
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad.models.cache_rollback import Rollback
 from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.models.forward_inputs import ForwardInputs
+from transformers_kad.models.padding import PaddedTexts
 
 SIZES = {
     "vocab_size": 50,
@@ -295,3 +299,44 @@ def test_positions_that_run_ahead_of_the_tokens_are_read_as_given(first, drafter
         expected = log_r_with_inputs(base, proxy, inputs, out.sequences[0, : 8 + step], 0, kad.rule)
         torch.testing.assert_close(scores[0].exp(), expected.exp(), atol=1e-3, rtol=1e-3)
     assert kad.statistics.drafted > 0
+
+
+@pytest.mark.parametrize(
+    ("family", "of_cache", "expected"),
+    [
+        ("llama", Rollback.BEHIND_MASK, Rollback.BEHIND_MASK),
+        ("gpt_neo", Rollback.BEHIND_MASK, Rollback.BY_ROW),  # windows over a cache of full attention
+        ("bloom", Rollback.BEHIND_MASK, Rollback.IN_STEP),  # takes no `position_ids`
+        ("mpt", Rollback.BEHIND_MASK, Rollback.IN_STEP),
+        ("mistral", Rollback.BY_ROW, Rollback.BY_ROW),
+        ("qwen3_next", Rollback.BY_STATE, Rollback.BY_STATE),
+        ("minimax", Rollback.BY_COPY, Rollback.BY_COPY),
+    ],
+)
+def test_a_model_decides_with_its_cache_how_tokens_are_taken_back(family, of_cache, expected):
+    assert ForwardInputs(tiny_family(family)).rollback(of_cache) is expected
+
+
+def test_the_first_columns_of_given_inputs_leave_with_their_padding():
+    inputs, ids = ForwardInputs(tiny_model(seed=3)), torch.tensor([[0, 0, 5, 6], [0, 7, 8, 9]])
+    mask = (ids != 0).long()
+    inputs.use_prompt_inputs({"position_ids": torch.tensor([[0, 0, 3, 7], [0, 2, 4, 6]])}, mask)
+    texts = PaddedTexts(ids, mask).extend(torch.tensor([[10], [11]]), None)
+    before = inputs.positions(texts, 5)
+    assert before.tolist() == [[0, 0, 3, 7, 8], [0, 2, 4, 6, 7]]
+    inputs.drop_prompt_columns(1)
+    assert torch.equal(inputs.positions(texts.without_first(1), 4), before[:, 1:])
+
+
+def test_given_inputs_of_columns_that_have_moved_are_not_read_again():
+    inputs, ids = ForwardInputs(tiny_model(seed=3)), torch.tensor([[5, 6], [7, 8]])
+    inputs.use_prompt_inputs({"position_ids": torch.tensor([[3, 7], [4, 6]])}, None)
+    texts = PaddedTexts(ids)
+    inputs.build(texts, 2, 1, is_first=True)
+    inputs.forget_prompt_columns()
+    inputs.build(texts.extend(ids, None), 2, 1, is_first=False)
+    with pytest.raises(ValueError, match="would have to read a batch again whose rows have moved, and `position_ids`"):
+        inputs.build(texts, 2, 1, is_first=True)
+    inputs.use_prompt_inputs({}, None)
+    inputs.forget_prompt_columns()
+    inputs.build(texts, 2, 1, is_first=True)

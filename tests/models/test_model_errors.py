@@ -6,7 +6,6 @@ from tiny_models import tiny_model
 
 from transformers_kad.models.model_errors import (
     UnusableLogitsError,
-    context_length,
     describe,
     is_unusable,
     source_of,
@@ -26,14 +25,6 @@ def test_a_model_is_called_by_its_class_and_its_source():
     model.config._name_or_path = "org/name"
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     assert (source_of(adapted), describe(adapted)) == ("org/name", "PeftModelForCausalLM (org/name)")
-
-
-def test_a_context_is_known_where_the_configuration_says_so():
-    model = tiny_model(max_position_embeddings=77)
-    assert context_length(model) == 77
-    for unlimited in (None, -1, 0):
-        vars(model.config)["max_position_embeddings"] = unlimited
-        assert context_length(model) is None
 
 
 def test_the_error_says_which_model_and_where():

@@ -5,7 +5,7 @@ from test_cached_model import plain, random_ids
 from tiny_models import tiny_model
 
 from transformers_kad.models.cached_model import CachedModel
-from transformers_kad.models.padding import PaddedTexts, match_rows
+from transformers_kad.models.padding import PaddedTexts, keep_ends, match_rows
 
 
 def test_a_hole_behind_texts_without_padding_is_not_read():
@@ -55,3 +55,43 @@ def test_each_text_finds_the_row_that_shares_most():
     # The same ids under another mask are another text, and of equally good rows the first one is taken.
     masked = PaddedTexts(torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0, 1, 1, 1]]))
     assert match_rows(held, masked) == (0, [0])
+
+
+def test_rows_keep_the_columns_before_their_own_ends():
+    values = torch.arange(1, 11).view(2, 5)
+    assert keep_ends(values, [4, 4], 3, dim=-1).tolist() == [[2, 3, 4], [7, 8, 9]]
+    assert keep_ends(values, [5, 3], 4, dim=-1).tolist() == [[2, 3, 4, 5], [0, 6, 7, 8]]
+    assert keep_ends(values, [2, 2], 3, dim=-1).tolist() == [[0, 1, 2], [0, 6, 7]]
+    other_dimension = keep_ends(values.view(2, 5, 1), [5, 3], 2, dim=-2)
+    assert other_dimension.flatten(1).tolist() == [[4, 5], [7, 8]]
+
+
+def test_rows_that_take_back_different_numbers_end_in_the_same_column():
+    texts = PaddedTexts(IDS, MASK)
+    shorter = texts.take_back([0, 2])
+    assert shorter.ids.tolist() == [[0, 5, 6, 7], [0, 0, 8, 9]]
+    assert shorter.mask.tolist() == [[0, 1, 1, 1], [0, 0, 1, 1]]
+    assert texts.take_back([1, 1]).ids.tolist() == [[0, 5, 6], [8, 9, 10]]
+    assert PaddedTexts(IDS).take_back([1, 1]).mask is None
+    assert PaddedTexts(IDS).take_back([1, 2]).mask.tolist() == [[1, 1, 1], [0, 1, 1]]
+
+
+def test_zeros_between_tokens_are_gaps_and_padding_is_none():
+    assert not PaddedTexts(IDS).has_gaps
+    assert not PaddedTexts(IDS, MASK).has_gaps
+    texts = PaddedTexts(IDS, torch.tensor([[0, 1, 0, 1], [1, 0, 1, 1]]))
+    assert texts.has_gaps
+    closed = texts.without_gaps()
+    assert closed.ids.tolist() == [[6, 5, 7], [8, 10, 11]]
+    assert closed.mask.tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert not closed.has_gaps
+    padded = PaddedTexts(IDS, MASK)
+    assert padded.without_gaps() is padded
+
+
+def test_common_padding_is_left_out():
+    texts = PaddedTexts(IDS, MASK).keep(2, torch.ones(2, 2, dtype=torch.bool))
+    shorter = texts.without_first(1)
+    assert shorter.ids.tolist() == [[5, 6, 7], [9, 10, 11]]
+    assert shorter.mask.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert shorter.lengths.tolist() == [3, 4]

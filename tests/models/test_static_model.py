@@ -128,7 +128,7 @@ def test_the_compiled_model_is_the_model(uncompiled):
     torch.testing.assert_close(
         compiled.extend(ids[:, 20:23], logits_to_keep=3), expected[:, 20:23], atol=1e-4, rtol=1e-4
     )
-    compiled.keep_columns(torch.tensor([[True, False, False]]))
+    compiled.take_back([2])
     assert compiled.cached_length == 21
     torch.testing.assert_close(
         compiled.extend(ids[:, 21:25], logits_to_keep=4), expected[:, 21:25], atol=1e-4, rtol=1e-4

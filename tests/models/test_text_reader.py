@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from architectures import LONGROPE
 from test_cached_model import plain, random_ids
 from test_vocabulary import TOKENIZERS, align_cached
+from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad.models.cached_model import CachedModel
@@ -102,3 +104,62 @@ def test_a_temperature_of_one_leaves_the_logits():
     logits = torch.tensor([1.0, 3.0])
     assert tempered(logits, 1.0) is logits
     assert tempered(logits, 0.5).tolist() == [2.0, 6.0]
+
+
+@pytest.mark.parametrize("family", ["mistral", "lfm2", "qwen3_next", "zaya", "jamba"])
+def test_rows_are_spelled_in_different_numbers_over_windows_and_states(family):
+    alignment = align_cached(BASE, PROXY)
+    widths = [len(alignment.spell_token(token)) for token in range(SIZE)]
+    one, three = widths.index(1, 10), widths.index(3)
+    model = tiny_family(family, vocab_size=len(TOKENIZERS[PROXY]))
+    reader = reader_of(model, vocabulary=SIZE, vocabulary_alignment=alignment)
+    prompts = random_ids(2, 10)
+    reader.begin(prompts)
+    reader.read()
+    texts = [[], []]
+    for drafts, accepted in (([[three, one], [one, three]], [1, 2]), ([[one, three, one], [three, one, one]], [1, 0])):
+        for tokens in zip(*drafts, strict=True):
+            got = reader.read(torch.tensor(tokens)[:, None])
+        for row in range(2):
+            own = plain(model, spelled(alignment, prompts[row], texts[row] + drafts[row]))
+            torch.testing.assert_close(got[row, 0], alignment.to_base(own[:, 0], SIZE)[0], atol=2e-3, rtol=2e-3)
+        lead = 1 if texts[0] else 0  # the token that ended the round before stays
+        reader.accept(accepted)
+        texts = [text + own[: count + lead] for text, own, count in zip(texts, drafts, accepted, strict=True)]
+    last = [three, one]
+    got = reader.read(torch.tensor(last)[:, None])
+    for row in range(2):
+        own = plain(model, spelled(alignment, prompts[row], [*texts[row], last[row]]))
+        torch.testing.assert_close(got[row, 0], alignment.to_base(own[:, 0], SIZE)[0], atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("family", "forwards"), [("llama", 1), ("mistral", 2), ("qwen3_next", 2), ("jamba", 4)])
+def test_a_prompt_is_read_alone_where_the_draft_behind_it_could_not_be_taken_back(family, forwards):
+    """Jamba reads the draft one token at a time."""
+    model, prompts, draft = tiny_family(family), random_ids(2, 9), random_ids(2, 3, seed=1)
+    reader = reader_of(model, vocabulary=96)
+    reader.begin(prompts)
+    reader.read()  # from now on the kind of the cache is known
+    for _ in range(2):
+        reader.model.reset()
+        reader.begin(prompts)
+        before = reader.model.forwards
+        got = reader.read(draft, logits_to_keep=4)
+        assert reader.model.forwards - before == forwards
+        expected = plain(model, torch.cat([prompts, draft], dim=1), 4)
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_longest_row_decides_where_the_rotary_embeddings_change():
+    reader = reader_of(tiny_family("phi3", window=64, **LONGROPE), vocabulary=96)  # behind 16 tokens
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[1, :6] = 0
+    reader.begin(random_ids(2, 13), mask)
+    assert reader.own_tokens_left(None) == [3, 3]
+    assert reader.own_tokens_left(torch.tensor([[5], [6]])) == [2, 2]
+    reader.read(random_ids(2, 3, seed=1))
+    reader.accept([3, 3])
+    assert reader.own_tokens_left(None) == [0, 0]
+    assert reader.own_tokens_left(torch.tensor([[5], [6]])) == [512 - 17, 512 - 11]
+    reader.select_rows([1])
+    assert reader.own_tokens_left(None) == [6]

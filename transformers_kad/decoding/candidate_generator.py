@@ -1,6 +1,6 @@
 """KADCandidateGenerator: drafts with the proxy, and keeps the distributions that the draft was drawn from."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,11 @@ class KADCandidateGenerator(CandidateGenerator):
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)
 
     @property
+    def needs_rows_in_step(self) -> bool:
+        """See `CachedModel.needs_rows_in_step`."""
+        return self.reader.needs_rows_in_step
+
+    @property
     def is_synchronous(self) -> bool:
         """Whether values can be read without waiting for the device, as on the CPU."""
         return bool(self._device.type == "cpu")
@@ -116,17 +121,20 @@ class KADCandidateGenerator(CandidateGenerator):
         """Start from the base's texts `(B, L)`."""
         self.reader.begin(*self.proxy_text(input_ids))
 
-    def draft(self, tokens: torch.Tensor | None, lengths: list[int]) -> Draft:
+    def draft(
+        self, tokens: torch.Tensor | None, lengths: list[int], base_limits: Sequence[int | None] | None = None
+    ) -> Draft:
         """Draft behind the texts read so far and one more token of each, `(B, 1)`; None at first.
 
         Args:
             tokens: the token that each row ended its last round with.
             lengths: of the base's texts, in tokens, with that token.
+            base_limits: the longest draft of each row that the base can read, None without a limit.
 
         Raises:
             ContextLengthError: a text is longer than the proxy's context.
         """
-        draft_limits = self._draft_limits(tokens, lengths)
+        draft_limits = self._draft_limits(tokens, lengths, base_limits)
         self._next = tokens
         ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         ended = [False] * len(lengths)
@@ -169,15 +177,16 @@ class KADCandidateGenerator(CandidateGenerator):
         """Between rounds: go on with some of the rows, in this order."""
         self.reader.select_rows(rows)
 
-    def _draft_limits(self, tokens: torch.Tensor | None, lengths: list[int]) -> list[int]:
+    def _draft_limits(
+        self, tokens: torch.Tensor | None, lengths: list[int], base_limits: Sequence[int | None] | None
+    ) -> list[int]:
         """The largest number of tokens that each row may draft."""
         draft_limits = []
-        for length, left in zip(lengths, self.reader.own_tokens_left(tokens), strict=True):
-            limits = [self.num_assistant_tokens]
+        own_limits = self.reader.own_tokens_left(tokens)
+        for length, *read in zip(lengths, own_limits, base_limits or own_limits, strict=True):
+            limits = [self.num_assistant_tokens, *(limit for limit in read if limit is not None)]
             if self.max_length is not None:
                 limits.append(self.max_length - length - 1)
-            if left is not None:
-                limits.append(left)
             draft_limits.append(max(min(limits), 0))
         return draft_limits
 

@@ -6,7 +6,8 @@ A round that drafts γ tokens emits on average
 
 tokens a row, where m_k is the chance that k tokens in a row are accepted, and takes (γ + a) t_q + t(γ + 1) seconds: a
 is the share of rounds that need a proxy step for the bonus position, t_q a proxy step, t(n) the rest of a round, which
-is mostly the base's forward over n tokens. The best γ has the largest quotient; γ = 0 drafts nothing.
+is mostly the base's forward over n tokens. The best γ has the largest quotient; γ = 0 drafts nothing. Where B rows end
+their rounds together, m_k is replaced by m_k^B, the chance that all of them accept k tokens.
 """
 
 import statistics
@@ -84,8 +85,8 @@ class DraftLength:
         self._step_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
         self._round_times: dict[tuple[int, int], deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
 
-    def choose(self, rows: int) -> int:
-        """The length of the next draft, for a batch of so many rows."""
+    def choose(self, rows: int, *, in_step: bool = False) -> int:
+        """The length of the next draft, for a batch of so many rows, which end their rounds together or do not."""
         measured = Counter[int]()
         for (_, tokens), times in self._round_times.items():
             measured[tokens - 1] += len(times)
@@ -95,7 +96,7 @@ class DraftLength:
                 return length
         # Costs far beyond what was measured are not to be guessed.
         longest = min(2 * max(measured) + 2, LONGEST_DRAFT)
-        return max(range(longest + 1), key=lambda length: self._rate(rows, length))
+        return max(range(longest + 1), key=lambda length: self._rate(rows, length, in_step))
 
     def accepted(self, row: int, chances: list[float]) -> None:
         """Note, for each token that a row emitted, the chance Σ min(q, r) with which a draft of it is accepted."""
@@ -111,15 +112,16 @@ class DraftLength:
         self._step_times[rows].append(step_seconds)
         self._round_times[rows, drafted + 1].append(rest_seconds)
 
-    def _rate(self, rows: int, length: int) -> float:
+    def _rate(self, rows: int, length: int, in_step: bool) -> float:
         """Expected tokens a row and second."""
-        in_a_row = self._in_a_row()
+        together = rows if in_step else 1  # rows that have to accept the same tokens
+        in_a_row = [chance**together for chance in self._in_a_row()]
         tokens = 1 + sum(in_a_row[:length])
         steps: float = length
         if self.bonus_at_once or length == 0:
             steps += 1
         else:
-            steps += 1 - (1 - in_a_row[length - 1]) ** rows
+            steps += 1 - (1 - in_a_row[length - 1]) ** (rows / together)
         return tokens / (steps * self._step(rows) + self._rest(rows, length + 1))
 
     def _in_a_row(self) -> list[float]:

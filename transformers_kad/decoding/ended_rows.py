@@ -20,6 +20,7 @@ class EndedRows(StoppingCriteria):
         fills_up: whether `generate` fills up the rows that have ended. Otherwise they go on, and so they count here.
 
     Attributes:
+        asks_criteria: whether there are any, so that a row may end at another id than those.
         flags: which rows have ended, `(rows,)` boolean; None before the first token.
         lengths: the lengths of the texts in tokens up to there, prompts included, `(rows,)`.
     """
@@ -28,6 +29,7 @@ class EndedRows(StoppingCriteria):
         self, criteria: Iterable[StoppingCriteria], eos_token_ids: Collection[int], *, fills_up: bool
     ) -> None:
         self._criteria = list(criteria)
+        self.asks_criteria = bool(self._criteria)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device="cpu")
         self._fills_up = fills_up
         self.flags: torch.Tensor | None = None

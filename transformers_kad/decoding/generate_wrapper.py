@@ -28,6 +28,7 @@ from transformers.utils import logging
 from ..models.adapters import remove_injections
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import source_of
+from ..models.model_settings import placeholder_ids
 from ..records.recorders import BatchRecorder, StepRecorder
 from ..utils.sources import shown_name
 from .call_arguments import CallArguments, as_id_list
@@ -36,7 +37,7 @@ from .ended_rows import EndedRows
 from .lazy import LazyStep
 from .open_call import OpenCall
 from .processor_state import ProcessorState
-from .proxy_text import ProxyText
+from .proxy_text import ProxyText, without_placeholders
 from .refusals import is_kad_generate, is_speculative, refuse_call
 from .speculative import kad_generate
 from .token_by_token import EagerStep, TokenStep
@@ -179,21 +180,8 @@ def _describe_call(state: ProcessorState, given: CallArguments, speculative: boo
     batch_size = len(ids) if ids is not None else len(embeds) if embeds is not None else 1
     # Without any input `generate` starts from one begin-of-sequence token.
     prompt_length = ids.shape[1] if ids is not None else 0 if embeds is not None else 1
-    mask, own_prompt = given.attention_mask(), state.proxy_prompt
-    prompt, prompt_inputs = None, dict[str, torch.Tensor]()
-    if own_prompt is not None:
-        if len(own_prompt.input_ids) != batch_size:
-            raise ValueError(
-                f"`proxy_prompt` has {len(own_prompt.input_ids)} prompts, the call has {batch_size}: give one for "
-                "each."
-            )
-        prompt, prompt_inputs = (own_prompt.input_ids, own_prompt.attention_mask), own_prompt.further_inputs
-    elif settings.vocabulary_alignment is not None:
-        start = torch.as_tensor(as_id_list(given.get("bos_token_id")) if ids is None else ids, device="cpu")
-        prompt = settings.vocabulary_alignment.retokenize(start.view(batch_size, -1), mask)
-    else:
-        prompt_inputs = {name: v for name in PER_TOKEN if (v := given.arguments.get(name)) is not None}
-    proxy_text = ProxyText(prompt_length, mask, prompt, settings.vocabulary_alignment)
+    prompt, prompt_inputs = _proxy_prompt(state, given, batch_size)
+    proxy_text = ProxyText(prompt_length, given.attention_mask(), prompt, settings.vocabulary_alignment)
     return OpenCall(
         settings=settings,
         models=state.models,
@@ -210,6 +198,30 @@ def _describe_call(state: ProcessorState, given: CallArguments, speculative: boo
         prompt_inputs=prompt_inputs,
         prompt_mask=proxy_text.prompt_mask,
     )
+
+
+def _proxy_prompt(
+    state: ProcessorState, given: CallArguments, batch_size: int
+) -> tuple[tuple[torch.Tensor, torch.Tensor | None] | None, dict[str, torch.Tensor]]:
+    """The proxy's prompts and their mask, None where they are the base's, and what else it is told of them."""
+    own, alignment = state.proxy_prompt, state.settings.vocabulary_alignment
+    if own is not None:
+        if len(own.input_ids) != batch_size:
+            raise ValueError(
+                f"`proxy_prompt` has {len(own.input_ids)} prompts, the call has {batch_size}: give one for each."
+            )
+        return (own.input_ids, own.attention_mask), own.further_inputs
+    ids, mask = given.input_ids, given.attention_mask()
+    text, text_mask = (ids, mask) if ids is None else without_placeholders(ids, mask, placeholder_ids(given.model))
+    if alignment is not None:
+        start = torch.as_tensor(as_id_list(given.get("bos_token_id")) if text is None else text, device="cpu")
+        return alignment.retokenize(start.view(batch_size, -1), text_mask), {}
+    if text is not None and text is not ids:
+        return (text, text_mask), {}
+    taken = frozenset().union(*(model.accepted_inputs for model in state.models))
+    values = {name: given.arguments.get(name) for name in PER_TOKEN if name in taken}
+    # Positions in several dimensions are those of images, for models that count so.
+    return None, {name: value for name, value in values.items() if value is not None and value.dim() == 2}
 
 
 def _with_loop(given: CallArguments) -> dict[str, Any]:

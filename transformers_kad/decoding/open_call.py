@@ -106,11 +106,16 @@ class OpenCall:
         return [self._tokens_before_padding(ids) for ids in sequences[:, self.prompt_length :].tolist()]
 
     def _tokens_before_padding(self, ids: list[int]) -> int:
-        """How many tokens a generated row seems to have: up to its end of sequence, or without the padding."""
+        """How many tokens a generated row seems to have: up to its end of sequence, or without the padding.
+
+        Where no criterion of the user's may have ended it, padding behind no end of sequence is text.
+        """
         length = len(ids)
         for index, token in enumerate(ids):
             if token in self.eos_token_ids:
                 return index + 1
+        if self.ended_rows is not None and not self.ended_rows.asks_criteria:
+            return length
         while self.eos_token_ids and length and ids[length - 1] == self.pad_token_id:
             length -= 1
         return length

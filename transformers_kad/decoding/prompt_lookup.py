@@ -1,5 +1,7 @@
 """Drafts that cost no proxy step: what followed the last tokens earlier in the text."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers.generation import PromptLookupCandidateGenerator
 
@@ -23,14 +25,16 @@ class PromptLookup(KADCandidateGenerator):
         super().begin(input_ids)
         self._texts = [row.cpu() for row in input_ids.split(1)]
 
-    def draft(self, tokens: torch.Tensor | None, lengths: list[int]) -> Draft:
+    def draft(
+        self, tokens: torch.Tensor | None, lengths: list[int], base_limits: Sequence[int | None] | None = None
+    ) -> Draft:
         """See `KADCandidateGenerator.draft`."""
         if tokens is not None:
             self._texts = [
                 torch.cat([text, token], dim=-1)
                 for text, token in zip(self._texts, tokens.cpu().split(1), strict=True)
             ]
-        limits = self._draft_limits(tokens, lengths)
+        limits = self._draft_limits(tokens, lengths, base_limits)
         found = [self._look_up(text, limit) for text, limit in zip(self._texts, limits, strict=True)]
         found = self.reader.cut_to_context(tokens, found)
         longest = max(map(len, found))

@@ -26,6 +26,32 @@ class ProxyPrompt(NamedTuple):
     further_inputs: dict[str, torch.Tensor]
 
 
+def without_placeholders(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, placeholders: list[int]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts `(B, P)` and their mask without the tokens that stand for images, `(B, P')` both, padded on the left.
+
+    Raises:
+        ValueError: a prompt has no other tokens.
+    """
+    if not placeholders:
+        return input_ids, attention_mask
+    is_placeholder = torch.isin(input_ids, torch.tensor(placeholders, device=input_ids.device))
+    if not bool(is_placeholder.any()):
+        return input_ids, attention_mask
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    kept = mask.bool() & ~is_placeholder
+    lengths = kept.sum(dim=-1)
+    if not bool(lengths.all()):
+        raise ValueError(
+            f"Prompt {int(lengths.argmin())} has placeholders of images or sound alone, and the proxy reads the rest: "
+            "give it a prompt of its own, `with kad.proxy_prompt(inputs):`."
+        )
+    # A stable sort moves what is dropped to the left, where the padding is.
+    order = kept.long().argsort(dim=-1, stable=True)[:, -int(lengths.max()) :]
+    return input_ids.gather(1, order), kept.to(mask).gather(1, order)
+
+
 class ProxyText:
     """Maps the texts of one call of `generate`. Its argument and result are those of `TextMap`.
 

@@ -16,6 +16,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..models.adapters import check_speculative_base
 from ..models.forward_inputs import PER_TOKEN
+from ..models.model_errors import how_to_compile
 from .call_arguments import CallArguments
 from .processor_state import ProcessorState
 
@@ -57,7 +58,8 @@ def is_speculative(state: ProcessorState, arguments: dict[str, Any]) -> bool:
     if assistant is not None and assistant is not proxy:
         raise ValueError(
             "`assistant_model` must be the model that the KAD processor was built with (`kad.proxy`), got another "
-            f"{type(assistant).__name__}: drafts of a third model are not supported."
+            f"{type(assistant).__name__}: drafts of a third model are not supported"
+            f"{how_to_compile('proxy', assistant)}."
         )
     if assistant is not None and custom is not None and not is_loop:
         raise ValueError(f"Pass either `assistant_model` or `custom_generate`, got both ({custom!r}).")

@@ -10,7 +10,8 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ..models.base_model import BaseModel
 from ..models.cached_model import CachedModel
-from ..models.model_errors import context_length
+from ..models.forward_inputs import further_inputs
+from ..models.model_settings import context_length, vocabulary_size
 from ..models.static_model import StaticCacheModel
 from ..models.text_reader import TextReader
 from ..records.recorders import BatchRecorder
@@ -93,20 +94,22 @@ def kad_generate(
     texts = (InStep if settings.processors_in_step or criteria.need_step else RowByRow)(rows, criteria, output)
 
     forwards_before = base.model.forwards
-    active, last = list(range(len(rows))), None
+    active, last, in_step = list(range(len(rows))), None, texts.in_step
     while active:
         began = time.perf_counter()
         if automatic is not None:
-            generator.num_assistant_tokens = automatic.choose(len(active))
+            generator.num_assistant_tokens = automatic.choose(len(active), in_step=in_step)
 
         # 1. The proxy drafts, and the base reads the draft.
         active_texts = [rows[row].text for row in active]
-        draft = generator.draft(last, [text.shape[1] for text in active_texts])
+        draft = generator.draft(last, [text.shape[1] for text in active_texts], base.own_tokens_left(last))
         new = draft.ids.to(input_ids.device)
         new = new if last is None else torch.cat([last, new], dim=-1)
         drafted = draft.ids.shape[1]
         base_logits = base.read(new, logits_to_keep=drafted + 1).to(input_ids.device)
         reference_logits = None if reference is None else reference.read(new, logits_to_keep=drafted + 1)
+
+        in_step = texts.in_step or readers.need_rows_in_step
 
         # 2. The rows emit what is accepted and the token after it, until a criterion ends a row within the round.
         round_ = SpeculativeRound(
@@ -117,7 +120,7 @@ def kad_generate(
             base_logits,
             reference_logits,
             whole_batch=texts.whole_batch,
-            in_step=texts.in_step,
+            in_step=in_step,
         )
         round_.decide(generator, functools.partial(texts.emit, round_))
         emitted = [rows[row].end_round(place, round_) for place, row in enumerate(active)]
@@ -125,11 +128,10 @@ def kad_generate(
 
         # 3. All caches forget the refused tokens. The last token of each row is read in the next round.
         staying = [place for place, row in enumerate(active) if not rows[row].finished]
-        for reader in (base, generator, reference):
-            if reader is not None:
-                reader.accept([count - 1 for count in emitted])
-                if 0 < len(staying) < len(active):
-                    reader.select_rows(staying)
+        kept = [count - 1 for count in emitted]
+        if in_step and staying:  # rows that leave must not keep those that stay from going in step
+            kept = [kept[staying[0]]] * len(kept)
+        readers.end_round(kept, staying)
 
         if automatic is not None:
             proxy_seconds, steps = generator.stopwatch.read()
@@ -153,6 +155,19 @@ class _Readers(NamedTuple):
     base: TextReader
     generator: KADCandidateGenerator
     reference: TextReader | None
+
+    @property
+    def need_rows_in_step(self) -> bool:
+        """See `CachedModel.needs_rows_in_step`."""
+        return any(reader.needs_rows_in_step for reader in self if reader is not None)
+
+    def end_round(self, kept: list[int], staying: list[int]) -> None:
+        """Keep so many draft tokens of each row, and go on with the rows that stay, if any."""
+        for reader in self:
+            if reader is not None:
+                reader.accept(kept)
+                if 0 < len(staying) < len(kept):
+                    reader.select_rows(staying)
 
 
 def _find_call(logits_processor: LogitsProcessorList) -> tuple[int, OpenCall]:
@@ -185,14 +200,15 @@ def _make_readers(
     else:
         base_model, proxy_model = BaseModel(model, input_ids, mask, model_kwargs), call.models.proxy
     common: dict[str, Any] = {
-        "vocabulary": model.config.get_text_config(decoder=True).vocab_size,
+        "vocabulary": vocabulary_size(model),
         "chunk_size": generation_config.prefill_chunk_size,
     }
     of_proxy: dict[str, Any] = {
         "component_temperature": settings.component_temperature,
         "vocabulary_alignment": settings.vocabulary_alignment,
     }
-    base = TextReader(base_model, **common)
+    in_one_piece = isinstance(base_model, BaseModel) and base_model.has_more_than_text
+    base = TextReader(base_model, **common | ({"chunk_size": None} if in_one_piece else {}))
     base.begin(input_ids, mask)
     generator = (PromptLookup if settings.drafter == "prompt_lookup" else KADCandidateGenerator)(
         proxy_model,
@@ -221,7 +237,7 @@ def _static_models(
 ) -> tuple[StaticCacheModel, StaticCacheModel]:
     """Base and proxy in static caches, with room for the text and one more draft."""
     held = model_kwargs.get("past_key_values")
-    extra = sorted(set(model_kwargs) - _PREPARED)
+    extra = further_inputs(model_kwargs)
     if extra or max_length is None or (isinstance(held, Cache) and held.get_seq_length()):
         raise ValueError(
             "`compile=True` decodes from `input_ids` alone up to a length limit, got "
@@ -236,10 +252,6 @@ def _static_models(
     # With a tokenizer of its own the proxy may need more room than this, and then makes it.
     proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1])
     return base, proxy
-
-
-# What `generate` prepares for every call, and a forward can do without.
-_PREPARED = {"cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 
 
 def _longest_draft_end(max_length: int | None, model: PreTrainedModel) -> int | None:

@@ -133,18 +133,26 @@ class RowByRow:
 
     def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
         """Emit tokens at places of a round until a criterion ends a row; the places of those that it does not."""
-        for place, own in tokens.items():
-            row = self.rows[round_.rows[place]]
-            length = row.text.shape[1]
-            text = torch.cat([row.text, row.text.new_tensor([own], dtype=torch.long)], dim=-1)
-            for token in own:
+        texts = {
+            place: torch.cat([row.text, row.text.new_tensor([own], dtype=torch.long)], dim=-1)
+            for place, own, row in ((place, own, self.rows[round_.rows[place]]) for place, own in tokens.items())
+        }
+        going_on, at = list(tokens), 0
+        while emitting := self._places_with_more(tokens, going_on, at, together=round_.in_step):
+            for place in emitting:
+                row, token = self.rows[round_.rows[place]], tokens[place][at]
                 self.output.add_token(row, round_, place, token)
-                length += 1
-                row.finished = self.criteria.end_row(text[:, :length], row.scores, token)
-                if row.finished:
-                    break
-            row.text = text[:, :length]
-        return [place for place in tokens if not self.rows[round_.rows[place]].finished]
+                row.text = texts[place][:, : row.text.shape[1] + 1]
+                row.finished = self.criteria.end_row(row.text, row.scores, token)
+            going_on = [place for place in going_on if not self.rows[round_.rows[place]].finished]
+            at += 1
+        return going_on
+
+    @staticmethod
+    def _places_with_more(tokens: dict[int, list[int]], going_on: list[int], at: int, *, together: bool) -> list[int]:
+        """The rows that go on and have a token at a position. Where they go together, all of them have or none."""
+        places = [place for place in going_on if len(tokens[place]) > at]
+        return places if len(places) == len(going_on) or not together else []
 
     def whole_batch(self) -> torch.Tensor:
         """All texts `(B, L)`, where they go in step."""
@@ -171,7 +179,7 @@ class InStep(RowByRow):
     def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
         """See `RowByRow.emit`."""
         going_on, at = list(tokens), 0
-        while going_on and all(len(tokens[place]) > at for place in going_on):
+        while self._places_with_more(tokens, going_on, at, together=True):
             newest = self._batch.new_full((len(self.rows), 1), self.output.padding)
             emitting = [self.rows[round_.rows[place]] for place in going_on]
             for place, row in zip(going_on, emitting, strict=True):

@@ -37,7 +37,8 @@ from .._version import __version__
 from ..configuration import KADConfig
 from ..logits_process import KADLogitsProcessor
 from ..models.cached_model import CachedModel
-from ..models.model_errors import context_length, is_unusable, unusable_logits_error
+from ..models.model_errors import is_unusable, unusable_logits_error
+from ..models.model_settings import context_length
 from ..models.vocabulary import align_vocabulary, check_tokenizers
 from ..rules.composition import compose
 from ..rules.registry import RULES, unknown_name_message

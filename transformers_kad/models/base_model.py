@@ -3,15 +3,20 @@
 from typing import Any
 
 import torch
-from peft.tuners.shadow.layers import ShadowCache
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, StaticLayer
 
 from .activated_lora import activated, prompt_activation
-from .cache_rollback import can_crop, record_past
-from .cached_model import CachedModel
-from .forward_inputs import PER_TOKEN
+from .cache_rollback import Rollback, layers_of, may_be_recurrent, record_past, rollback_of
+from .cached_model import MOST_ONE_BY_ONE, CachedModel
+from .forward_inputs import PER_TOKEN, further_inputs
 from .model_errors import describe
+from .model_settings import text_setting
 from .padding import PaddedTexts
+from .recurrent_states import reads_one_by_one
+
+# By these settings a model attends to images beside the text: Mllama, Idefics.
+CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
 
 
 class BaseModel(CachedModel):
@@ -31,34 +36,47 @@ class BaseModel(CachedModel):
         attention_mask: torch.Tensor | None,
         model_kwargs: dict[str, Any],
     ) -> None:
-        cache = _checked_cache(model, input_ids, model_kwargs)
         super().__init__(model, "base")
+        cache = _checked_cache(model, input_ids, model_kwargs, self._inputs.cache_name)
         self.context_length = None  # `generate` warns of a text that is too long
         self._stand_in = None  # an id that the base can't read is an error of the prompt
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         given = {name: model_kwargs.pop(name) for name in PER_TOKEN if model_kwargs.get(name) is not None}
         self._inputs.use_prompt_inputs(given, mask)
         self._kwargs = model_kwargs
+        # Images, for instance, which the first forward reads as a whole, not in chunks.
+        self.has_more_than_text = bool(further_inputs(model_kwargs))
+        if self.has_more_than_text and any(text_setting(model.config, name) for name in CROSS_ATTENTION):
+            raise ValueError(
+                f"Speculative decoding needs images among the tokens of the text, and {describe(model)} attends to "
+                "images in layers of their own. Leave out `assistant_model` to decode token by token."
+            )
         self._tokens_before_activation = prompt_activation(model, mask)
-        record_past(cache)
-        self._cache, self._texts = cache, PaddedTexts(input_ids[:, : cache.get_seq_length()])
-        if len(input_ids) > 1:
-            self._check_holes_are_hidden()
+        self._texts = PaddedTexts(input_ids[:, :0])
+        self.has_cache = bool(model_kwargs.pop("use_cache", True))
+        if self.has_cache and cache is not None:
+            self._cache, held = cache, _held_tokens(cache)
+            self._texts = PaddedTexts(input_ids[:, :held])
+            record_past(cache)
+            if held:
+                self._reads_one_by_one = reads_one_by_one(model, rollback_of(cache))
 
     @property
-    def cache(self) -> Cache:
-        """The cache as it is."""
-        assert self._cache is not None
-        return self._cache
+    def cache(self) -> Cache | None:
+        """The cache as it is; None where its length can't be asked, so that nobody could continue it."""
+        return self._cache if self._inputs.cache_name == "past_key_values" else None
 
-    def crop(self, length: int) -> None:
-        """See `CachedModel.crop`; a cache that came with the call can't be dropped, so that `ValueError` is raised."""
-        super().crop(length)
-        if self._cache is None:
-            raise ValueError(
-                f"The cache of {describe(self.model)} can't take back what `past_key_values` held beyond its window. "
-                "Pass the text without a cache."
-            )
+    @property
+    def reads_prompt_alone(self) -> bool:
+        """See `CachedModel.reads_prompt_alone`; images and their like are read with the prompt too."""
+        if self._inputs.has_token_types or self._reads_one_by_one or self.has_more_than_text:
+            return True
+        cache = self._cache
+        return cache is not None and (may_be_recurrent(cache) or rollback_of(cache) is Rollback.BY_COPY)
+
+    @property
+    def _needs_closed_gaps(self) -> bool:
+        return False  # token by token, the base reads the text as it is
 
     def select_rows(self, rows: list[int]) -> None:
         """See `CachedModel.select_rows`."""
@@ -70,36 +88,44 @@ class BaseModel(CachedModel):
 
     def _align(self, texts: PaddedTexts, prompt_length: int | None, *, upto: int, continues: bool) -> None:
         # The cache that came with the call holds a beginning of its text, by `generate`'s contract.
+        if self._reads_one_by_one and texts.columns - self.cached_length > MOST_ONE_BY_ONE:
+            upto = 0
         if self.cached_length > upto:
             self.crop(upto)
 
     def _call(self, texts: PaddedTexts, new: int, logits_to_keep: int) -> torch.Tensor:
         """See `CachedModel._call`; the inputs are those that came with the call, continued."""
-        inputs = self._inputs.build(texts, new, logits_to_keep, is_first=self.forwards == 0, **self._kwargs)
+        further = {**self._kwargs, "use_cache": self.has_cache}
+        if self.has_cache:
+            further[self._inputs.cache_name] = self._cache
+        new = new if self._cache is not None else texts.columns
+        is_first = self.forwards == 0 or self._cache is None
+        inputs = self._inputs.build(texts, new, logits_to_keep, is_first=is_first, **further)
         with activated(self.model, self._tokens_before_activation, texts.full_mask):
             output: Any = self.model(**inputs, return_dict=True)
-        cache = getattr(output, "past_key_values", None)
-        if isinstance(cache, ShadowCache) and cache is not self._cache:
-            # peft's Shadow adapter put a cache of its own beside that of the call.
-            record_past(cache)
-            self._cache = self._kwargs["past_key_values"] = cache
+        if self.has_cache:
+            self._take_cache(getattr(output, self._inputs.cache_name, None))
         logits: torch.Tensor = output.logits
         return logits
 
 
-def _checked_cache(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> Cache:
+def _held_tokens(cache: Cache) -> int:
+    """How many tokens a cache holds."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache)):
+        return int(cache.get_seq_length())
+    if any(any(layer.has_previous_state.values()) for layer in layers_of(cache)):
+        raise ValueError(
+            "Speculative decoding can't tell how many tokens are in a cache of recurrent states alone. Pass the text "
+            "without `cache_params`, or leave out `assistant_model`."
+        )
+    return 0
+
+
+def _checked_cache(
+    model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any], name: str
+) -> Cache | None:
     """The cache that `generate` prepared; `ValueError` for a call whose base can't verify drafts."""
-    cache = model_kwargs.get("past_key_values")
-    if not model_kwargs.get("use_cache") or not isinstance(cache, Cache):
-        raise ValueError(
-            f"Speculative decoding needs a key-value cache, got use_cache={model_kwargs.get('use_cache')!r} and "
-            f"a cache of type {type(cache).__name__} for {describe(model)}."
-        )
-    if not can_crop(cache, 0):
-        raise ValueError(
-            f"Speculative decoding needs a cache that can take tokens back, got {cache!r}. Leave "
-            "`cache_implementation` at its default, or leave out `assistant_model` to decode token by token."
-        )
+    cache = model_kwargs.pop(name, None)
     if model_kwargs.get("inputs_embeds") is not None:
         raise ValueError(
             "Speculative decoding needs `input_ids`, got `inputs_embeds`. Leave out `assistant_model` to "
@@ -111,7 +137,14 @@ def _checked_cache(model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs
             "both directions, so that a draft would change what it says before it. Load it with `is_decoder=True` "
             "if it was trained so, or leave out `assistant_model`."
         )
-    held = cache.get_seq_length()
+    if not isinstance(cache, Cache):
+        return None  # perhaps the model makes one of its own
+    if any(isinstance(layer, StaticLayer | BaseQuantizedLayer) for layer in layers_of(cache)):
+        raise ValueError(
+            f"Speculative decoding can't take tokens back from a static or quantized cache, got {cache!r}. Leave "
+            "out `cache_implementation`, or leave out `assistant_model` to decode token by token."
+        )
+    held = _held_tokens(cache)
     if held > input_ids.shape[1]:
         raise ValueError(
             f"`past_key_values` holds {held} tokens, more than the {input_ids.shape[1]} of `input_ids`: pass the "

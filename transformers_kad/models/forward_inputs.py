@@ -8,11 +8,26 @@ import torch
 from transformers import GenerationMixin, PreTrainedModel
 
 from .adapters import model_below
-from .model_errors import context_length
+from .cache_rollback import Rollback
+from .model_errors import describe
+from .model_settings import context_length
 from .padding import PaddedTexts
 
 # What `generate` passes for every token of the text, and continues behind the prompt.
 PER_TOKEN = ("position_ids", "token_type_ids")
+# What `generate` prepares for every call, and a forward can do without.
+PREPARED = frozenset(
+    {"cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+)
+
+
+def further_inputs(model_kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of what a call passes to its model besides what `generate` prepares for every call.
+
+    For models of images `generate` also prepares a dictionary, which is empty where there are none.
+    """
+    given = {name: value for name, value in model_kwargs.items() if name not in PREPARED and value is not None}
+    return sorted(name for name, value in given.items() if not isinstance(value, dict) or value)
 
 
 def repeat_rows(values: torch.Tensor, rows: int) -> torch.Tensor:
@@ -38,6 +53,8 @@ class ForwardInputs:
             type(self._below)._prepare_position_ids_for_generation
             is not GenerationMixin._prepare_position_ids_for_generation
         )
+        is_linear = "past_key_values" not in self.accepted and "cache_params" in self.accepted
+        self.cache_name = "cache_params" if is_linear else "past_key_values"
         length = context_length(model)
         self.last_position = None if length is None else length - 1
         self.use_prompt_inputs({}, None)
@@ -53,6 +70,7 @@ class ForwardInputs:
         device = self._below.device
         self._given = {name: value.to(device) for name, value in inputs.items() if name in self.accepted}
         self._given_columns = max((value.shape[-1] for value in self._given.values()), default=0)
+        self._columns_have_moved = False
         if (positions := self._given.get("position_ids")) is not None:
             count = positions.new_tensor([positions.shape[-1]])
             if attention_mask is not None:
@@ -60,19 +78,63 @@ class ForwardInputs:
             # A row's next position, less the number of its tokens: kept with the rest, since it has rows as well.
             self._given["shift"] = positions[..., -1:] - count + 1
 
+    @property
+    def has_token_types(self) -> bool:
+        """Whether the call passes types of the prompts' tokens, by which some models read them in both directions."""
+        return "token_type_ids" in self._given
+
+    @property
+    def has_prompt_inputs(self) -> bool:
+        """Whether the call passes something for every token of its prompts."""
+        return bool(self._given)
+
+    def rollback(self, of_cache: Rollback) -> Rollback:
+        """How tokens are taken back, as far as the model decides it, whose cache could do so in this way.
+
+        Without `position_ids`, a model counts columns. With a mask or a bias of its own, or with windows over a cache
+        of full attention, it may count those behind holes as well.
+        """
+        if of_cache not in (Rollback.BEHIND_MASK, Rollback.BY_ROW):
+            return of_cache
+        if "position_ids" not in self.accepted:
+            return Rollback.IN_STEP
+        return of_cache if self._masks_by_position else Rollback.BY_ROW
+
+    @property
+    def _masks_by_position(self) -> bool:
+        config = self._below.config.get_text_config(decoder=True)
+        types = getattr(config, "layer_types", None)
+        if types is None:
+            windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+            types = ["other" if any(windows) else "full_attention"]
+        return set(types) == {"full_attention"} and bool(getattr(self._below, "_supports_attention_backend", False))
+
     def select_rows(self, rows: list[int], before: int) -> None:
         """Of the rows of a batch, so many `before`, keep only some, in this order."""
         self._given = {name: repeat_rows(value, before)[..., rows, :] for name, value in self._given.items()}
 
+    def drop_prompt_columns(self, columns: int) -> None:
+        """Of what was passed for the prompts, leave out the first columns, which were padding."""
+        self._given = {name: value if name == "shift" else value[..., columns:] for name, value in self._given.items()}
+        self._given_columns = max(self._given_columns - columns, 0)
+
     def forget_prompt_columns(self) -> None:
         """From now on, only what follows the prompt is read, whose columns have moved."""
-        self._given_columns = 0
+        self._given_columns, self._columns_have_moved = 0, True
 
     def build(self, texts: PaddedTexts, new: int, kept: int, *, is_first: bool, **further: Any) -> dict[str, Any]:
         """The inputs of a forward over the last `new` columns of texts, for the logits at the last `kept` positions.
 
         `is_first` says that none of the texts was read before. `further` are other inputs, such as the cache.
+
+        Raises:
+            ValueError: the columns of prompts, of which inputs were passed, have moved, and are to be read again.
         """
+        if is_first and self._columns_have_moved and self._given:
+            raise ValueError(
+                f"{describe(self._below)} would have to read a batch again whose rows have moved, and `position_ids` "
+                "or `token_type_ids` were passed for its prompts. Leave them out, or generate one sequence at a time."
+            )
         if texts.mask is not None:
             further["attention_mask"] = texts.mask
         positions = self.positions(texts, new)

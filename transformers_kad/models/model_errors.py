@@ -22,10 +22,11 @@ def source_of(model: PreTrainedModel) -> str:
     return str(getattr(model.config, "_name_or_path", "") or "unnamed")
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest text that a model takes, in tokens; None if its configuration does not say."""
-    length = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else None
+def how_to_compile(name: str, model: object) -> str:
+    """How a model is compiled and stays one, for the message about what `torch.compile` made of it; else empty."""
+    if not hasattr(model, "_orig_mod"):
+        return ""
+    return f". To compile the {name}, use `{name}.compile()`, not `torch.compile({name})`, and pass the model itself"
 
 
 def is_unusable(logits: torch.Tensor) -> torch.Tensor:

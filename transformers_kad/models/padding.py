@@ -1,5 +1,6 @@
 """Padding before the texts of a batch, and holes in them where rows took back different numbers of tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ class PaddedTexts(NamedTuple):
         """The first columns of the texts."""
         return PaddedTexts(self.ids[:, :columns], None if self.mask is None else self.mask[:, :columns])
 
+    def without_first(self, columns: int) -> "PaddedTexts":
+        """The texts without their first columns, in which there are no tokens."""
+        return PaddedTexts(self.ids[:, columns:], None if self.mask is None else self.mask[:, columns:], self.lengths)
+
     def select_rows(self, rows: torch.Tensor) -> "PaddedTexts":
         """Some of the rows, `(B',)` indices, in this order."""
         lengths = None if self.lengths is None else self.lengths[rows.cpu()]
@@ -55,6 +60,24 @@ class PaddedTexts(NamedTuple):
             mask = torch.cat([self.full_mask[:, :begin], kept.to(self.ids)], dim=-1)
         return PaddedTexts(self.ids[:, :columns], mask, lengths + kept.sum(dim=-1))
 
+    def take_back(self, counts: Sequence[int]) -> "PaddedTexts":
+        """The texts without the last `counts[b]` columns of each row b, all ending in the same column."""
+        columns = self.columns - min(counts)
+        if max(counts) == min(counts):
+            return self.crop(columns)
+        ends = [self.columns - count for count in counts]
+        ids, mask = (keep_ends(values, ends, columns, dim=-1) for values in (self.ids, self.full_mask))
+        return PaddedTexts(ids, mask)
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether there are zeros in the mask between tokens; the device is waited for."""
+        return self.mask is not None and bool((self.mask[:, 1:] < self.mask[:, :-1]).any())
+
+    def without_gaps(self) -> "PaddedTexts":
+        """The texts without the zeros between their tokens, padded on the left only."""
+        return self.close_holes(int(self.full_mask.sum(-1).max()))[0] if self.has_gaps else self
+
     def close_holes(self, columns: int) -> tuple["PaddedTexts", torch.Tensor]:
         """Move every row's tokens to the end of so many columns, and the padding that fits there before them.
 
@@ -64,6 +87,22 @@ class PaddedTexts(NamedTuple):
         index = self.full_mask.argsort(dim=-1, stable=True)[:, self.columns - columns :]
         mask = None if self.mask is None else self.mask.gather(1, index)
         return PaddedTexts(self.ids.gather(1, index), mask, self.lengths), index
+
+
+def keep_ends(values: torch.Tensor, ends: Sequence[int], columns: int, dim: int) -> torch.Tensor:
+    """Of values `(B, ...)` keep in each row b the last `columns` before `ends[b]` along a dimension, counted from -1.
+
+    Where a row has fewer, zeros stand before them.
+    """
+    if min(ends) == max(ends) and ends[0] >= columns:
+        return values.narrow(dim, ends[0] - columns, columns)
+    shape = list(values.shape)
+    shape[dim] = columns
+    kept = values.new_zeros(shape)
+    for row, end in enumerate(ends):
+        own = min(columns, end)
+        kept[row].narrow(dim, columns - own, own).copy_(values[row].narrow(dim, end - own, own))
+    return kept
 
 
 def match_rows(held: PaddedTexts, texts: PaddedTexts) -> tuple[int, list[int]]:

@@ -71,7 +71,8 @@ class StaticCacheModel(CachedModel):
         config = self.model.config.get_text_config(decoder=True)
         with torch.inference_mode(False):  # later calls write to it, in whatever mode
             static = StaticCache(config=config, max_cache_len=capacity)
-        if any(type(layer) is not StaticLayer for layer in static.layers):
+        takes_cache = "past_key_values" in self.accepted_inputs
+        if not takes_cache or any(type(layer) is not StaticLayer for layer in static.layers):
             raise ValueError(
                 f"`compile=True` needs full attention in all layers, and the {self.role} {describe(self.model)} has "
                 "others. Leave out `compile`."

@@ -41,10 +41,8 @@ class TextReader:
         self._prompt: PaddedTexts | None = PaddedTexts(input_ids, attention_mask)
         whole = [input_ids.shape[1]] * len(input_ids)
         self._lengths: list[int] = whole if attention_mask is None else attention_mask.sum(dim=-1).tolist()
-        # Of the columns that were read since the last `accept`: of which of the base's tokens, counted from 0, each
-        # one is a part, and where rows spell differently, of which rows: (B, w) each, on the CPU.
-        self._token_of: list[int] = []
-        self._columns: list[torch.Tensor] = []
+        # Of every token of the base that was read since the last `accept`: in how many tokens of its own, in each row.
+        self._own_counts: list[list[int]] = []
         self._lead = 0  # tokens of a round before its draft
 
     def read(self, tokens: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
@@ -55,41 +53,56 @@ class TextReader:
         Behind a prompt that was not read yet, `tokens` may be None.
         """
         ids, mask, widths = tokens, None, [1] * (0 if tokens is None else tokens.shape[1])
+        own_counts = [[width] * len(self._lengths) for width in widths]
         if tokens is not None and widths and self.vocabulary_alignment is not None:
             ids, mask, widths = self.vocabulary_alignment.spell(tokens)
-            self._columns.append(mask.bool().cpu())
-        first = self._token_of[-1] + 1 if self._token_of else 0
-        self._token_of += [token for token, width in enumerate(widths, first) for _ in range(width)]
+            own_counts = [part.sum(-1).tolist() for part in mask.split(widths, dim=1)]
+        self._own_counts += own_counts
         # Where, in columns, the base's tokens end: first what was read before, then each of the new ones.
         ends = [0, *accumulate(widths)][-logits_to_keep:]
         columns = ends[-1] - ends[0] + 1
-        if self._prompt is None:
-            assert ids is not None
-            logits = self.model.extend(ids, mask, logits_to_keep=columns)
-        else:
-            prompt = self._prompt
-            text = prompt if ids is None else prompt.extend(ids.to(prompt.ids), mask)
-            logits = self.model.logits(
-                text.ids, text.mask, logits_to_keep=columns, chunk_size=self.chunk_size, prompt_length=prompt.columns
-            )
-            self._prompt = None
+        logits = self._read(ids, mask, columns)
         if columns > len(ends):
             logits = logits[:, [end - ends[0] for end in ends]]
         logits = align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment)
         return tempered(logits, self.component_temperature)
+
+    def _read(self, ids: torch.Tensor | None, mask: torch.Tensor | None, columns: int) -> torch.Tensor:
+        """The logits at the last `columns` columns, behind the model's own tokens `ids` `(B, n)`."""
+        if self._prompt is None:
+            assert ids is not None
+            return self.model.extend(ids, mask, logits_to_keep=columns)
+        prompt, self._prompt = self._prompt, None
+        alone = ids is None or ids.shape[1] == 0 or self.model.reads_prompt_alone or mask is not None
+        text = prompt if alone or ids is None else prompt.extend(ids.to(prompt.ids), None)
+        logits = self.model.logits(
+            text.ids,
+            text.mask,
+            logits_to_keep=1 if alone else columns,
+            chunk_size=self.chunk_size,
+            prompt_length=prompt.columns,
+        )
+        if ids is None or text is not prompt or ids.shape[1] == 0:
+            return logits
+        behind = self.model.extend(ids, mask, logits_to_keep=min(columns, ids.shape[1]))
+        return torch.cat([logits, behind], dim=1)[:, -columns:]
 
     def accept(self, accepted: list[int]) -> None:
         """The end of a round: of the draft, row b keeps `accepted[b]` tokens, the rest is taken back.
 
         What was read before the draft, the token that ended the round before, stays.
         """
-        counts = torch.tensor([count + self._lead for count in accepted], device="cpu")
-        columns = torch.tensor(self._token_of, dtype=torch.long, device="cpu") < counts[:, None]
-        if self._columns:
-            columns &= torch.cat(self._columns, dim=1)
-        self.model.keep_columns(columns)
-        self._lengths = [before + more for before, more in zip(self._lengths, columns.sum(1).tolist(), strict=True)]
-        self._token_of, self._columns, self._lead = [], [], 1
+        kept = [count + self._lead for count in accepted]
+        read = [sum(counts) for counts in zip(*self._own_counts, strict=True)] or [0] * len(kept)
+        own = [sum(counts[row] for counts in self._own_counts[:count]) for row, count in enumerate(kept)]
+        self.model.take_back([before - after for before, after in zip(read, own, strict=True)])
+        self._lengths = [before + more for before, more in zip(self._lengths, own, strict=True)]
+        self._own_counts, self._lead = [], 1
+
+    @property
+    def needs_rows_in_step(self) -> bool:
+        """See `CachedModel.needs_rows_in_step`."""
+        return self.model.needs_rows_in_step
 
     def select_rows(self, rows: list[int]) -> None:
         """Between rounds: continue with some of the rows, in this order."""
@@ -99,20 +112,23 @@ class TextReader:
     def own_tokens_left(self, tokens: torch.Tensor | None) -> list[int | None]:
         """How many of its own tokens the model could read in each row behind the next `tokens` `(B, 1)` of the base.
 
-        None without a limit.
+        None without a limit. What is read at once must not go from one side of `CachedModel.last_column_to_switch` to
+        the other.
 
         Raises:
             ContextLengthError: a row is longer than the model's context already.
         """
-        limit, lengths = self.model.context_length, self._lengths
-        if limit is None:
+        limit, switch, lengths = self.model.context_length, self.model.last_column_to_switch, self._lengths
+        if limit is None and switch is None:
             return [None] * len(lengths)
         if tokens is not None:
             known = self.vocabulary_alignment is None  # then nothing is to be read from the device
             widths = [1] * len(lengths) if known else map(self._width, tokens[:, 0].tolist())
             lengths = [length + width for length, width in zip(lengths, widths, strict=True)]
         self.model.check_length(max(lengths))
-        return [limit - length for length in lengths]
+        if switch is not None and max(lengths) <= switch:  # the longest row decides how all of them are read
+            return [switch - max(lengths)] * len(lengths)
+        return [None if limit is None else limit - length for length in lengths]
 
     def cut_to_context(self, tokens: torch.Tensor | None, drafts: list[list[int]]) -> list[list[int]]:
         """Of drafts in the base's tokens, behind the next `tokens` `(B, 1)`, what fits into the model's context."""

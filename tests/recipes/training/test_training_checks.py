@@ -52,6 +52,13 @@ def test_a_pair_that_fits_needs_no_weights(folder):
     assert pair.tokenizer.chat_template == Path(BASE, "chat_template.jinja").read_text()
 
 
+def test_a_configuration_without_an_end_of_sequence(folder):
+    """CPM-Ant has no `eos_token_id`, nor `max_position_embeddings`."""
+    base = folder("base")
+    Path(base, "config.json").write_text(json.dumps({"model_type": "cpmant", "vocab_size": 640}))
+    assert check_pair(base, folder("proxy")).eos_token_ids == (1,)
+
+
 def test_padded_vocabularies_of_different_size_fit(folder):
     assert check_pair(folder("base", vocab_size=704), folder("proxy", vocab_size=768)).vocabulary == 768
 

@@ -6,6 +6,8 @@ from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
+from ...models.model_settings import text_setting
+
 _PROBE_LENGTH = 16  # length of the text on which logits are compared, in tokens
 
 
@@ -19,7 +21,7 @@ def reason_not_to_merge(adapted: PeftModel) -> str | None:
     if getattr(model, "is_quantized", False):
         return "the model below it is quantized, and the merged weights would be rounded again"
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    tied = model.config.get_text_config(decoder=True).tie_word_embeddings
+    tied = text_setting(model.config, "tie_word_embeddings")
     # peft itself replaces tokens that were trained one by one in both layers.
     if tied and any(isinstance(end, BaseTunerLayer) and not isinstance(end, TrainableTokensLayer) for end in ends):
         return "it acts on embeddings that input and output share, so merging it into one changes the other"

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import find_adapter_config_file
 
 from ...models.adapters import model_below
+from ...models.model_settings import text_setting
 from ...utils.sources import check_source, resolve_name
 from .merging import merge_and_compare, reason_not_to_merge, trained_tokens
 
@@ -197,7 +198,7 @@ def _rows_of_adapter(model: PreTrainedModel, path: str) -> int:
             brought |= {end for end, name in names.items() if name.endswith(module or names["input"])}
     # Input embeddings that are trained as a whole are a copy, which the output layer does not share.
     copied = names["input"].split(".")[-1] in (getattr(config, "modules_to_save", None) or ())
-    if brought and model.config.get_text_config(decoder=True).tie_word_embeddings and not copied:
+    if brought and text_setting(model.config, "tie_word_embeddings") and not copied:
         brought = set(names)
     if rows != present and brought != set(names):
         lacking = [name for end, name in names.items() if end not in brought]

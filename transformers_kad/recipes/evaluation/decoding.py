@@ -19,11 +19,11 @@ from ...models.adapters import model_below
 from ...models.model_errors import (
     ContextLengthError,
     UnusableLogitsError,
-    context_length,
     describe,
     is_unusable,
     unusable_logits_error,
 )
+from ...models.model_settings import context_length
 from ...records.statistics import SequenceStatistics
 from ...rules.registry import RULES
 from ..pair import Pair

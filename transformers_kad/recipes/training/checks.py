@@ -7,6 +7,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrai
 
 from ...integrations.loading.models import below_adapter, load_tokenizer
 from ...integrations.loading.prompts import no_padding_error, pad_token_id
+from ...models.model_settings import text_setting
 from ...models.vocabulary import describe_different_ids
 from . import AlignmentError
 from .arguments import log
@@ -53,7 +54,7 @@ def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
     """
     configs = load_config(base, "--base"), load_config(proxy, "--proxy")
     tokenizer = _load_tokenizer(base, "--base")
-    vocabulary = configs[1].get_text_config(decoder=True).vocab_size
+    vocabulary = text_setting(configs[1], "vocab_size", len(tokenizer))
     own_tokenizer = None if _has_no_tokenizer(proxy) else _load_tokenizer(proxy, "--proxy")
     if own_tokenizer is None:
         log(f"The proxy {proxy} has no tokenizer of its own; the base's is used.")
@@ -69,7 +70,7 @@ def check_pair(base: str, proxy: str, chat_template: str | None = None) -> Pair:
         if pad_token_id(tokenizer) is None:
             raise AlignmentError(str(no_padding_error(tokenizer)))
         tokenizer.pad_token_id = pad_token_id(tokenizer)
-    context = getattr(configs[1].get_text_config(decoder=True), "max_position_embeddings", None)
+    context = text_setting(configs[1], "max_position_embeddings")
     eos = {index for path, config in zip((base, proxy), configs, strict=True) for index in _eos_ids(path, config)}
     return Pair(tokenizer, vocabulary, context, tuple(sorted(eos)))
 
@@ -180,5 +181,5 @@ def _eos_ids(path: str, config: PreTrainedConfig) -> list[int]:
     try:
         eos = GenerationConfig.from_pretrained(path).eos_token_id
     except OSError:  # an adapter, or a model that was saved without this file
-        eos = config.get_text_config(decoder=True).eos_token_id
+        eos = text_setting(config, "eos_token_id")
     return eos if isinstance(eos, list) else [] if eos is None else [eos]

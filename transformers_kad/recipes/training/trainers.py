@@ -21,6 +21,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from ...integrations.loading.models import load_merged
+from ...models.model_settings import text_setting
 from ..progress import Progress
 from . import AlignmentError
 from .arguments import AlignmentArguments, log
@@ -118,7 +119,7 @@ def lora_config(arguments: AlignmentArguments, model: PreTrainedModel) -> LoraCo
         lora_dropout=arguments.lora_dropout,
         target_modules="all-linear",
         modules_to_save=trained if arguments.train_embeddings else None,
-        ensure_weight_tying=arguments.train_embeddings and model.config.tie_word_embeddings,
+        ensure_weight_tying=arguments.train_embeddings and bool(text_setting(model.config, "tie_word_embeddings")),
     )
 
 
