@@ -23,6 +23,14 @@ Automatic and fixed draft lengths with a more costly proxy, and with a lower acc
     python recipes/benchmark_speed.py --inflate base=300M,proxy=10M --dtype bfloat16 --rule primal --budget 0.8 \
         --repetitions 6 --output primal --methods speculative,auto --draft_lengths 1,3,5,8
 
+Sliding windows shorter than the texts, and recurrent layers, beside full attention, with random weights:
+
+    cost="--inflate base=300M,proxy=30M --dtype bfloat16 --batch_size 1,4 --draft_lengths 5"
+    python recipes/benchmark_speed.py --random_weights windowed $cost --output windowed --repetitions 4 \
+        --methods token_by_token,speculative,in_step  # and full
+    python recipes/benchmark_speed.py --random_weights hybrid $cost --output hybrid --repetitions 3 \
+        --methods token_by_token,speculative,auto
+
 How time and memory grow with the text, the vocabulary and the batch:
 
     python recipes/benchmark_speed.py --growth length --batch_size 2 --repetitions 1 --output growth
@@ -36,9 +44,10 @@ A real pair, and one with random weights whose acceptance rate is determined by 
 
 Methods: base, base_compiled (with a static cache, compiled by transformers), proxy, assisted (assisted decoding of
 transformers with the same proxy and draft length, without KAD), and KAD as token_by_token, lazy, speculative, auto,
-prompt_lookup and compiled. Methods that draft run with every draft length, or with their own as in assisted:5. All of
-them sample the same number of tokens after the same new prompts, without temperature, top-k or end of sequence. In
-every repetition they take turns, and each is compared with the base alone in that repetition at the same batch size.
+prompt_lookup, compiled, and in_step (speculative, and all rows of a batch emit the same number of tokens a round).
+Methods that draft run with every draft length, or with their own as in assisted:5. All of them sample the same number
+of tokens after the same new prompts, without temperature, top-k or end of sequence. In every repetition they take
+turns, and each is compared with the base alone in that repetition at the same batch size.
 
 The bound is the ratio that would result if only the forward passes of the models took time. It is computed from the
 number of forward passes of each method and the median times of forward passes that are measured in between, prompts
@@ -47,7 +56,8 @@ included. Without prompts, for drafts of length γ, it is
     E[tokens per round] t_b(1) / ((γ + a) t_q + t_b(γ + 1))
 
 with t_b(n) the time of a forward pass of the base over n tokens of each text, t_q that of a step of the proxy, and a
-the number of further proxy steps per round.
+the number of further proxy steps per round. A base with recurrent layers reads accepted tokens again after a refusal,
+so that its rounds differ in n. Its bound is computed from the widths of the forward passes that it made.
 
 The results folder gets runs.jsonl, with a line for each repetition, from which an interrupted run continues, and
 speed.json, speed.md and plots. Batch sizes and repetitions can be added to a folder; other settings and other machines
@@ -87,6 +97,8 @@ from transformers_kad.recipes.resumable import JsonLinesStore
 from transformers_kad.utils.files import write_whole
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
+# Configurations of pairs with full attention, with sliding windows of 48 tokens, and with recurrent layers.
+TINY_ARCHITECTURES = Path(__file__).resolve().parent / "tiny_architectures"
 DEFERRAL_MASS = 0.8
 SIZES = {
     "length": [256, 512, 1024, 2048, 4096, 8192],
@@ -145,7 +157,10 @@ class SpeedArguments:
     )
     random_weights: str | None = field(
         default=None,
-        metadata={"help": "base=CONFIG,proxy=CONFIG: random models of these configurations (Hub id, folder or file)."},
+        metadata={
+            "help": "base=CONFIG,proxy=CONFIG: random models of these configurations (Hub id, folder or file); or "
+            "full, windowed or hybrid: those of tiny_architectures/."
+        },
     )
     deferral_mass: float | None = field(
         default=None,
@@ -189,7 +204,7 @@ class SpeedArguments:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
         self.inflated = {name: parse_count(count) for name, count in parse_by_model(self.inflate, "--inflate").items()}
-        self.configs = parse_by_model(self.random_weights, "--random_weights")
+        self.configs = _configs_of(self.random_weights)
         if self.configs and set(self.configs) != {"base", "proxy"}:
             raise ValueError(f"--random_weights needs both, base=...,proxy=..., got {self.random_weights!r}.")
         if self.deferral_mass is not None:
@@ -199,6 +214,13 @@ class SpeedArguments:
                 )
             if not 0 < self.deferral_mass <= 1:
                 raise ValueError(f"--deferral_mass must lie in (0, 1], got {self.deferral_mass}.")
+
+
+def _configs_of(random_weights: str | None) -> dict[str, str]:
+    """The sources of the configurations that --random_weights names."""
+    if random_weights in ("full", "windowed", "hybrid"):
+        return {name: str(TINY_ARCHITECTURES / random_weights / name) for name in ("base", "proxy")}
+    return parse_by_model(random_weights, "--random_weights")
 
 
 def _words(values: Sequence[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """Forwards: counted where they happen, timed on their own; caches, looked at."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, DynamicCache, MambaConfig, StaticCache
 
 from transformers_kad.models.static_model import StaticCacheModel
 from transformers_kad.recipes.benchmarking.bounds import Shape
@@ -16,7 +17,9 @@ from transformers_kad.recipes.benchmarking.forwards import (
     ForwardTimer,
     time_compiled_forwards,
 )
+from transformers_kad.recipes.benchmarking.subjects import random_model
 
+ARCHITECTURES = Path(__file__).resolve().parents[3] / "recipes" / "tiny_architectures"
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5], [35, 8, 9, 7, 9, 3]])
 
 
@@ -56,6 +59,33 @@ def test_the_hooks_go_also_when_a_forward_fails(base):
     assert meter.counts.total() == 1
 
 
+@pytest.fixture(scope="module", params=["windowed", "hybrid"])
+def architecture(request):
+    """A model whose cache can't take back tokens, or not all of them."""
+    return random_model(AutoConfig.from_pretrained(ARCHITECTURES / request.param / "proxy"), device="cpu")
+
+
+def test_forwards_that_begin_with_a_text_are_prefills(architecture, base, proxy):
+    static = StaticCache(config=base.config, max_cache_len=24)
+    with torch.no_grad(), ForwardMeter({"base": base, "proxy": proxy, "other": architecture}, None) as meter:
+        architecture.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        base(input_ids=IDS, past_key_values=static)
+        base(input_ids=IDS, past_key_values=static)
+        for _ in range(2):
+            proxy(IDS[:1])
+    assert meter.counts[Shape("other", 2, 1)] == 3
+    assert meter.prefills == {Shape("other", 2, 6): 1, Shape("base", 2, 6): 1, Shape("proxy", 1, 6): 2}
+
+
+def test_prefills_of_recurrent_layers_alone():
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    model = random_model(MambaConfig(**sizes), device="cpu")
+    with ForwardMeter({"base": model}, None) as meter:
+        model.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert meter.counts == {Shape("base", 2, 6): 1, Shape("base", 2, 1): 3}
+    assert meter.prefills == {Shape("base", 2, 6): 1}
+
+
 def test_forwards_on_their_own_have_the_shapes_that_were_asked_for(base, proxy):
     shapes = [Shape("base", 2, 1), Shape("base", 2, 4), Shape("base", 1, 4), Shape("proxy", 1, 1)]
     prompts = [Shape("base", 2, 7), Shape("proxy", 3, 5)]
@@ -87,6 +117,36 @@ def test_forwards_behind_a_text_find_it_in_the_cache(base):
     handle.remove()
     once = [*[(1, 10)] * IN_A_ROW, *[(3, 10)] * IN_A_ROW, (8, 0)]
     assert held == [(10, 0), *once * 2]
+
+
+def test_every_forward_continues_the_same_text(architecture):
+    held = []
+
+    def look(model, args, kwargs):
+        assert model is architecture  # only the cache is copied
+        cache = kwargs.get("past_key_values")
+        length = 0 if cache is None else cache.get_seq_length()
+        held.append((kwargs["input_ids"].shape[1], length, kwargs["attention_mask"][1].tolist()))
+
+    handle = architecture.register_forward_pre_hook(look, with_kwargs=True)
+    timer = ForwardTimer({"base": architecture}, [Shape("base", 2, 12), Shape("base", 2, 1)], [], held=60)
+    for _ in range(2):
+        timer.measure()
+    handle.remove()
+    text = [0] + [1] * 59
+    once = [(new, 60, text + [1] * new) for new in (1, 12) for _ in range(IN_A_ROW)]
+    assert held == [(60, 0, text), *once * 2]
+
+
+def test_shapes_are_added_and_left_out(base, proxy):
+    one, prompt = Shape("base", 1, 1), Shape("base", 1, 9)
+    timer = ForwardTimer({"base": base, "proxy": proxy}, [one], [], held=10)
+    assert set(timer.measure()) == {one}
+    more = Shape("proxy", 2, 3)
+    timer.add([one, more], [prompt])
+    assert set(timer.measure(leave_out={one})) == {more, prompt}
+    assert set(timer.measure(leave_out={prompt})) == {one, more}
+    assert set(timer.measure()) == {one, more, prompt}
 
 
 def test_compiled_forwards_are_steps_of_their_width(proxy, monkeypatch):
@@ -144,3 +204,16 @@ def test_the_beginning_of_a_text_does_not_count():
         pass
     assert caches.over_ideal is None
     assert caches.bytes == 0
+
+
+def test_recurrent_states_are_no_keys_and_values():
+    model = random_model(AutoConfig.from_pretrained(ARCHITECTURES / "hybrid" / "proxy"), device="cpu")
+    recurrent = random_model(
+        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4), device="cpu"
+    )
+    with CacheMeter({"base": model, "proxy": recurrent}, every=1) as caches:
+        for each in (model, recurrent):
+            each.generate(IDS, max_new_tokens=10, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert caches.over_ideal == 1
+    # Of one layer, 2 heads of width 32, float32, for 2 rows of 14 tokens before the last forward.
+    assert caches.bytes == 2 * 2 * 32 * 4 * 2 * 14

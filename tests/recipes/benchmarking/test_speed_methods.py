@@ -5,6 +5,7 @@ import torch
 from tiny_models import tiny_model
 
 from transformers_kad import KADConfig
+from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.recipes.benchmarking.bounds import Shape
 from transformers_kad.recipes.benchmarking.forwards import ForwardMeter
 from transformers_kad.recipes.benchmarking.methods import (
@@ -14,6 +15,7 @@ from transformers_kad.recipes.benchmarking.methods import (
     counts_from_json,
     counts_to_json,
     expand,
+    rows_in_step,
 )
 from transformers_kad.recipes.benchmarking.subjects import Subject
 
@@ -62,8 +64,9 @@ def test_every_kind_is_expanded_by_the_draft_lengths_and_the_base_comes_first():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_every_method_emits_the_same_number_of_tokens(rows, base, proxy, uncompiled):
     runner = make_contest(base, proxy, rows)
-    methods = [method for method in expand(list(KINDS), [3]) if rows == 1 or not KINDS[method.kind].one_row]
-    assert len(methods) == {1: 10, 3: 8}[rows]
+    other = "in_step" if rows == 1 else "one_row"
+    methods = [method for method in expand(list(KINDS), [3]) if not getattr(KINDS[method.kind], other)]
+    assert len(methods) == {1: 10, 3: 9}[rows]
     for method in methods:
         ids, _ = run(runner, method)
         assert ids.shape == (rows, PROMPT + NEW), method.key
@@ -147,6 +150,7 @@ def test_what_a_method_cannot_do_is_said(base, proxy):
     wide = tiny_model(seed=2, vocabulary=60)
     assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).reason_to_skip(Method("assisted", 3))
     assert "one text at a time, not 2" in make_contest(base, proxy, rows=2).reason_to_skip(Method("compiled", 3))
+    assert "and there is one" in make_contest(base, proxy).reason_to_skip(Method("in_step", 3))
     assert "got 50 and 60 rows" in make_contest(base, wide).reason_to_skip(Method("assisted", 3))
     assert make_contest(base, wide).reason_to_skip(Method("speculative", 3)) is None
     looks = KADConfig("confidence_bet", {"margin": 0.1})
@@ -156,3 +160,29 @@ def test_what_a_method_cannot_do_is_said(base, proxy):
 def test_counts_survive_json():
     counts = {Shape("base", 1, 6): 3, Shape("proxy", 2, 1): 1}
     assert counts_from_json(counts_to_json(counts)) == counts
+
+
+def needs_rows_in_step():
+    return getattr(CachedModel, "needs_rows_in_step", "left to the cache")
+
+
+def test_rows_are_in_step_inside_and_as_before_outside(monkeypatch):
+    own = property(lambda model: False)
+    monkeypatch.setattr(CachedModel, "needs_rows_in_step", own, raising=False)
+    with pytest.raises(KeyError), rows_in_step():
+        assert CachedModel.needs_rows_in_step is True
+        raise KeyError
+    assert CachedModel.needs_rows_in_step is own
+
+
+def test_only_the_method_in_step_is_run_so(base, proxy):
+    runner, seen = make_contest(base, proxy, rows=2), {}
+    before = needs_rows_in_step()
+    handle = base.register_forward_pre_hook(lambda model, args: seen[method].add(needs_rows_in_step()))
+    for method in expand(["in_step", "speculative", "auto"], [3]):
+        seen[method] = set()
+        run(runner, method)
+    handle.remove()
+    in_step = seen.pop(Method("in_step", 3))
+    assert in_step == {True}
+    assert all(each == {before} for each in seen.values())

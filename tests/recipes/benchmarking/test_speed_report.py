@@ -157,6 +157,61 @@ def test_methods_are_compared_within_repetitions():
     assert compare(RECORDS, "speculative:5", "base") == make_rows(RECORDS)[1]["ratio"]
 
 
+def hybrid_run(seconds):
+    """20 rounds of 5 tokens after a prompt read alone; in 8 of them the base reads 3 accepted tokens again."""
+    counts = [["base", 1, 6, 12], ["base", 1, 9, 8], ["base", 1, 10, 1], ["proxy", 1, 1, 110], ["proxy", 1, 10, 1]]
+    prefills = [["base", 1, 10, 1], ["proxy", 1, 10, 1]]
+    return run(seconds, counts, rounds=20, drafted=100, accepted=80, deferral_mass=0.4, prefills=prefills)
+
+
+def test_tokens_that_are_read_again_are_part_of_the_bound():
+    hybrid = record(0, {"base": base_run(8.0), "speculative:5": hybrid_run(4.0)})
+    hybrid["forwards"].append(["base", 1, 9, [0.115]])
+    base, row = make_rows([hybrid])
+    assert row["bound"] == pytest.approx((99 * 0.08 + 0.12) / (12 * 0.1 + 8 * 0.115 + 0.12 + 110 * 0.01 + 0.05))
+    assert row["share"][1] == pytest.approx(2 / row["bound"])
+    assert row["base_columns_per_token"] == pytest.approx((12 * 6 + 8 * 9) / 100)
+    assert base["base_columns_per_token"] == pytest.approx(0.99)
+    assert row["steady"] is None  # its rounds are not alike
+    assert base["proxy_prefills"] is None  # not counted
+    assert row["proxy_prefills"] == 1
+
+
+def test_the_prefills_are_those_of_the_worst_call():
+    twice = hybrid_run(4.0) | {"prefills": [["base", 1, 10, 1], ["proxy", 1, 10, 1], ["proxy", 1, 30, 1]]}
+    records = [
+        record(at, {"base": base_run(), "speculative:5": each}) for at, each in enumerate((twice, hybrid_run(4.0)))
+    ]
+    assert make_rows(records)[1]["proxy_prefills"] == 2
+    text = to_markdown(report(records))
+    assert "| base columns/token | proxy prefills |\n" in text
+    assert "| 1.0 MiB | 1.44 | 2 |\n" in text
+    assert "Base columns a token: " in text
+
+
+def test_reports_without_these_counts_are_written_as_before():
+    older = report(RECORDS)
+    for row in older["rows"]:
+        del row["base_columns_per_token"], row["proxy_prefills"]
+    text = to_markdown(older)
+    assert "| peak memory |\n" in text
+    assert "columns" not in text
+    assert "prefills" not in text
+
+
+def test_rows_in_step_are_compared_with_rows_on_their_own():
+    records = [
+        record(at, {"base": base_run(), "speculative:5": speculative_run(own), "in_step:5": speculative_run(6.0)}, 4)
+        for at, own in enumerate((4.0, 5.0, 3.0))
+    ]
+    (line,) = (line for line in findings(make_rows(records), records) if "in step" in line)
+    assert line == (
+        "Batch 4: with γ = 5, rows that each keep what they accepted are × 1.50 (1.35 to 1.75) as fast as rows in "
+        "step."
+    )
+    assert not any("in step" in line for line in findings(make_rows(RECORDS), RECORDS))
+
+
 def batches():
     """Drafting pays at batch 1 and 2 and not at 4, where auto stops."""
     records = []

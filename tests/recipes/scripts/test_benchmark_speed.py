@@ -7,7 +7,7 @@ from pathlib import Path
 import benchmark_speed
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from transformers_kad.recipes.benchmarking.growth import growth_to_markdown
 from transformers_kad.recipes.benchmarking.report import to_markdown
@@ -21,6 +21,7 @@ FIELDS = {
     *("batch_size", "method", "label", "kind", "draft_length", "repetitions", "failed", "tokens_per_second"),
     *("seconds", "ratio", "bound", "share", "steady", "tokens_per_round", "drafted_per_round", "acceptance_rate"),
     *("base_forwards_per_token", "proxy_forwards_per_token", "outside", "inside_seconds", "memory", "deferral_mass"),
+    *("base_columns_per_token", "proxy_prefills"),
 }
 
 
@@ -71,6 +72,11 @@ def test_rows_are_consistent(measured):
         assert rows[size, "speculative:3"]["drafted_per_round"] <= 3
         assert rows[size, "speculative:3"]["tokens_per_round"] <= 4
         assert rows[size, "prompt_lookup:2"]["proxy_forwards_per_token"] <= 1
+        assert rows[size, "token_by_token"]["base_columns_per_token"] == pytest.approx(
+            7 / 8
+        )  # the first is the prompt's
+        assert rows[size, "token_by_token"]["proxy_prefills"] == rows[size, "speculative:3"]["proxy_prefills"] == 1
+        assert rows[size, "base"]["proxy_prefills"] == 0
     drafted = rows[1, "speculative:3"]
     assert drafted["base_forwards_per_token"] == pytest.approx(1 / drafted["tokens_per_round"])
     steady = drafted["steady"]
@@ -132,6 +138,32 @@ def test_architectures_without_weights(tmp_path, capsys):
     assert 0 < result["rule"]["parameters"]["threshold"] < 1
     assert result["settings"]["base"] == "base/config.json"
     assert "deferral mass of 0.6 needs dual with threshold" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_tiny_architectures(tmp_path):
+    asked = [*SMALL, "--methods", "token_by_token,speculative,in_step", "--draft_lengths", "3", "--repetitions", "1"]
+    windowed = [*asked, "--random_weights", "windowed", "--output", str(tmp_path)]
+    assert benchmark_speed.main(windowed) == 0
+    assert benchmark_speed.main([*asked, "--random_weights", "full", "--output", str(tmp_path)]) == 2
+    result = result_of(tmp_path)
+    assert [row["method"] for row in result["rows"]] == ["base", "token_by_token", "speculative:3"]
+    assert result["settings"]["base"] == "windowed/base"
+    assert result["settings"]["deferral_mass"] == 0.8
+    assert result["rows"][2]["proxy_prefills"] == 1
+
+
+@pytest.mark.parametrize("name", ["full", "windowed", "hybrid"])
+def test_tiny_architectures_differ_in_their_layers_alone(name):
+    configs = benchmark_speed.SpeedArguments(random_weights=name).configs
+    for role, width in (("base", 96), ("proxy", 64)):
+        config = AutoConfig.from_pretrained(configs[role])
+        assert (config.hidden_size, config.intermediate_size, config.vocab_size) == (width, 3 * width, 640)
+        kind = {"full": "full", "windowed": "sliding", "hybrid": "linear"}[name]
+        assert config.layer_types == [*[f"{kind}_attention"] * 3, "full_attention"]
+        if name == "windowed":
+            prompt = benchmark_speed.SpeedArguments().prompt_tokens
+            assert config.sliding_window < prompt
 
 
 @pytest.mark.slow
@@ -255,6 +287,22 @@ def test_what_is_kept_is_what_is_promised():
     lazy = rows[1, "lazy"]
     assert lazy["proxy_forwards_per_token"] == pytest.approx(lazy["deferral_mass"], rel=0.1)
     assert lazy["ratio"][1] >= rows[1, "token_by_token"]["ratio"][1]
+
+
+@pytest.mark.parametrize("name", ["windowed", "hybrid"])
+def test_windows_and_recurrent_layers_come_as_near_to_their_bounds(name):
+    """Figures of one run each, of which nothing is measured again here."""
+    report, rows = kept(name)
+    for size in (1, 4):
+        assert rows[size, "speculative:5"]["share"][1] >= 0.93
+    assert {row["proxy_prefills"] for row in rows.values() if row["method"] != "base"} == {1}
+    tables = re.findall(r"(?:^\|.*\n)+", to_markdown(report), re.MULTILINE)
+    (by_batch,) = (table for table in tables if table.startswith("| method | batch 1 |"))
+    assert by_batch in PAGE.read_text(encoding="utf-8")
+    in_step = [line for line in report["findings"] if "rows in step" in line]
+    assert len(in_step) == (1 if name == "windowed" else 0)
+    for line in in_step:
+        assert line.rstrip(".") in page()
 
 
 def test_long_texts_cost_what_their_forwards_cost():

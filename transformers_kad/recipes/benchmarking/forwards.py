@@ -1,5 +1,6 @@
 """Counts and times the forward passes of models, while a method runs or on their own."""
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -9,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from ...models.cached_model import CachedModel
 from ...models.static_model import StaticCacheModel
@@ -42,12 +44,15 @@ class ForwardMeter:
 
     Attributes:
         counts: the number of forward passes of each shape.
+        prefills: of these, the number that began without a cache or with an empty one, and so read a text from its
+            first token on.
         seconds: the times of each shape, in seconds.
     """
 
     def __init__(self, models: Mapping[str, nn.Module], clock: Clock | None) -> None:
         self._models, self._clock = models, clock
         self.counts: Counter[Shape] = Counter()
+        self.prefills: Counter[Shape] = Counter()
         self.seconds: dict[Shape, list[float]] = {}
 
     def __enter__(self) -> Self:
@@ -71,6 +76,8 @@ class ForwardMeter:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         self._shape = Shape(name, *ids.shape)
         self.counts[self._shape] += 1
+        if _filled_cache(kwargs) is None:
+            self.prefills[self._shape] += 1
         if self._clock is not None:
             self._started = self._clock()
 
@@ -79,8 +86,20 @@ class ForwardMeter:
             self.seconds.setdefault(self._shape, []).append(self._clock() - self._started)
 
 
+def _filled_cache(kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache among a model's inputs, if it holds tokens already; else None."""
+    cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+    if not isinstance(cache, Cache):
+        return None
+    try:
+        is_filled = int(cache.get_seq_length()) > 0
+    except ValueError:  # all layers are recurrent, and count no tokens
+        is_filled = cache.has_previous_state()
+    return cache if is_filled else None
+
+
 class CacheMeter:
-    """Context manager that measures the key-value caches that models are called with.
+    """Context manager that measures the key-value caches that models are called with, without recurrent states.
 
     Args:
         models: the models by name.
@@ -124,20 +143,27 @@ class CacheMeter:
 
     def _measure_cache(self, name: str, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._forwards[name] += 1
-        cache = kwargs.get("past_key_values")
-        if self._forwards[name] % self._every or not isinstance(cache, Cache) or not cache.get_seq_length():
+        if self._forwards[name] % self._every or (cache := _filled_cache(kwargs)) is None:
+            return
+        layers = [layer for layer in cache.layers if isinstance(layer, CacheLayerMixin)]
+        if not layers:  # only recurrent ones
             return
         mask, length = kwargs.get("attention_mask"), int(cache.get_seq_length())
-        tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         size = sum(tensor.nbytes for tensor in tensors)
         rows = tensors[0].shape[0]
-        held = rows * length if mask is None or mask.dim() != 2 else int(mask[:, :length].sum())
+        held = rows * length
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2:  # not prepared for each kind of layer
+            held = int(mask[:, :length].sum())
         ideal = held * sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
         self._measured[name].append((held, size, size / ideal))
 
 
 class ForwardTimer:
     """Times forward passes of random tokens on their own, in turns. The bounds are computed from these times.
+
+    A forward pass after a text continues a copy of the cache that holds the text, so that caches that can't take
+    tokens back, as those of recurrent layers, are timed like all others.
 
     Args:
         models: the models by name.
@@ -154,43 +180,54 @@ class ForwardTimer:
         *,
         held: int,
     ) -> None:
-        self._models, self._shapes, self._prompts, self._held = models, sorted(shapes), sorted(prompts), held
-        self._filled: dict[tuple[str, int], CachedModel] = {}
-        self._texts: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        longest = max((shape.tokens for shape in (*shapes, *prompts)), default=0)
-        for shape in (*self._shapes, *self._prompts):
-            place, model = (shape.model, shape.rows), models[shape.model]
-            if place not in self._texts:
-                self._texts[place] = _random_texts(model, shape.rows, held + longest)
+        self._models, self._held = models, held
+        self._shapes: list[Shape] = []
+        self._prompts: list[Shape] = []
+        # For each model and number of rows: a text, its mask, and the model with the text in its cache.
+        self._filled: dict[tuple[str, int], tuple[torch.Tensor, torch.Tensor, CachedModel]] = {}
+        self.add(shapes, prompts)
+
+    def add(self, shapes: Collection[Shape], prompts: Collection[Shape] = ()) -> None:
+        """Time these shapes too, from the next measurement on."""
+        self._shapes = sorted({*self._shapes, *shapes})
+        self._prompts = sorted({*self._prompts, *prompts})
         for shape in self._shapes:
             place = (shape.model, shape.rows)
             if place not in self._filled:
-                self._filled[place] = CachedModel(models[shape.model], shape.model)
-                ids, mask = self._texts[place]
-                self._filled[place].logits(ids[:, :held], mask[:, :held])
+                cached = CachedModel(self._models[shape.model], shape.model)
+                ids, mask = _random_texts(cached.model, shape.rows, self._held)
+                cached.logits(ids, mask)
+                self._filled[place] = ids, mask, cached
 
-    def measure(self) -> dict[Shape, list[float]]:
-        """The times of each shape in seconds, of the model's forward pass alone.
+    def measure(self, leave_out: Collection[Shape] = ()) -> dict[Shape, list[float]]:
+        """The times of each shape that is not left out, in seconds, of the model's forward pass alone.
 
         Forward passes after a text are run several times in a row, like a proxy's steps: at the first one the caches
         of the processor still hold the weights of another model.
         """
         seconds: dict[Shape, list[float]] = {}
         for shape in self._shapes:
-            place, end = (shape.model, shape.rows), self._held + shape.tokens
-            cached, (ids, mask) = self._filled[place], self._texts[place]
-            with self._meter(shape.model) as meter:
-                for _ in range(IN_A_ROW):
-                    cached.logits(ids[:, :end], mask[:, :end], logits_to_keep=shape.tokens, continues=True)
-                    cached.crop(self._held)
-            seconds |= meter.seconds
+            if shape not in leave_out:
+                seconds |= self._after_text(shape)
         for shape in self._prompts:
-            ids, mask = self._texts[shape.model, shape.rows]
-            cached = CachedModel(self._models[shape.model], shape.model)
-            with self._meter(shape.model) as meter:
-                cached.logits(ids[:, : shape.tokens], mask[:, : shape.tokens])
-            seconds |= meter.seconds
+            if shape not in leave_out:
+                cached = CachedModel(self._models[shape.model], shape.model)
+                ids, mask = _random_texts(cached.model, shape.rows, shape.tokens)
+                with self._meter(shape.model) as meter:
+                    cached.logits(ids, mask)
+                seconds |= meter.seconds
         return seconds
+
+    def _after_text(self, shape: Shape) -> dict[Shape, list[float]]:
+        ids, mask, cached = self._filled[shape.model, shape.rows]
+        new, _ = _random_texts(cached.model, shape.rows, shape.tokens)
+        ids, mask = torch.cat([ids, new], dim=-1), torch.cat([mask, torch.ones_like(new)], dim=-1)
+        shared = {id(module): module for module in cached.model.modules()}
+        with self._meter(shape.model) as meter:
+            for _ in range(IN_A_ROW):
+                copied = copy.deepcopy(cached, dict(shared))
+                copied.logits(ids, mask, logits_to_keep=shape.tokens, continues=True)
+        return meter.seconds
 
     def _meter(self, name: str) -> ForwardMeter:
         model = self._models[name]

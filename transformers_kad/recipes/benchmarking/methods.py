@@ -1,9 +1,11 @@
 """The decoding methods that are timed, and how each of them calls `generate`."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import CompileConfig, StaticCache
@@ -11,11 +13,22 @@ from transformers import CompileConfig, StaticCache
 from ...configuration import KADConfig
 from ...integrations.loading.prompts import PLAIN_SAMPLING
 from ...logits_process import KADLogitsProcessor
+from ...models.cached_model import CachedModel
 from ...models.static_model import CAPACITY_STEP, StaticCacheModel
 from ...records.statistics import KADStatistics
 from ..evaluation.decoding import fix_draft_length
 from .bounds import Shape
 from .subjects import Subject
+
+
+@contextmanager
+def rows_in_step() -> Iterator[None]:
+    """Inside, all rows of a batch emit the same number of tokens in every round, whatever the layers of their models.
+
+    Other batches do so only where a cache can't have holes.
+    """
+    with patch.object(CachedModel, "needs_rows_in_step", new=True):
+        yield
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class _Kind:
         speculative: whether the proxy is passed as `assistant_model`.
         compiled: whether forward passes after the prompt are compiled.
         one_row: whether it only decodes one text at a time.
+        in_step: whether it runs with `rows_in_step`, which makes no difference to a single text.
     """
 
     label: str
@@ -37,6 +51,7 @@ class _Kind:
     speculative: bool = False
     compiled: bool = False
     one_row: bool = False
+    in_step: bool = False
 
 
 KINDS = {
@@ -57,6 +72,7 @@ KINDS = {
         compiled=True,
         one_row=True,
     ),
+    "in_step": _Kind("KAD speculative, rows in step", drafts=True, options={}, speculative=True, in_step=True),
 }
 
 
@@ -144,6 +160,8 @@ class MethodRunner:
         kind = KINDS[method.kind]
         if kind.one_row and self.rows > 1:
             return f"takes one text at a time, not {self.rows}"
+        if kind.in_step and self.rows == 1:
+            return "compares the rows of a batch, and there is one"
         sizes = [model.get_input_embeddings().weight.shape[0] for model in self.subject.models.values()]
         aligned = self.subject.pair is not None and self.subject.pair.alignment is not None
         if method.kind == "assisted" and (aligned or sizes[0] != sizes[1]):
@@ -171,14 +189,15 @@ class MethodRunner:
         elif kind.compiled:
             arguments |= self._compile_base()
         model = subject.proxy if method.kind == "proxy" else subject.base
-        return model.generate(
-            **inputs,
-            **PLAIN_SAMPLING,
-            **arguments,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=None,
-            pad_token_id=subject.pad_token_id,
-        )
+        with rows_in_step() if kind.in_step else nullcontext():
+            return model.generate(
+                **inputs,
+                **PLAIN_SAMPLING,
+                **arguments,
+                max_new_tokens=self.max_new_tokens,
+                eos_token_id=None,
+                pad_token_id=subject.pad_token_id,
+            )
 
     def _compile_base(self) -> dict[str, Any]:
         """The arguments of a compiled call. All calls share one static cache, so that they are compiled once."""

@@ -11,7 +11,7 @@ from .methods import KINDS, Method, counts_from_json
 Record = Mapping[str, Any]
 
 # Kinds whose rounds are all alike, so that `speculative_bound` applies.
-STEADY = ("token_by_token", "lazy", "speculative")
+STEADY = ("token_by_token", "lazy", "speculative", "in_step")
 
 
 def make_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -25,6 +25,8 @@ def make_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         (sum c t / n of the base alone) / (sum c t / n of the method)
 
     For a batch of constant size and drafts of constant length this is `speculative_bound` with the prompts included.
+    The tokens that a base with recurrent layers reads again after a refusal are columns of its forward passes, and so
+    are part of the bound.
     `share` is ratio / bound in each repetition. `ratio` and `share` are a lower quartile, a median and an upper
     quartile; `bound` is a median.
     """
@@ -86,6 +88,8 @@ def _row(size: int, method: Method, records: Sequence[Record], times: ForwardTim
         "acceptance_rate": accepted / drafted if accepted is not None and drafted else None,
         "base_forwards_per_token": forwards["base"] * size / tokens if tokens else None,
         "proxy_forwards_per_token": forwards["proxy"] * size / tokens if tokens else None,
+        "base_columns_per_token": sum(map(_base_columns, runs)) / tokens if tokens else None,
+        "proxy_prefills": max((count for run in runs if (count := _proxy_prefills(run)) is not None), default=None),
         "outside": _outside(runs),
         "inside_seconds": _seconds_inside(runs),
         "memory": max(memory, default=None),
@@ -100,8 +104,12 @@ def _total(runs: Sequence[Record], name: str) -> int | None:
 def _steady(
     size: int, method: Method, runs: Sequence[Record], forwards: Mapping[str, int], times: ForwardTimes
 ) -> dict[str, float] | None:
-    """The arguments of `speculative_bound`, and the bound. The batch is assumed to stay full until the end."""
-    if not forwards["base"]:
+    """The arguments of `speculative_bound`, and the bound. The batch is assumed to stay full until the end.
+
+    None if the base reads tokens again, since its rounds then differ in width.
+    """
+    width = 1 + (method.draft_length or 0)
+    if not forwards["base"] or any(_reads_again(run, width) for run in runs):
         return None
     steps = sum(_draft_steps(run) for run in runs)
     parts = {
@@ -109,7 +117,7 @@ def _steady(
         "drafted": steps / forwards["base"],
         "bonus_steps": (forwards["proxy"] - steps) / forwards["base"],
         "base_one": times.of(Shape("base", size, 1)),
-        "base_draft": times.of(Shape("base", size, 1 + (method.draft_length or 0))),
+        "base_draft": times.of(Shape("base", size, width)),
         "proxy_step": times.of(Shape("proxy", size, 1)),
     }
     return {**parts, "bound": speculative_bound(**parts)}
@@ -124,6 +132,31 @@ def _draft_steps(run: Record) -> int:
         for shape, count in counts.items()
         if shape.model == "base"
     )
+
+
+def _reads_again(run: Record, width: int) -> bool:
+    """Whether the base made a forward pass after the prompt that is wider than a draft and the token before it."""
+    return any(
+        shape.model == "base" and width < shape.tokens < run["prompt_tokens"]
+        for shape in counts_from_json(run["counts"])
+    )
+
+
+def _base_columns(run: Record) -> int:
+    """The number of tokens that the base read after the prompt, of all texts, with those that it read again."""
+    prompt = run["prompt_tokens"]
+    return sum(
+        shape.rows * (shape.tokens - (prompt if shape.tokens >= prompt else 0)) * count
+        for shape, count in counts_from_json(run["counts"]).items()
+        if shape.model.startswith("base")
+    )
+
+
+def _proxy_prefills(run: Record) -> int | None:
+    """How often the proxy read the text from its first token on; None if it was not counted."""
+    if run.get("prefills") is None:
+        return None
+    return sum(count for shape, count in counts_from_json(run["prefills"]).items() if shape.model == "proxy")
 
 
 def _outside(runs: Sequence[Record]) -> float | None:
@@ -164,6 +197,13 @@ def findings(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> li
                     "tokens a round"
                 )
             lines.append(line + ".")
+            for row in fixed:
+                key = f"in_step:{row['draft_length']}"
+                if key in own:
+                    lines.append(
+                        f"Batch {size}: with γ = {row['draft_length']}, rows that each keep what they accepted are × "
+                        f"{_spread(compare(own_records, row['method'], key))} as fast as rows in step."
+                    )
             if "token_by_token" in own:
                 gain = compare(own_records, best["method"], "token_by_token")
                 (paying if gain[1] > 1 else stopped).append(size)
@@ -218,8 +258,19 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "Medians, in brackets the quartiles. Forwards a token are those of the batch per token of each text. Outside: "
         "share of the time outside the models' forwards. Peak memory: beside what was there before the call.\n"
     )
+    if any(_has_columns(row) for row in rows):
+        parts.append(
+            "Base columns a token: the tokens that the base read after the prompt, with the refused ones and with "
+            "those that it read again, per emitted token. Proxy prefills: how often the proxy read the text from its "
+            "first token on, in the call with the most.\n"
+        )
     parts.append(measured_with(report))
     return "\n".join(parts)
+
+
+def _has_columns(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the counts that older reports lack."""
+    return row.get("base_columns_per_token") is not None
 
 
 def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -236,8 +287,12 @@ def _method_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "proxy forwards/token": lambda row: number(row["proxy_forwards_per_token"], 2),
         "outside": lambda row: percentage(row["outside"]),
         "peak memory": lambda row: mebibytes(row["memory"]),
+        "base columns/token": lambda row: number(row["base_columns_per_token"], 2),
+        "proxy prefills": lambda row: number(row["proxy_prefills"], 0),
         "failed": lambda row: str(row["failed"]),
     }
+    if not any(_has_columns(row) for row in rows):
+        del columns["base columns/token"], columns["proxy prefills"]
     if not any(row["failed"] for row in rows):
         del columns["failed"]
     return table(columns, rows)

@@ -11,16 +11,19 @@ import torch
 from transformers import set_seed
 
 from ...configuration import KADConfig
+from ...models.model_settings import context_length
 from ..evaluation.decoding import is_failure
 from ..resumable import JsonLinesStore
 from .bounds import Shape
 from .forwards import ForwardMeter, ForwardTimer, clock_of, time_compiled_forwards
 from .memory import PeakMemory
-from .methods import KINDS, Method, MethodRunner, counts_to_json
+from .methods import KINDS, Method, MethodRunner, counts_from_json, counts_to_json
 from .subjects import Subject, make_inputs
 
 FORWARD_PASSES = 3  # how often each repetition measures all forward passes, spread over the methods
 WARM_UP_TOKENS = 8
+# Shapes with a smaller share of a model's forward passes in all runs are not timed but interpolated.
+SMALLEST_SHARE = 0.02
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class _Forwards:
     """Times the forward passes that the methods use, between their runs.
 
     Batches of fewer rows are timed too, since finished rows leave a batch. The cache holds half of the longest text.
+    Shapes that are not foreseen, as those of a base that reads accepted tokens again, are added when they occur.
     """
 
     def __init__(self, runner: MethodRunner, methods: Sequence[Method]) -> None:
         rows, prompt = runner.rows, runner.longest_prompt
-        self._make_runner = runner
+        self._runner = runner
         self._compiled = [method for method in methods if KINDS[method.kind].compiled]
         self._held = prompt + runner.max_new_tokens // 2
+        self._widest = runner.max_new_tokens - runner.max_new_tokens // 2  # within the text, and so the context
         drafts = sorted({method.draft_length for method in methods if method.draft_length is not None})
         fewer = {1 << power for power in range(rows.bit_length())} | {rows}
         widths = {1, *(length + 1 for length in drafts)}
@@ -72,9 +77,29 @@ class _Forwards:
         """The times of each shape in seconds. Forward passes are compiled where they have not been before."""
         times = self._timer.measure()
         for method in self._compiled:
-            for shape, model in self._make_runner.compiled_models(method).items():
+            for shape, model in self._runner.compiled_models(method).items():
                 times[shape] = time_compiled_forwards(model, held=self._held)
         return times
+
+    def measure_rest(self, measured: Mapping[Shape, list[float]]) -> dict[Shape, list[float]]:
+        """The times of the shapes that were added since the others were measured, in seconds."""
+        return self._timer.measure(leave_out=measured)
+
+    def add_shapes_of(self, run: Mapping[str, Any]) -> None:
+        """Time what a run's forward passes are mostly like, and its prompts if they are as long as the longest."""
+        if run.get("prefills") is None:  # it failed, or is compiled
+            return
+        prefills = counts_from_json(run["prefills"])
+        steps = counts_from_json(run["counts"]) - prefills
+        self._timer.add(
+            [
+                shape
+                for shape, count in steps.items()
+                if count >= SMALLEST_SHARE * sum(steps[other] for other in steps if other.model == shape.model)
+                and shape.tokens <= self._widest
+            ],
+            [shape for shape in prefills if shape.tokens >= self._runner.longest_prompt],
+        )
 
 
 def measure_batch_size(
@@ -157,7 +182,7 @@ def measure_batch_size(
 
 def _check_contexts(subject: Subject, tokens: int) -> None:
     for name, model in subject.models.items():
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = context_length(model)
         if limit is not None and tokens > limit:
             raise ValueError(
                 f"A prompt and its answer have {tokens} tokens, and the context of the {name} ends at {limit}: pass a "
@@ -204,6 +229,8 @@ def _repetition(
             for shape, seconds in forwards.measure().items():
                 times.setdefault(shape, []).extend(seconds)
         runs[method.key] = run_method(runner, method, inputs, seed, profile=profile)
+        forwards.add_shapes_of(runs[method.key])
+    times |= forwards.measure_rest(times)
     return {
         "batch_size": runner.rows,
         "repetition": repetition,
@@ -262,9 +289,21 @@ def _call(
         "memory": memory.bytes,
         "forwards": dict(forwards),
         "counts": counts_to_json(counts),
+        "prefills": None if compiled else counts_to_json(meter.prefills),
         "inside": {name: sum(meter.of(name)) for name in models} if timed else None,
     }
     statistics = runner.statistics(method)
     if statistics is not None:
+        _check_proxy_prefills(method, meter.prefills)
         run |= {name: getattr(statistics, name) for name in ("rounds", "drafted", "accepted", "deferral_mass")}
     return run
+
+
+def _check_proxy_prefills(method: Method, prefills: Mapping[Shape, int]) -> None:
+    """Raise `RuntimeError` if the proxy read its prompt more than once in a call."""
+    count = sum(number for shape, number in prefills.items() if shape.model == "proxy")
+    if count > 1:
+        raise RuntimeError(
+            f"In one call of {method.key}, the proxy read the text from its first token on {count} times, where once "
+            "is enough: its cache was dropped instead of rolled back."
+        )
