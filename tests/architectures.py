@@ -382,7 +382,7 @@ def page(verdicts: Mapping[str, Verdicts]) -> str:
         f"## Counts\n\nOf {len(verdicts)} rows:\n\n{counts(verdicts)}",
         f"## Equal everywhere\n\n{len(right)}: {', '.join(right)}.",
         "## Others\n\nA role that is not listed is equal everywhere.\n\n" + table(["family", "role", *CHECKS], rows),
-        "Reasons of refusals:\n\n" + "\n".join(f"{number}. {why}" for why, number in reasons.items()),
+        "Reasons of refusals:\n\n" + ("\n".join(f"{number}. {why}" for why, number in reasons.items()) or "None."),
         "## Where transformers disagrees with itself\n\nWithout KAD: with a cache against without, a "
         "padded batch against single rows, and beams with a cache against without.\n\n"
         + table(["family", *OWN_CHECKS], own),

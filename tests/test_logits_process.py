@@ -703,13 +703,15 @@ def test_a_text_beyond_the_proxys_context_is_refused_by_name(base):
             )
 
 
-def test_a_proxy_without_a_key_value_cache_is_refused(base):
+def test_a_proxy_without_a_key_value_cache_reads_the_whole_text_and_says_so(base, proxy):
+    expected = base.generate(PROMPT, logits_processor=[KADLogitsProcessor(proxy)], **GREEDY)
     proxy = tiny_model(seed=2)
     proxy.register_forward_hook(
         lambda module, args, kwargs, output: type(output)(logits=output.logits), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="no `Cache`"):
-        base.generate(PROMPT, logits_processor=[KADLogitsProcessor(proxy)], **GREEDY)
+    with pytest.warns(UserWarning, match="returned no `Cache` .* reads the whole text again"):
+        got = base.generate(PROMPT, logits_processor=[KADLogitsProcessor(proxy)], **GREEDY)
+    assert torch.equal(got, expected)
 
 
 def test_reset_drops_the_cache(base, proxy):

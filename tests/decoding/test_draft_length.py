@@ -151,7 +151,7 @@ def test_a_stopwatch_adds_blocks_up_and_starts_again(monkeypatch):
 def test_the_distribution_does_not_change(monkeypatch, rows):
     """Whatever the times say; chi-square over the last three of five tokens, false alarm 1e-6."""
     turn = itertools.cycle([0, 3, 1, 5, 2, 0, 4])
-    monkeypatch.setattr(DraftLength, "choose", lambda self, rows: next(turn))
+    monkeypatch.setattr(DraftLength, "choose", lambda self, rows, in_step: next(turn))
     setting, chosen = Setting(), models()
     kad = make_kad(chosen, make_rule("dual", **SPECULATIVE["dual"]), setting, drafts="auto")
     torch.manual_seed(3)

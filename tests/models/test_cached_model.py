@@ -7,6 +7,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad.models.cached_model import CachedModel
+from transformers_kad.models.text_reader import TextReader
 
 
 def plain(model, ids, keep=1, mask=None):
@@ -281,3 +282,27 @@ def test_a_hole_within_a_round_leaves_less_to_take_back(family):
     check_logits(
         model, cached.extend(torch.tensor([[5], [6]])), [[*prompts[0].tolist(), 5], [*prompts[1].tolist(), 6]]
     )
+
+
+def test_several_logits_behind_a_state_that_is_read_one_by_one():
+    """Mamba ignores its state in a forward of several tokens, so that the text is read as a whole."""
+    model, ids = tiny_family("mamba"), random_ids(1, 14)
+    cached = CachedModel(model)
+    cached.logits(ids[:, :8])
+    got = cached.logits(ids, logits_to_keep=5)
+    with torch.no_grad():
+        torch.testing.assert_close(got, model(ids).logits[:, -5:], atol=1e-3, rtol=1e-3)
+
+
+def test_a_draft_that_was_read_with_the_prompt_is_taken_back_without_reading_the_prompt_again():
+    model = tiny_model("mistral", seed=3)  # a window of 8
+    widths = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    reader = TextReader(CachedModel(model), vocabulary=50)
+    reader.begin(random_ids(1, 20))
+    reader.read(random_ids(1, 5, seed=1), logits_to_keep=6)
+    reader.accept([1])
+    reader.read(random_ids(1, 6, seed=2), logits_to_keep=6)
+    assert widths == [20, 5, 6]

@@ -39,8 +39,10 @@ def kad_generate(
     it, and so does `generate(..., logits_processor=[kad], custom_generate=kad_generate)`. The arguments are
     those that `generate` hands to every decoding method.
 
-    A round forwards the base once, over the last token and the draft of every row, and the proxy at most
-    `num_assistant_tokens + 1` times. Every row accepts its own number of tokens, and rows that are finished leave the
+    A round usually forwards the base once, over the last token and the draft of every row, and the proxy at most
+    `num_assistant_tokens + 1` times. A base with recurrent states may need another forward, for accepted tokens that
+    its restored states lack, and one that can't read several tokens behind its states reads them one by one. Every row
+    accepts its own number of tokens, unless the rows go *in step* (see below), and rows that are finished leave the
     batch. The device is waited for once a round, and more often only for processors that must be called one by one.
 
     Processors before KAD in the list see the base's scores, those after it see log r, with the text that leads to the
@@ -52,7 +54,8 @@ def kad_generate(
     a state of every row, or count its calls. With one of those in the call the rows go *in step*: they all end a round
     where the first of them ends it, and the processor or criterion is called as `generate` calls it token by token,
     once a step, with all rows, those that are finished filled up with the padding token. That is exact as well, and
-    takes more rounds.
+    takes more rounds. Caches from which all rows can take back the same number of tokens only make the rows end their
+    rounds together in the same way.
 
     Returns:
         The sequences `(B, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
@@ -129,7 +132,7 @@ def kad_generate(
         # 3. All caches forget the refused tokens. The last token of each row is read in the next round.
         staying = [place for place, row in enumerate(active) if not rows[row].finished]
         kept = [count - 1 for count in emitted]
-        if in_step and staying:  # rows that leave must not keep those that stay from going in step
+        if in_step and staying:  # rows that leave are not read again, so that they may keep what the others keep
             kept = [kept[staying[0]]] * len(kept)
         readers.end_round(kept, staying)
 

@@ -124,7 +124,10 @@ class Output:
 
 
 class RowByRow:
-    """Rows that grow by different numbers of tokens. The criteria are asked about each of them by itself."""
+    """Rows whose criteria are asked about each of them by itself.
+
+    They grow by different numbers of tokens, unless the round ends for all of them together.
+    """
 
     in_step = False
 
@@ -132,7 +135,10 @@ class RowByRow:
         self.rows, self.criteria, self.output = rows, criteria, output
 
     def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
-        """Emit tokens at places of a round until a criterion ends a row; the places of those that it does not."""
+        """Emit tokens at places of a round until a criterion ends the row, or, in step, until one has no more.
+
+        Returns the places of the rows that no criterion ended.
+        """
         texts = {
             place: torch.cat([row.text, row.text.new_tensor([own], dtype=torch.long)], dim=-1)
             for place, own, row in ((place, own, self.rows[round_.rows[place]]) for place, own in tokens.items())

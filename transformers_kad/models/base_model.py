@@ -8,7 +8,7 @@ from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, Static
 
 from .activated_lora import activated, prompt_activation
 from .cache_rollback import Rollback, layers_of, may_be_recurrent, record_past, rollback_of
-from .cached_model import MOST_ONE_BY_ONE, CachedModel
+from .cached_model import CachedModel
 from .forward_inputs import PER_TOKEN, further_inputs
 from .model_errors import describe
 from .model_settings import text_setting
@@ -44,6 +44,7 @@ class BaseModel(CachedModel):
         given = {name: model_kwargs.pop(name) for name in PER_TOKEN if model_kwargs.get(name) is not None}
         self._inputs.use_prompt_inputs(given, mask)
         self._kwargs = model_kwargs
+        self._rows_left = False
         # Images, for instance, which the first forward reads as a whole, not in chunks.
         self.has_more_than_text = bool(further_inputs(model_kwargs))
         if self.has_more_than_text and any(text_setting(model.config, name) for name in CROSS_ATTENTION):
@@ -84,11 +85,12 @@ class BaseModel(CachedModel):
         for name, value in self._kwargs.items():  # such as `encoder_hidden_states`
             if torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self._texts.ids):
                 self._kwargs[name] = value[rows]
+        self._rows_left = True
         super().select_rows(rows)
 
     def _align(self, texts: PaddedTexts, prompt_length: int | None, *, upto: int, continues: bool) -> None:
         # The cache that came with the call holds a beginning of its text, by `generate`'s contract.
-        if self._reads_one_by_one and texts.columns - self.cached_length > MOST_ONE_BY_ONE:
+        if self._must_read_anew(texts.columns - self.cached_length, texts.columns - upto):
             upto = 0
         if self.cached_length > upto:
             self.crop(upto)
@@ -100,6 +102,11 @@ class BaseModel(CachedModel):
             further[self._inputs.cache_name] = self._cache
         new = new if self._cache is not None else texts.columns
         is_first = self.forwards == 0 or self._cache is None
+        if is_first and self._rows_left and self.has_more_than_text:
+            raise ValueError(
+                f"The base {describe(self.model)} would have to read prompts with images again after rows of the "
+                "batch have ended. Generate one sequence at a time."
+            )
         inputs = self._inputs.build(texts, new, logits_to_keep, is_first=is_first, **further)
         with activated(self.model, self._tokens_before_activation, texts.full_mask):
             output: Any = self.model(**inputs, return_dict=True)

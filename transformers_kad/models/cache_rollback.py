@@ -116,7 +116,7 @@ def trim_convolutions(cache: Cache) -> None:
 
 def forget_past(cache: Cache) -> None:
     """Free what is needed only to take back tokens, also in a cache that can't take back any."""
-    _drop(cache, [0])
+    drop_columns(cache, [0])
 
 
 def can_drop(cache: Cache, tokens: int) -> bool:
@@ -146,10 +146,6 @@ def drop_columns(cache: Cache, counts: Sequence[int]) -> None:
     Rows that take back more than others are moved to the right, so that all rows end in the same column. Recurrent
     states, and the convolutions beside them, are left as they are.
     """
-    _drop(cache, counts)
-
-
-def _drop(cache: Cache, counts: Sequence[int]) -> None:
     if _is_own_class(cache):
         if cache.is_croppable:
             cache.crop(-counts[0])
@@ -202,7 +198,7 @@ def select_cached_rows(cache: Cache, rows: torch.Tensor) -> None:
     for part in [cache] if isinstance(cache, EncoderDecoderCache) else _caches_in(cache):
         if type(part).reorder_cache is Cache.reorder_cache and _is_own_class(part):
             part.batch_select_indices(rows)
-        else:  # unlike `batch_select_indices`, it knows of all states
+        else:  # `batch_select_indices` leaves out convolution and recurrent states
             part.reorder_cache(rows)
 
 

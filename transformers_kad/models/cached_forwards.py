@@ -24,7 +24,7 @@ from .cache_rollback import (
 from .fingerprint import fingerprint
 from .forward_inputs import ForwardInputs
 from .model_errors import ContextLengthError, describe
-from .model_settings import context_length, last_column_to_switch, text_setting
+from .model_settings import context_length, longrope_switch, text_setting
 from .padding import PaddedTexts
 from .recurrent_states import reads_one_by_one
 
@@ -51,7 +51,7 @@ def in_mode_of_cache(
 
 
 class CachedForwards:
-    """A causal LM with a cache of its own that is rolled back or refilled as the texts demand.
+    """A causal LM, its cache, and the texts that the cache holds. `CachedModel` decides what is taken back.
 
     Args:
         model: a causal LM or a `PeftModel`.
@@ -65,8 +65,8 @@ class CachedForwards:
         accepted_inputs: names of what the model's `forward` takes.
         state: the model's `fingerprint` when it was last refreshed.
         has_cache: whether the model keeps a cache; known after its first forward.
-        last_column_to_switch: the length of text behind which the model reads all of it with other rotary embeddings;
-            None for one that does not. A round must not go from one side to the other.
+        longrope_switch: the longest text that is read with the short factors of LongRoPE; None without LongRoPE. A
+            round must not go from one side to the other.
     """
 
     # Whether a later call may continue the cache, see `in_mode_of_cache`.
@@ -89,7 +89,7 @@ class CachedForwards:
         self._stand_in: int | None = next(i for i in candidates if isinstance(i, int) and 0 <= i < self.vocabulary)
         self._tokens_before_activation: torch.Tensor | None = None  # (B,), of an activated LoRA
         self.has_cache = True
-        self.last_column_to_switch = last_column_to_switch(model)
+        self.longrope_switch = longrope_switch(model)
         self._rollback: Rollback | None = None  # of the model's caches; None until it returned one
         self._reads_one_by_one = reads_one_by_one(model, None)
         self.state: Hashable = None
@@ -105,8 +105,8 @@ class CachedForwards:
         """Whether the first forward has to be over the prompts alone, as in `generate`, with no draft behind them."""
         if self._inputs.has_token_types or self._reads_one_by_one:
             return True
-        if self._rollback is None:  # not known yet; with inputs for each token of the prompt it can't be read again
-            return self._inputs.has_prompt_inputs
+        if self._rollback is None:  # not known yet: only full attention takes back what it did not record
+            return self._inputs.has_prompt_inputs or not self._inputs.masks_by_position
         return self._rollback is not Rollback.BEHIND_MASK  # the first forward records no past and copies no states
 
     def reset(self) -> None:
@@ -159,7 +159,7 @@ class CachedForwards:
             self._texts = self._texts.crop(length)
 
     def _switches_between(self, shorter: int, longer: int) -> bool:
-        switch = self.last_column_to_switch
+        switch = self.longrope_switch
         return switch is not None and shorter <= switch < longer
 
     @in_mode_of_cache
@@ -168,7 +168,7 @@ class CachedForwards:
         if self._texts is not None:
             self._inputs.select_rows(rows, len(self._texts.ids))
         self._select_cached_rows(rows)
-        if self._texts is not None and self.last_column_to_switch is not None:
+        if self._texts is not None and self.longrope_switch is not None:
             self._drop_padding()
 
     def _drop_padding(self) -> None:

@@ -22,7 +22,8 @@ LARGEST_SHARE_OF_HOLES = 0.05
 # Accepted tokens that states were restored before are read again in the next round's forward. When they are more than
 # so many times the tokens of a round, a forward of their own comes first.
 MOST_WAITING = 1
-# A model that reads one token at a time goes on behind its cache with so many; of more, it reads the whole text anew.
+# A model that reads one token in each forward reads at most so many new tokens behind its cache; for more, the whole
+# text in one forward is faster.
 MOST_ONE_BY_ONE = 16
 
 
@@ -82,6 +83,7 @@ class CachedModel(CachedForwards):
         ids = self._readable(input_ids.to(self.model.device).clone())
         texts = PaddedTexts(ids, None if attention_mask is None else (attention_mask != 0).to(ids))
         self._begin_round()
+        behind_prompt = 0 if prompt_length is None else length - prompt_length
         try:
             if self._needs_closed_gaps:
                 with_gaps, texts = texts, self._without_gaps(texts)
@@ -97,8 +99,8 @@ class CachedModel(CachedForwards):
             if gaps_were_open and self._needs_closed_gaps and texts.has_gaps:  # which the first forward has shown
                 self.reset()
                 logits = self._forward(self._without_gaps(texts), logits_to_keep, chunk_size)
-            if prompt_length is not None and prompt_length < length:
-                self._round.add(ids[:, prompt_length:], None, None)
+            if behind_prompt > 0:
+                self._round.add(ids[:, -behind_prompt:], None, None)
             return logits
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
@@ -131,13 +133,17 @@ class CachedModel(CachedForwards):
             # What was read with the adapter active must not be continued where it is not, and vice versa.
             common = min(common, first_difference(activation, self._tokens_before_activation, texts.full_mask))
         self._tokens_before_activation = activation
-        if self._reads_one_by_one and self._rollback is not None and texts.columns - common > MOST_ONE_BY_ONE:
+        if self._rollback is not None and self._must_read_anew(texts.columns - common, texts.columns - upto):
             common = 0
         if common < self.cached_length:
             self.crop(common)
         if common <= 0 or self._cache is None:
             self.reset()
             self._filled_by = fingerprint(self.model) if self.state is None else self.state
+
+    def _must_read_anew(self, new: int, logits_to_keep: int) -> bool:
+        """Whether a text is read as a whole, because the model can't read so many new tokens behind its cache."""
+        return self._reads_one_by_one and (new > MOST_ONE_BY_ONE or logits_to_keep > 1)
 
     def _match_rows(self, texts: PaddedTexts) -> int:
         """Give every text the cached row that shares its longest prefix; return the shortest of these."""
@@ -160,14 +166,14 @@ class CachedModel(CachedForwards):
             return self._inputs.has_prompt_inputs
         if self._rollback is Rollback.BY_STATE and self._round.has_longer_steps:
             return True
-        return self._rollback in (Rollback.IN_STEP, Rollback.BY_COPY) or self.last_column_to_switch is not None
+        return self._rollback in (Rollback.IN_STEP, Rollback.BY_COPY) or self.longrope_switch is not None
 
     @in_mode_of_cache
     def take_back(self, tokens: list[int]) -> None:
         """The end of a round: of row b, take back the last `tokens[b]` tokens that were read since the last round.
 
-        Where `needs_rows_in_step`, rows that differ in the number of tokens that they keep are cut to what can be had,
-        which the next call reads again.
+        Where `needs_rows_in_step`, all rows have to keep the same number, unless the call ends with this round: then
+        the cache is cut to what all rows can keep, and a later call of `generate` reads the rest again.
         """
         assert self._texts is not None
         ended, self._round = self._round, Round()
@@ -199,12 +205,12 @@ class CachedModel(CachedForwards):
     def _restore(self, ended: Round, tokens: list[int]) -> None:
         """Restore the last states from before the tokens that are taken back; what was kept behind them waits."""
         assert self._texts is not None and self._cache is not None and self._rollback is not None
+        restored_whole = self._rollback is Rollback.BY_COPY
         places = ended.copies_before(tokens)
         ends = [place for place in places if place is not None]
-        if self._rollback is Rollback.BY_COPY and ends:
+        if restored_whole and ends:
             ends = [min(ends)] * len(ends)
         dropped = [ended.tokens_behind(row, end) for row, end in enumerate(ends)]
-        restored_whole = self._rollback is Rollback.BY_COPY
         if None in places or not (restored_whole or has_columns(self._cache, max(dropped))):
             self._cache = None  # the text is read again
             self._take_back_columns(tokens)
@@ -217,7 +223,7 @@ class CachedModel(CachedForwards):
                 for ids, count, back in zip(self._texts.ids, dropped, tokens, strict=True)
             ]
             self._waiting = torch.stack(rows)
-        if self._rollback is Rollback.BY_COPY:
+        if restored_whole:
             self._cache = ended.copies[ends[0]].cache if ends[0] < len(ended.copies) else self._cache
         else:
             copies = [*ended.copies, StateCopy(self._cache, self._rollback)]

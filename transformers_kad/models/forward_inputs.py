@@ -16,7 +16,7 @@ from .padding import PaddedTexts
 # What `generate` passes for every token of the text, and continues behind the prompt.
 PER_TOKEN = ("position_ids", "token_type_ids")
 # What `generate` prepares for every call, and a forward can do without.
-PREPARED = frozenset(
+_PREPARED = frozenset(
     {"cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 )
 
@@ -26,7 +26,7 @@ def further_inputs(model_kwargs: Mapping[str, Any]) -> list[str]:
 
     For models of images `generate` also prepares a dictionary, which is empty where there are none.
     """
-    given = {name: value for name, value in model_kwargs.items() if name not in PREPARED and value is not None}
+    given = {name: value for name, value in model_kwargs.items() if name not in _PREPARED and value is not None}
     return sorted(name for name, value in given.items() if not isinstance(value, dict) or value)
 
 
@@ -98,10 +98,11 @@ class ForwardInputs:
             return of_cache
         if "position_ids" not in self.accepted:
             return Rollback.IN_STEP
-        return of_cache if self._masks_by_position else Rollback.BY_ROW
+        return of_cache if self.masks_by_position else Rollback.BY_ROW
 
     @property
-    def _masks_by_position(self) -> bool:
+    def masks_by_position(self) -> bool:
+        """Whether all layers have full attention, with a mask that `transformers` makes of the tokens' positions."""
         config = self._below.config.get_text_config(decoder=True)
         types = getattr(config, "layer_types", None)
         if types is None:

@@ -1,4 +1,4 @@
-"""Errors that name a model: of a text that is longer than its context, and of logits that can't be used."""
+"""Errors and hints that name a model: of texts beyond its context, unusable logits, and of `torch.compile`."""
 
 import torch
 from transformers import PreTrainedModel

@@ -32,7 +32,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def last_column_to_switch(model: PreTrainedModel) -> int | None:
+def longrope_switch(model: PreTrainedModel) -> int | None:
     """The length of text up to which LongRoPE (arXiv 2402.13753) uses its short factors; None without LongRoPE."""
     rope = text_setting(model.config, "rope_parameters") or {}
     for parameters in (rope, *(part for part in rope.values() if isinstance(part, dict))):  # one for each layer type

@@ -13,7 +13,7 @@ class TextReader:
     """Follows texts that grow by different numbers of tokens, and answers in the base's vocabulary.
 
     Args:
-        model: the proxy or the reference, with its cache.
+        model: the base, the proxy or the reference, with its cache.
         vocabulary: the base's vocabulary size V.
         component_temperature: the model's logits are divided by it.
         vocabulary_alignment: which of its tokens are which of the base, where their tokenizers differ.
@@ -112,13 +112,13 @@ class TextReader:
     def own_tokens_left(self, tokens: torch.Tensor | None) -> list[int | None]:
         """How many of its own tokens the model could read in each row behind the next `tokens` `(B, 1)` of the base.
 
-        None without a limit. What is read at once must not go from one side of `CachedModel.last_column_to_switch` to
+        None without a limit. What is read at once must not go from one side of `CachedModel.longrope_switch` to
         the other.
 
         Raises:
             ContextLengthError: a row is longer than the model's context already.
         """
-        limit, switch, lengths = self.model.context_length, self.model.last_column_to_switch, self._lengths
+        limit, switch, lengths = self.model.context_length, self.model.longrope_switch, self._lengths
         if limit is None and switch is None:
             return [None] * len(lengths)
         if tokens is not None:
@@ -127,7 +127,7 @@ class TextReader:
             lengths = [length + width for length, width in zip(lengths, widths, strict=True)]
         self.model.check_length(max(lengths))
         if switch is not None and max(lengths) <= switch:  # the longest row decides how all of them are read
-            return [switch - max(lengths)] * len(lengths)
+            return [min(switch, switch if limit is None else limit) - max(lengths)] * len(lengths)
         return [None if limit is None else limit - length for length in lengths]
 
     def cut_to_context(self, tokens: torch.Tensor | None, drafts: list[list[int]]) -> list[list[int]]:

@@ -294,15 +294,18 @@ def _call(
     }
     statistics = runner.statistics(method)
     if statistics is not None:
-        _check_proxy_prefills(method, meter.prefills)
+        _check_proxy_prefills(method, meter.prefills, forwards["proxy"])
         run |= {name: getattr(statistics, name) for name in ("rounds", "drafted", "accepted", "deferral_mass")}
     return run
 
 
-def _check_proxy_prefills(method: Method, prefills: Mapping[Shape, int]) -> None:
-    """Raise `RuntimeError` if the proxy read its prompt more than once in a call."""
+def _check_proxy_prefills(method: Method, prefills: Mapping[Shape, int], forwards: int) -> None:
+    """Raise `RuntimeError` if a proxy that keeps a cache read its prompt more than once in a call.
+
+    In a proxy without a cache, each of its `forwards` reads the whole text.
+    """
     count = sum(number for shape, number in prefills.items() if shape.model == "proxy")
-    if count > 1:
+    if 1 < count < forwards:
         raise RuntimeError(
             f"In one call of {method.key}, the proxy read the text from its first token on {count} times, where once "
             "is enough: its cache was dropped instead of rolled back."
