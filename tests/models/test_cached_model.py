@@ -207,7 +207,7 @@ def test_accepted_tokens_that_wait_are_read_with_the_next(following, forwards):
     before = cached.forwards
     texts = torch.cat([prompts, draft[:, :3], more[[1, 0]]], dim=1)[[1, 0]].tolist()
     check_logits(model, cached.extend(more, logits_to_keep=2), texts)
-    assert cached.forwards - before == forwards  # more than `MOST_WAITING` times the new ones have one of their own
+    assert cached.forwards - before == forwards  # more than the new ones have one of their own
     cached.take_back([following, following])
     check_logits(model, cached.extend(more), texts)
 

@@ -97,21 +97,18 @@ class BaseModel(CachedModel):
 
     def _call(self, texts: PaddedTexts, new: int, logits_to_keep: int) -> torch.Tensor:
         """See `CachedModel._call`; the inputs are those that came with the call, continued."""
-        further = {**self._kwargs, "use_cache": self.has_cache}
-        if self.has_cache:
-            further[self._inputs.cache_name] = self._cache
-        new = new if self._cache is not None else texts.columns
         is_first = self.forwards == 0 or self._cache is None
         if is_first and self._rows_left and self.has_more_than_text:
             raise ValueError(
                 f"The base {describe(self.model)} would have to read prompts with images again after rows of the "
                 "batch have ended. Generate one sequence at a time."
             )
-        inputs = self._inputs.build(texts, new, logits_to_keep, is_first=is_first, **further)
+        inputs = self._inputs.build(
+            texts, new, logits_to_keep, is_first=is_first, **self._kwargs, **self._cache_inputs()
+        )
         with activated(self.model, self._tokens_before_activation, texts.full_mask):
             output: Any = self.model(**inputs, return_dict=True)
-        if self.has_cache:
-            self._take_cache(getattr(output, self._inputs.cache_name, None))
+        self._take_cache(output)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -36,6 +36,9 @@ class Rollback(Enum):
     BY_COPY = auto()  # the whole cache is restored from a copy
 
 
+# The kinds that need a copy from before each forward that may be taken back.
+FROM_COPIES = frozenset({Rollback.BY_STATE, Rollback.BY_COPY})
+
 # The layers whose tensors are known, so that columns can be dropped row by row.
 _KNOWN_LAYERS = {
     DummyLayer,
@@ -121,7 +124,7 @@ def forget_past(cache: Cache) -> None:
 
 def can_drop(cache: Cache, tokens: int) -> bool:
     """Whether the last `tokens` columns can be taken back from every layer of a cache that has no recurrent states."""
-    if rollback_of(cache) in (Rollback.BY_STATE, Rollback.BY_COPY):
+    if rollback_of(cache) in FROM_COPIES:
         return tokens == 0
     return has_columns(cache, tokens)
 

@@ -12,6 +12,7 @@ from .activated_lora import active_columns
 from .adapter_switch import AdapterSwitch
 from .adapters import check_adapters
 from .cache_rollback import (
+    FROM_COPIES,
     Rollback,
     can_drop,
     drop_columns,
@@ -218,21 +219,23 @@ class CachedForwards:
 
     def _call(self, texts: PaddedTexts, new: int, logits_to_keep: int) -> torch.Tensor:
         """One forward over the last `new` columns of texts."""
-        cache = self._cache
-        further = {self._inputs.cache_name: cache} if self.has_cache else {}
-        inputs = self._inputs.build(
-            texts, new, logits_to_keep, is_first=cache is None, **further, use_cache=self.has_cache
-        )
+        inputs = self._inputs.build(texts, new, logits_to_keep, is_first=self._cache is None, **self._cache_inputs())
         if self._tokens_before_activation is not None:
             inputs["alora_offsets"] = active_columns(self._tokens_before_activation, texts.full_mask).tolist()
         output: Any = self.model(**inputs) if self._switch is None else self._switch.forward(**inputs)
-        if self.has_cache:
-            self._take_cache(getattr(output, self._inputs.cache_name, None))
+        self._take_cache(output)
         logits: torch.Tensor = output.logits
         return logits
 
-    def _take_cache(self, cache: object) -> None:
-        """Go on with the cache that a forward returned, which may be another one than it was given."""
+    def _cache_inputs(self) -> dict[str, Any]:
+        """The inputs of a forward that hand it the cache, or tell it to use none."""
+        return {self._inputs.cache_name: self._cache, "use_cache": True} if self.has_cache else {"use_cache": False}
+
+    def _take_cache(self, output: object) -> None:
+        """Go on with the cache in the output of a forward, which may be another one than it was given."""
+        if not self.has_cache:
+            return
+        cache = getattr(output, self._inputs.cache_name, None)
         if not isinstance(cache, Cache):
             self.has_cache, self._cache = False, None
             warnings.warn(
@@ -246,7 +249,8 @@ class CachedForwards:
             self._reads_one_by_one = reads_one_by_one(self.model, self._rollback)
             # Only now: a prefill that records its past keeps states that sliding windows could drop.
             record_past(cache)
-        trim_convolutions(cache)
+        if self._rollback in FROM_COPIES:
+            trim_convolutions(cache)
         self._cache = cache
 
     def _readable(self, ids: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ refused, beams that are reordered, and chats that continue in a later call.
 import torch
 
 from .activated_lora import first_difference, tokens_before_activation
-from .cache_rollback import Rollback, drop_columns, gather_columns, has_columns
+from .cache_rollback import FROM_COPIES, Rollback, drop_columns, gather_columns, has_columns
 from .cached_forwards import CachedForwards, in_mode_of_cache
 from .fingerprint import fingerprint
 from .model_errors import describe
@@ -19,9 +19,6 @@ from .recurrent_states import StateCopy
 # A cache of rows that took back different numbers of tokens is rebuilt without the holes when it could be shorter by
 # more than this share.
 LARGEST_SHARE_OF_HOLES = 0.05
-# Accepted tokens that states were restored before are read again in the next round's forward. When they are more than
-# so many times the tokens of a round, a forward of their own comes first.
-MOST_WAITING = 1
 # A model that reads one token in each forward reads at most so many new tokens behind its cache; for more, the whole
 # text in one forward is faster.
 MOST_ONE_BY_ONE = 16
@@ -179,7 +176,7 @@ class CachedModel(CachedForwards):
         ended, self._round = self._round, Round()
         if self._cache is not None and self._rollback is Rollback.BEHIND_MASK:
             self._hide(ended.kept_columns(tokens))
-        elif self._cache is not None and self._rollback in (Rollback.BY_STATE, Rollback.BY_COPY):
+        elif self._cache is not None and self._rollback in FROM_COPIES:
             if max(tokens) == 0:
                 self.crop(self._texts.columns)
             else:
@@ -277,7 +274,7 @@ class CachedModel(CachedForwards):
         """The tokens that wait to be read again, with `ids` and their `mask` behind them."""
         assert self._waiting is not None
         waiting, self._waiting = self._waiting, None
-        if waiting.shape[1] > MOST_WAITING * ids.shape[1]:
+        if waiting.shape[1] > ids.shape[1]:  # a forward of their own keeps them from piling up
             self._read(waiting, None, 1)
             return ids, mask
         if mask is not None:
@@ -288,7 +285,7 @@ class CachedModel(CachedForwards):
         """One forward over more columns, of which the round is told."""
         assert self._texts is not None
         copied = None
-        if self._cache is not None and self._rollback in (Rollback.BY_STATE, Rollback.BY_COPY):
+        if self._cache is not None and self._rollback in FROM_COPIES:
             copied = StateCopy(self._cache, self._rollback)
         logits = self._forward(self._texts.extend(ids, mask), logits_to_keep)
         self._round.add(ids, mask, copied)

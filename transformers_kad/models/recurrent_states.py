@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedModel
 
-from .cache_rollback import Rollback, has_recurrent_state, layers_of
+from .cache_rollback import FROM_COPIES, Rollback, has_recurrent_state, layers_of
 
 # Model types whose forward of several tokens behind a recurrent state is equal to forwards of one token at a time.
 # Others ignore the state in a longer forward (Mamba, Jamba, Zamba), clamp the step size in a longer forward alone
@@ -43,8 +43,7 @@ def reads_one_by_one(model: PreTrainedModel, rollback: Rollback | None) -> bool:
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "is_decoder", True) is False or config.model_type in _NOT_CAUSAL:
         return True
-    has_states = rollback in (Rollback.BY_STATE, Rollback.BY_COPY)
-    return has_states and config.model_type not in _READS_SEVERAL_FROM_STATE
+    return rollback in FROM_COPIES and config.model_type not in _READS_SEVERAL_FROM_STATE
 
 
 class StateCopy:
