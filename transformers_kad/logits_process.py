@@ -297,7 +297,9 @@ class KADLogitsProcessor(LogitsProcessor):
         alignment = settings.vocabulary_alignment
         call = OpenCall(settings, models, _same_text if alignment is None else alignment.retokenize)
         models.prepare()
-        result = (LazyStep if settings.lazy else EagerStep)(call)(input_ids, scores)
+        step = (LazyStep if settings.lazy else EagerStep)(call)
+        result = step(input_ids, scores)
+        step.finish()
         models.finish(caches_are_valid=True)
         return result
 

@@ -20,7 +20,6 @@ from transformers import (
 from transformers_kad import (
     DualDeferral,
     ImplicitReward,
-    KADCandidateGenerator,
     KADLogitsProcessor,
     align_vocabularies,
 )
@@ -381,23 +380,3 @@ def test_a_prefix_function_is_told_the_row(base, proxy):
     assert {(row, token % 4) for row, ids in enumerate(drafted[:, 12:].tolist()) for token in ids} == {
         (row, row) for row in range(4)
     }
-
-
-def test_a_device_that_must_be_waited_for_is_read_once_a_round(base, proxy, monkeypatch):
-    """As on CUDA: the whole draft and the bonus position are run before anything is looked at."""
-    kad = KADLogitsProcessor(proxy, DualDeferral(0.6), num_assistant_tokens=4)
-    settings = {"logits_processor": [kad], "assistant_model": proxy, "eos_token_id": [7, 11], "pad_token_id": 0}
-    settings |= GREEDY
-    expected = base.generate(**padded(4), **settings)
-    kad.reset()
-    monkeypatch.setattr(KADCandidateGenerator, "is_synchronous", False)
-    reads = []
-    read = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.shape) or read(self))
-    assert torch.equal(base.generate(**padded(4), **settings), expected)
-    monkeypatch.undo()
-    rounds = kad.statistics.base_forwards
-    assert kad.statistics.proxy_forwards == 5 * rounds
-    read_in_rounds = [shape for shape in reads if len(shape) == 1 and shape[0] >= 20]
-    # Besides, once a call: the checksums of the proxy's weights, and at its end the deferral masses of all rows.
-    assert len(read_in_rounds) == rounds + 2

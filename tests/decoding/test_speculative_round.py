@@ -9,10 +9,10 @@ from transformers_kad.decoding.open_call import OpenCall
 from transformers_kad.decoding.proxy_models import ProxyModels
 from transformers_kad.decoding.settings import DecodingSettings
 from transformers_kad.decoding.speculative_round import RoundSettings, SpeculativeRound
+from transformers_kad.decoding.text_buffer import TextBuffer
 from transformers_kad.models.model_errors import UnusableLogitsError
 
 VOCABULARY = 6
-TEXTS = [torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5]])]
 
 
 class NextLogits:
@@ -39,9 +39,9 @@ def make_round(base, proxy, drafted, wanted, *, processors=(), in_step=False, ba
     logits = certain(drafted)
     draft = Draft(torch.tensor(drafted), logits.softmax(-1), torch.tensor([len(row) for row in drafted]), logits)
     base_logits = certain(wanted) if base_logits is None else base_logits
-    return SpeculativeRound(
-        settings, [0, 1], TEXTS, draft, base_logits, None, whole_batch=lambda: None, in_step=in_step
-    )
+    texts = TextBuffer(torch.tensor([[1, 2], [3, 4]]), padding=0)
+    texts.append(1, 5)
+    return SpeculativeRound(settings, [0, 1], texts, draft, base_logits, None, in_step=in_step)
 
 
 def run(round_, bonus=None, ends=()):

@@ -1,5 +1,7 @@
 """A proxy is forwarded with what `generate` would forward it with, also where a model counts in a way of its own."""
 
+import copy
+
 import pytest
 import torch
 from tiny_families import tiny_family
@@ -107,7 +109,20 @@ class Inputs:
 
     def note(self, module, arguments, kwargs):
         names = ("input_ids", "position_ids", "attention_mask", "token_type_ids", "cache_position")
-        self.seen.append({name: kwargs[name].clone() for name in names if kwargs.get(name) is not None})
+        self.seen.append({name: copy.deepcopy(kwargs[name]) for name in names if kwargs.get(name) is not None})
+
+
+def check_prepared_masks(masks, columns, window):
+    """Masks `(B, 1, 1, S)` of the newest token, one or one for each type of layers, against a mask of columns."""
+    for kind, mask in (masks if isinstance(masks, dict) else {"full_attention": masks}).items():
+        if mask is None:  # of recurrent layers, which take no mask for a single token
+            assert kind == "linear_attention"
+            continue
+        expected = columns.bool()
+        if kind == "sliding_attention":
+            expected[:, :-window] = False
+        attended = mask if mask.dtype == torch.bool else mask == 0  # eager attention adds its mask to the scores
+        assert torch.equal(attended[:, 0, 0], expected[:, -mask.shape[-1] :]), kind
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -137,7 +152,11 @@ def test_the_inputs_and_the_logits_are_those_of_generate(name, padded):
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            assert torch.equal(ours[key], value), key
+            if torch.is_tensor(ours[key]) and ours[key].dim() <= 3:
+                assert torch.equal(ours[key], value), key
+            else:
+                assert key == "attention_mask"
+                check_prepared_masks(ours[key], value, window=8)
 
 
 @pytest.mark.parametrize("name", MODELS)

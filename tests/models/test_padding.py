@@ -43,7 +43,7 @@ def test_rows_keep_different_columns_and_holes_are_closed():
     # What was counted is not counted again.
     again = closed.extend(torch.tensor([[40], [41]]), None).keep(5, torch.tensor([[False], [True]]))
     assert again.lengths.tolist() == [5, 6]
-    assert again.select_rows(torch.tensor([1])).lengths.tolist() == [6]
+    assert again.select_rows([1]).lengths.tolist() == [6]
     assert again.crop(5).lengths is None
 
 

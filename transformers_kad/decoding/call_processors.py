@@ -7,6 +7,8 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation import logits_process as theirs
 
+from ..utils.transfers import send
+
 # Functions of the scores alone, so that all positions of all rows are one call.
 _OF_SCORES = (
     theirs.EpsilonLogitsWarper,
@@ -50,7 +52,7 @@ class RowTexts:
 
     Attributes:
         rows: the numbers of the rows in the batch of the call.
-        texts: of each row the text with its draft, `(1, L)`.
+        texts: of each row the text with its draft, `(1, L)`; empty where no processor looks at texts.
         lengths: of each row the length of the text without its draft.
         whole_batch: returns the texts of all rows of the call, `(B, L)`, where they go in step.
     """
@@ -111,10 +113,11 @@ class CallProcessors:
         """
         ids = texts.whole_batch()
         of_all = scores.new_zeros(len(ids), scores.shape[-1])
-        of_all[texts.rows] = scores[:, 0]
+        rows = send(texts.rows, scores.device)
+        of_all[rows] = scores[:, 0]
         for processor in self._of_rows:
             of_all = processor[0](ids, of_all)
-        return of_all[texts.rows][:, None]
+        return of_all[rows][:, None]
 
 
 def must_go_in_step(processors: Sequence[LogitsProcessor], rows: int) -> bool:

@@ -1,6 +1,7 @@
 """KADCandidateGenerator: drafts with the proxy, and keeps the distributions that the draft was drawn from."""
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from transformers.generation import CandidateGenerator
 from ..models.cached_model import CachedModel
 from ..models.text_reader import TextReader
 from ..models.vocabulary import VocabularyAlignment
+from ..utils.transfers import send
 from .draft_length import Stopwatch
 from .proxy_text import TextMap
 from .verification import draw
@@ -26,6 +28,7 @@ class Draft:
         proxy_logits: the proxy's logits, tempered, at the drafted positions, `(B, n, V)`, or at the bonus position
             behind them as well, `(B, n + 1, V)`.
         from_proxy: whether `probs` is the softmax of `proxy_logits`, so that it need not be taken again.
+        known_ids: the same as `ids`, on the CPU, where the host knows them already.
     """
 
     ids: torch.Tensor
@@ -33,6 +36,13 @@ class Draft:
     lengths: torch.Tensor
     proxy_logits: torch.Tensor
     from_proxy: bool = False
+    known_ids: torch.Tensor | None = None
+
+    def behind(self, tokens: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The draft behind `tokens` `(B, 1)` of the host, as the arguments of `TextReader.read`."""
+        if self.known_ids is None:
+            return tokens, self.ids
+        return (self.known_ids if tokens is None else torch.cat([tokens, self.known_ids], dim=-1)), None
 
 
 class KADCandidateGenerator(CandidateGenerator):
@@ -82,7 +92,7 @@ class KADCandidateGenerator(CandidateGenerator):
             chunk_size=chunk_size,
         )
         self._device = self.reader.model.model.device
-        self.stopwatch = Stopwatch(self._device)
+        self.stopwatch: Stopwatch | None = None
         self.eos_token_ids = frozenset(eos_token_ids)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)
 
@@ -95,6 +105,11 @@ class KADCandidateGenerator(CandidateGenerator):
     def is_synchronous(self) -> bool:
         """Whether values can be read without waiting for the device, as on the CPU."""
         return bool(self._device.type == "cpu")
+
+    def time_steps(self) -> Stopwatch:
+        """From now on, measure how long the proxy's steps take."""
+        self.stopwatch = Stopwatch(self._device)
+        return self.stopwatch
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft a continuation of each text.
@@ -127,7 +142,7 @@ class KADCandidateGenerator(CandidateGenerator):
         """Draft behind the texts read so far and one more token of each, `(B, 1)`; None at first.
 
         Args:
-            tokens: the token that each row ended its last round with.
+            tokens: the token that each row ended its last round with, on the CPU.
             lengths: of the base's texts, in tokens, with that token.
             base_limits: the longest draft of each row that the base can read, None without a limit.
 
@@ -135,7 +150,8 @@ class KADCandidateGenerator(CandidateGenerator):
             ContextLengthError: a text is longer than the proxy's context.
         """
         draft_limits = self._draft_limits(tokens, lengths, base_limits)
-        self._next = tokens
+        limits = send(draft_limits, self._device)  # now, so that nobody waits for it behind the proxy's steps
+        self._next: tuple[torch.Tensor | None, torch.Tensor | None] = tokens, None
         ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         ended = [False] * len(lengths)
         for _ in range(max(draft_limits)):
@@ -143,7 +159,7 @@ class KADCandidateGenerator(CandidateGenerator):
             # Greedy drafts are compared with argmax r, so that q itself plays no part.
             probs.append(logits[-1].softmax(-1) if self.do_sample else logits[-1])
             ids.append(self._draw(probs[-1]))
-            self._next = ids[-1][:, None]
+            self._next = None, ids[-1][:, None]
             if self.is_synchronous:
                 ended = [
                     before or token in self.eos_token_ids
@@ -159,15 +175,15 @@ class KADCandidateGenerator(CandidateGenerator):
         return Draft(
             drafted,
             torch.stack(probs, dim=1) if ids else nothing,
-            self._lengths(drafted, draft_limits),
+            self._lengths(drafted, limits),
             torch.stack(logits, dim=1) if logits else nothing,
             from_proxy=self.do_sample,
         )
 
     def next_logits(self) -> torch.Tensor:
         """The proxy's logits, tempered, behind all that was read and drafted: `(B, V)` float32."""
-        with self.stopwatch.running():
-            return self.reader.read(self._next)[:, -1]
+        with nullcontext() if self.stopwatch is None else self.stopwatch.running():
+            return self.reader.read(*self._next)[:, -1]
 
     def accept(self, accepted: list[int]) -> None:
         """Of the draft, row b keeps the first `accepted[b]` tokens; the rest is taken back."""
@@ -190,10 +206,10 @@ class KADCandidateGenerator(CandidateGenerator):
             draft_limits.append(max(min(limits), 0))
         return draft_limits
 
-    def _lengths(self, ids: torch.Tensor, draft_limits: list[int]) -> torch.Tensor:
-        """How many of the drafted tokens `(B, n)` count: up to a row's limit, and to its first end of sequence."""
+    def _lengths(self, ids: torch.Tensor, limits: torch.Tensor) -> torch.Tensor:
+        """How many of the tokens `(B, n)` count: up to the `limits` `(B,)`, and to a row's first end of sequence."""
         ends = torch.isin(ids, self._eos).long()
-        within = torch.arange(ids.shape[1], device=ids.device) < torch.tensor(draft_limits, device=ids.device)[:, None]
+        within = torch.arange(ids.shape[1], device=ids.device) < limits[:, None]
         return (within & (ends.cumsum(-1) == ends)).sum(-1)
 
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:

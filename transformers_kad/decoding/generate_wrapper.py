@@ -125,6 +125,7 @@ def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, give
         state.open(call)
         forwards = call.models.proxy_forwards
         result = original(given.model, **arguments)
+        step.finish()
         _keep_records(state, call, given, result, call.models.proxy_forwards - forwards)
         call.finished = True
     finally:

@@ -76,7 +76,7 @@ class LazyStep(TokenStep):
         replaced = torch.zeros_like(ended) if self._forced is None else input_ids[:, -1] != self._forced
         flags = torch.stack([drawn.deferred, is_unusable(scores), replaced.to(ended)]) & ~ended
         asks, unusable, replaced_rows = flags.tolist()
-        self._check("base", unusable, input_ids)
+        self._check("base", unusable, input_ids.shape[1])
         if any(replaced_rows):
             raise RuntimeError(
                 f"`lazy=True` drew another token at position {input_ids.shape[1] - 1} of sequence "
@@ -88,7 +88,7 @@ class LazyStep(TokenStep):
             proxy_logits = texts.logits(call.models.proxy)
             tokens = draw_again(drawn, base_logits, self._in_base_vocabulary(proxy_logits, scores.shape[-1]))
             call.models.crop(texts.ids.shape[1])
-            self._check("proxy", (is_unusable(proxy_logits).to(ended) & ~ended).tolist(), input_ids)
+            self._check("proxy", (is_unusable(proxy_logits).to(ended) & ~ended).tolist(), input_ids.shape[1])
         self._forced = tokens.to(input_ids.device)
         if isinstance(call.recorder, StepRecorder):
             call.recorder.record_mass(input_ids, drawn.deferral_mass, None)

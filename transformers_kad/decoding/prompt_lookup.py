@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from transformers.generation import PromptLookupCandidateGenerator
 
+from ..utils.transfers import send
 from .candidate_generator import Draft, KADCandidateGenerator
 
 # The longest run of last tokens that is looked for.
@@ -31,8 +32,7 @@ class PromptLookup(KADCandidateGenerator):
         """See `KADCandidateGenerator.draft`."""
         if tokens is not None:
             self._texts = [
-                torch.cat([text, token], dim=-1)
-                for text, token in zip(self._texts, tokens.cpu().split(1), strict=True)
+                torch.cat([text, token], dim=-1) for text, token in zip(self._texts, tokens.split(1), strict=True)
             ]
         limits = self._draft_limits(tokens, lengths, base_limits)
         found = [self._look_up(text, limit) for text, limit in zip(self._texts, limits, strict=True)]
@@ -40,11 +40,11 @@ class PromptLookup(KADCandidateGenerator):
         longest = max(map(len, found))
         self._found = torch.tensor([ids + [0] * (longest - len(ids)) for ids in found], dtype=torch.long, device="cpu")
         self._found = self._found.view(len(found), longest)
-        ids = self._found.to(self._device)
-        read = ids if tokens is None else torch.cat([tokens.to(ids), ids], dim=-1)
+        ids, counts = send(self._found, self._device), send([len(own) for own in found], self._device)
+        read = self._found if tokens is None else torch.cat([tokens, self._found], dim=-1)
         logits = self.reader.read(read, logits_to_keep=longest + 1)
         probs = torch.zeros_like(logits[:, :longest]).scatter(-1, ids[..., None], 1.0)
-        return Draft(ids, probs, torch.tensor([len(own) for own in found], device=self._device), logits)
+        return Draft(ids, probs, counts, logits, known_ids=self._found)
 
     def accept(self, accepted: list[int]) -> None:
         """See `KADCandidateGenerator.accept`."""

@@ -21,6 +21,7 @@ from .open_call import OpenCall
 from .prompt_lookup import PromptLookup
 from .speculative_round import RoundSettings, SpeculativeRound
 from .speculative_rows import Criteria, InStep, Output, Row, RowByRow
+from .text_buffer import TextBuffer
 from .token_by_token import TokenStep
 
 
@@ -43,7 +44,8 @@ def kad_generate(
     `num_assistant_tokens + 1` times. A base with recurrent states may need another forward, for accepted tokens that
     its restored states lack, and one that can't read several tokens behind its states reads them one by one. Every row
     accepts its own number of tokens, unless the rows go *in step* (see below), and rows that are finished leave the
-    batch. The device is waited for once a round, and more often only for processors that must be called one by one.
+    batch. The device is waited for once a round, and more often only for processors that must be called position by
+    position, and for stopping criteria that look at the text, once a token.
 
     Processors before KAD in the list see the base's scores, those after it see log r, with the text that leads to the
     position. A processor of the user's, or one of transformers that keeps a state, is called once per emitted token,
@@ -76,9 +78,9 @@ def kad_generate(
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
     readers = _make_readers(model, call, input_ids, generation_config, stopping_criteria, model_kwargs)
     base, generator, reference = readers
-    automatic = None
+    automatic, stopwatch = None, None
     if call.settings.num_assistant_tokens == "auto":
-        automatic = DraftLength(bonus_at_once=not generator.is_synchronous)
+        automatic, stopwatch = DraftLength(bonus_at_once=not generator.is_synchronous), generator.time_steps()
     before, after = logits_processor[:at], logits_processor[at + 1 :]
     settings = RoundSettings(
         model,
@@ -91,41 +93,30 @@ def kad_generate(
     )
     assert isinstance(call.recorder, BatchRecorder)
     recorders = call.recorder.begin(len(input_ids))
-    rows = [Row(text, recorder) for text, recorder in zip(input_ids.split(1), recorders, strict=True)]
+    rows = [Row(number, recorder) for number, recorder in enumerate(recorders)]
     criteria = Criteria(stopping_criteria, call.eos_token_ids, len(input_ids))
     output = Output(call.pad_token_id, generation_config, streamer)
-    texts = (InStep if settings.processors_in_step or criteria.need_step else RowByRow)(rows, criteria, output)
+    texts = TextBuffer(input_ids, output.padding)
+    growth = (InStep if settings.processors_in_step or criteria.need_step else RowByRow)(rows, texts, criteria, output)
 
     forwards_before = base.model.forwards
-    active, last, in_step = list(range(len(rows))), None, texts.in_step
+    active, last, in_step = list(range(len(rows))), None, growth.in_step
     while active:
         began = time.perf_counter()
         if automatic is not None:
             generator.num_assistant_tokens = automatic.choose(len(active), in_step=in_step)
 
         # 1. The proxy drafts, and the base reads the draft.
-        active_texts = [rows[row].text for row in active]
-        draft = generator.draft(last, [text.shape[1] for text in active_texts], base.own_tokens_left(last))
-        new = draft.ids.to(input_ids.device)
-        new = new if last is None else torch.cat([last, new], dim=-1)
-        drafted = draft.ids.shape[1]
-        base_logits = base.read(new, logits_to_keep=drafted + 1).to(input_ids.device)
-        reference_logits = None if reference is None else reference.read(new, logits_to_keep=drafted + 1)
+        draft = generator.draft(last, [texts.lengths[row] for row in active], base.own_tokens_left(last))
+        new, drafted = draft.behind(last), draft.ids.shape[1]
+        base_logits = base.read(*new, logits_to_keep=drafted + 1).to(input_ids.device)
+        reference_logits = None if reference is None else reference.read(*new, logits_to_keep=drafted + 1)
 
-        in_step = texts.in_step or readers.need_rows_in_step
+        in_step = growth.in_step or readers.need_rows_in_step
 
         # 2. The rows emit what is accepted and the token after it, until a criterion ends a row within the round.
-        round_ = SpeculativeRound(
-            settings,
-            active,
-            active_texts,
-            draft,
-            base_logits,
-            reference_logits,
-            whole_batch=texts.whole_batch,
-            in_step=in_step,
-        )
-        round_.decide(generator, functools.partial(texts.emit, round_))
+        round_ = SpeculativeRound(settings, active, texts, draft, base_logits, reference_logits, in_step=in_step)
+        round_.decide(generator, functools.partial(growth.emit, round_))
         emitted = [rows[row].end_round(place, round_) for place, row in enumerate(active)]
         call.base_forwards = base.model.forwards - forwards_before
 
@@ -136,17 +127,19 @@ def kad_generate(
             kept = [kept[staying[0]]] * len(kept)
         readers.end_round(kept, staying)
 
-        if automatic is not None:
-            proxy_seconds, steps = generator.stopwatch.read()
+        if automatic is not None and stopwatch is not None:
+            proxy_seconds, steps = stopwatch.read()
             if last is not None:  # the first round reads the prompt as well
                 rest = time.perf_counter() - began - proxy_seconds
                 automatic.timed(len(active), drafted, proxy_seconds / steps, rest)
             for row, chances, count in zip(active, round_.chances, emitted, strict=True):
                 automatic.accepted(row, chances[:count])
         active = [active[place] for place in staying]
-        last = torch.cat([rows[row].text[:, -1:] for row in active]) if active else None
+        last = torch.tensor([[rows[row].last_token] for row in active], device="cpu")
 
-    return output.finish(rows, base.model.cache if len(rows) == 1 and isinstance(base.model, BaseModel) else None)
+    return output.finish(
+        rows, texts.all_texts(), base.model.cache if len(rows) == 1 and isinstance(base.model, BaseModel) else None
+    )
 
 
 kad_generate.is_kad_generate = True  # type: ignore[attr-defined]  # the wrapper of generate knows the loop by it

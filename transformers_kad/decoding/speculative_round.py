@@ -10,9 +10,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 from ..models.model_errors import UnusableLogitsError, is_unusable, unusable_logits_error
 from ..models.text_reader import tempered
 from ..rules.composition import Composition, compose, with_bans
+from ..utils.transfers import fetch
 from .call_processors import CallProcessors, RowTexts, can_run_ahead, look_at_text, must_go_in_step
 from .candidate_generator import Draft, KADCandidateGenerator
 from .open_call import OpenCall
+from .text_buffer import TextBuffer
 from .verification import count_accepted, draw_next
 
 _BEHIND_KAD = "behind KAD"
@@ -79,11 +81,10 @@ class SpeculativeRound:
     Args:
         settings: common to all rounds of the call.
         rows: the numbers of the rows in the batch of the call. The round speaks of a row by its place in this list.
-        texts: of each row, `(1, L)`.
+        texts: of all rows of the call.
         draft: what was drafted behind them.
         base_logits: the base's logits, `(B, γ + 1, V)`.
         reference_logits: the reference's tempered logits, `(B, γ + 1, V)`, if the rule needs them.
-        whole_batch: returns the texts of all rows of the call, `(B, L)`, where they go in step.
         in_step: whether all rows end their rounds where the first of them ends it.
 
     Attributes:
@@ -98,12 +99,11 @@ class SpeculativeRound:
         self,
         settings: RoundSettings,
         rows: list[int],
-        texts: list[torch.Tensor],
+        texts: TextBuffer,
         draft: Draft,
         base_logits: torch.Tensor,
         reference_logits: torch.Tensor | None,
         *,
-        whole_batch: Callable[[], torch.Tensor],
         in_step: bool,
     ) -> None:
         device = base_logits.device
@@ -117,12 +117,11 @@ class SpeculativeRound:
         self.chances = [list[float]() for _ in rows]
         self._drafted: list[list[int]] = []
         self._parts: list[_Part] = []
-        with_drafts = texts
+        with_drafts = list[torch.Tensor]()
         if settings.look_at_text:
-            drafts = self._draft_ids.split(1)
-            with_drafts = [torch.cat([text, ids], dim=-1) for text, ids in zip(texts, drafts, strict=True)]
-        lengths = [text.shape[1] for text in texts]
-        self._texts = RowTexts(rows, with_drafts, lengths, whole_batch)
+            drafts = zip(rows, self._draft_ids.split(1), strict=True)
+            with_drafts = [torch.cat([texts.text(row), ids], dim=-1) for row, ids in drafts]
+        self._texts = RowTexts(rows, with_drafts, [texts.lengths[row] for row in rows], texts.all_texts)
         self._going_on = list(range(len(rows)))
 
     def decide(self, generator: KADCandidateGenerator, emit: Callable[[dict[int, list[int]]], Sequence[int]]) -> None:
@@ -250,30 +249,23 @@ class SpeculativeRound:
         chances: torch.Tensor | None,
     ) -> _Decision:
         """Fetch from the device, in one transfer, all that is to be known of some positions."""
-        rows, drafted = self._draft_ids.shape
-        positions = unusable["base"].shape[1]
-        wanted = [accepted, next_tokens, *(flags.flatten() for flags in unusable.values())]
+        flags = torch.stack(list(unusable.values()))
+        wanted = {"counts": accepted, "following": next_tokens, "flags": flags}
         if begin == 0:
-            wanted += [self._draft_lengths, self._draft_ids.flatten()]
+            wanted |= {"lengths": self._draft_lengths, "drafted": self._draft_ids}
         if chances is not None:
-            wanted.append(chances.flatten())
-        values = iter(torch.cat([tensor.double() for tensor in wanted]).tolist())
-
-        def take(count: int) -> list[int]:
-            return [int(next(values)) for _ in range(count)]
-
-        counts, following = take(rows), take(rows)
-        flags = {source: [take(positions) for _ in range(rows)] for source in unusable}
+            wanted["chances"] = chances
+        values = fetch(wanted)
+        counts, following = values["counts"], values["following"]
         if begin == 0:
-            self.lengths, self._drafted = take(rows), [take(drafted) for _ in range(rows)]
+            self.lengths, self._drafted = values["lengths"], values["drafted"]
         if chances is not None:
-            for of_row in self.chances:
-                of_row += [next(values) for _ in range(positions)]
+            self.chances = [before + more for before, more in zip(self.chances, values["chances"], strict=True)]
         faults = {}
-        for row in range(rows):
+        for row, count in enumerate(counts):
             # What comes behind a refused draft token belongs to no text.
-            reached = range(min(counts[row] + 1, positions))
-            bad = ((at, source) for at in reached for source in flags if flags[source][row][at])
+            reached = range(min(count + 1, flags.shape[-1]))
+            bad = ((at, s) for at in reached for s, own in zip(unusable, values["flags"], strict=True) if own[row][at])
             for at, source in bad:
                 faults[row] = at, self._fault(source, row, begin + at)
                 break

@@ -15,14 +15,16 @@ from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ..records.recorders import RoundRecorder
 from .speculative_round import SpeculativeRound
+from .text_buffer import TextBuffer
 
 
 @dataclass
 class Row:
-    """One sequence: its text `(1, L)`, padding on the left included, and what is kept of it."""
+    """One sequence, and what is kept of it."""
 
-    text: torch.Tensor
+    number: int  # in the batch of the call
     recorder: RoundRecorder
+    last_token: int | None = None
     scores: list[torch.Tensor] = field(default_factory=list)  # (V,) each
     logits: list[torch.Tensor] = field(default_factory=list)  # (V,) each
     tokens: list[int] = field(default_factory=list)  # of the round
@@ -46,23 +48,31 @@ class Criteria:
     def __init__(self, criteria: StoppingCriteriaList, eos_token_ids: frozenset[int], rows: int) -> None:
         self.need_step = rows > 1 and any(type(c).__module__ != StoppingCriteria.__module__ for c in criteria)
         self._all = criteria
-        # The two that every call has are answered without a tensor.
+        # What the two that every call has say is known without a tensor.
         self._max_length = min((c.max_length for c in criteria if type(c) is MaxLengthCriteria), default=None)
         self._eos_token_ids = eos_token_ids if any(type(c) is EosTokenCriteria for c in criteria) else frozenset()
         self._rest = StoppingCriteriaList(c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria))
 
-    def end_row(self, text: torch.Tensor, scores: list[torch.Tensor], token: int) -> bool:
-        """Whether a text `(1, L)` ends with its last token; scores `(V,)` are those that are kept."""
-        stops = [self._max_length is not None and text.shape[1] >= self._max_length, token in self._eos_token_ids]
+    def end_rows(self, rows: list[Row], texts: TextBuffer) -> list[bool]:
+        """Whether each of some rows ends with its last token, asked about each of them by itself."""
+        ended = self._known_ends(rows, texts)
         if self._rest:
-            seen = tuple(step[None] for step in scores) or None
-            stops.append(bool(self._rest(text, seen).all()))
-        return any(stops)
-
-    def end_rows(self, texts: torch.Tensor, scores: list[torch.Tensor]) -> list[bool]:
-        """Whether each of the texts `(B, L)` ends with its last token; scores `(B, V)` are those that are kept."""
-        ended: list[bool] = self._all(texts, tuple(scores) or None).tolist()
+            seen = [tuple(step[None] for step in row.scores) or None for row in rows]
+            stops = [self._rest(texts.text(row.number), scores) for row, scores in zip(rows, seen, strict=True)]
+            ended = [any(both) for both in zip(ended, torch.cat(stops).tolist(), strict=True)]
         return ended
+
+    def end_rows_together(self, rows: list[Row], texts: TextBuffer, scores: list[torch.Tensor]) -> list[bool]:
+        """The same, asked about all texts of the call together; scores `(B, V)` are those that are kept."""
+        if not self._rest:
+            return self._known_ends(rows, texts)
+        ended = self._all(texts.all_texts(), tuple(scores) or None).tolist()
+        return [ended[row.number] for row in rows]
+
+    def _known_ends(self, rows: list[Row], texts: TextBuffer) -> list[bool]:
+        """Which rows end by their length or an end of sequence, which the host knows."""
+        longest = float("inf") if self._max_length is None else self._max_length
+        return [texts.lengths[row.number] >= longest or row.last_token in self._eos_token_ids for row in rows]
 
 
 class Output:
@@ -86,6 +96,7 @@ class Output:
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token], device="cpu"))
         row.tokens.append(token)
+        row.last_token = token
 
     def newest_scores(self, rows: list[Row], emitting: list[Row]) -> list[torch.Tensor]:
         """The scores `(B, V)` of the newest token of all rows, as a list of one; an empty one if none are kept."""
@@ -94,13 +105,12 @@ class Output:
         padding = self._scores_of_padding(emitting[0].scores[-1])
         return [torch.stack([row.scores[-1] if any(row is e for e in emitting) else padding for row in rows])]
 
-    def finish(self, rows: list[Row], cache: Cache | None) -> torch.Tensor | GenerateDecoderOnlyOutput:
-        """The finished rows, filled up on the right."""
+    def finish(
+        self, rows: list[Row], sequences: torch.Tensor, cache: Cache | None
+    ) -> torch.Tensor | GenerateDecoderOnlyOutput:
+        """The finished rows, and their texts `(B, L)`, filled up on the right."""
         if self._streamer is not None:
             self._streamer.end()
-        sequences = torch.nn.utils.rnn.pad_sequence(
-            [row.text[0] for row in rows], batch_first=True, padding_value=self.padding
-        )
         if not self._as_dict:
             return sequences
         return GenerateDecoderOnlyOutput(
@@ -131,25 +141,22 @@ class RowByRow:
 
     in_step = False
 
-    def __init__(self, rows: list[Row], criteria: Criteria, output: Output) -> None:
-        self.rows, self.criteria, self.output = rows, criteria, output
+    def __init__(self, rows: list[Row], texts: TextBuffer, criteria: Criteria, output: Output) -> None:
+        self.rows, self.texts, self.criteria, self.output = rows, texts, criteria, output
 
     def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
         """Emit tokens at places of a round until a criterion ends the row, or, in step, until one has no more.
 
         Returns the places of the rows that no criterion ended.
         """
-        texts = {
-            place: torch.cat([row.text, row.text.new_tensor([own], dtype=torch.long)], dim=-1)
-            for place, own, row in ((place, own, self.rows[round_.rows[place]]) for place, own in tokens.items())
-        }
         going_on, at = list(tokens), 0
         while emitting := self._places_with_more(tokens, going_on, at, together=round_.in_step):
-            for place in emitting:
-                row, token = self.rows[round_.rows[place]], tokens[place][at]
-                self.output.add_token(row, round_, place, token)
-                row.text = texts[place][:, : row.text.shape[1] + 1]
-                row.finished = self.criteria.end_row(row.text, row.scores, token)
+            rows = [self.rows[round_.rows[place]] for place in emitting]
+            for place, row in zip(emitting, rows, strict=True):
+                self.output.add_token(row, round_, place, tokens[place][at])
+                self.texts.append(row.number, tokens[place][at])
+            for row, ended in zip(rows, self.criteria.end_rows(rows, self.texts), strict=True):
+                row.finished = ended
             going_on = [place for place in going_on if not self.rows[round_.rows[place]].finished]
             at += 1
         return going_on
@@ -160,10 +167,6 @@ class RowByRow:
         places = [place for place in going_on if len(tokens[place]) > at]
         return places if len(places) == len(going_on) or not together else []
 
-    def whole_batch(self) -> torch.Tensor:
-        """All texts `(B, L)`, where they go in step."""
-        raise NotImplementedError
-
 
 class InStep(RowByRow):
     """Rows that all grow by the same number of tokens, and are asked about together, as `generate` does it.
@@ -173,30 +176,25 @@ class InStep(RowByRow):
 
     in_step = True
 
-    def __init__(self, rows: list[Row], criteria: Criteria, output: Output) -> None:
-        super().__init__(rows, criteria, output)
-        self._batch = torch.cat([row.text for row in rows])  # (B, L)
+    def __init__(self, rows: list[Row], texts: TextBuffer, criteria: Criteria, output: Output) -> None:
+        super().__init__(rows, texts, criteria, output)
         self._scores: list[torch.Tensor] = []  # (B, V) each
-
-    def whole_batch(self) -> torch.Tensor:
-        """See `RowByRow.whole_batch`."""
-        return self._batch
 
     def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
         """See `RowByRow.emit`."""
         going_on, at = list(tokens), 0
         while self._places_with_more(tokens, going_on, at, together=True):
-            newest = self._batch.new_full((len(self.rows), 1), self.output.padding)
+            newest = [self.output.padding] * len(self.rows)
             emitting = [self.rows[round_.rows[place]] for place in going_on]
             for place, row in zip(going_on, emitting, strict=True):
                 self.output.add_token(row, round_, place, tokens[place][at])
-                newest[round_.rows[place]] = tokens[place][at]
-            self._batch = torch.cat([self._batch, newest], dim=-1)
+                newest[row.number] = tokens[place][at]
+            for number, token in enumerate(newest):
+                self.texts.append(number, token)
             self._scores += self.output.newest_scores(self.rows, emitting)
-            ended = self.criteria.end_rows(self._batch, self._scores)
-            for place, row in zip(going_on, emitting, strict=True):
-                row.text = self._batch[round_.rows[place]][None]
-                row.finished = ended[round_.rows[place]]
+            ends = self.criteria.end_rows_together(emitting, self.texts, self._scores)
+            for row, ended in zip(emitting, ends, strict=True):
+                row.finished = ended
             going_on = [place for place in going_on if not self.rows[round_.rows[place]].finished]
             at += 1
         return going_on

@@ -31,6 +31,9 @@ class TokenStep(LogitsProcessor):
         """See `KADLogitsProcessor.__call__`."""
         raise NotImplementedError
 
+    def finish(self) -> None:
+        """After the last step of a call, raise what could not be known before."""
+
     def _check_call(self) -> None:
         """Raise `RuntimeError` unless the call is open and runs in this thread, so that no other uses its caches."""
         if not self.call.is_in_this_thread:
@@ -63,23 +66,29 @@ class TokenStep(LogitsProcessor):
         """The base's scores with all bans at -inf, tempered."""
         return tempered(with_bans(scores), self.call.settings.component_temperature)
 
-    def _check(self, role: str, unusable: list[bool], input_ids: torch.Tensor) -> None:
-        """Raise if a row of a model's logits is unusable."""
+    def _check(self, role: str, unusable: list[bool], position: int) -> None:
+        """Raise if a row of a model's logits for a position is unusable."""
         if any(unusable):
             model = next((cached.model for cached in self.call.models if cached.role == role), None)
-            raise unusable_logits_error(role, model, input_ids.shape[1], unusable.index(True))
+            raise unusable_logits_error(role, model, position, unusable.index(True))
 
 
 class EagerStep(TokenStep):
-    """Asks the proxy for q at every token."""
+    """Asks the proxy for q at every token.
+
+    On other devices than the CPU, whether the logits were usable is read one step later, when `generate` has waited
+    for the step already: it reads one step later as well whether all rows have ended.
+    """
 
     def __init__(self, call: OpenCall) -> None:
         super().__init__(call)
+        self._unchecked: tuple[torch.Tensor, int] | None = None  # (models, rows) of the newest step, and its position
         self._texts_before: torch.Tensor | None = None  # (rows, L) of the step before, where rows do not stay
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Log r of the next token of texts `(rows, L)`, for the base's scores `(rows, V)`."""
         self._check_call()
+        self.finish()
         call, vocabulary = self.call, scores.shape[-1]
         texts = self._proxy_texts(input_ids)
         logits = [texts.logits(cached) for cached in call.models]
@@ -90,14 +99,22 @@ class EagerStep(TokenStep):
         )
         call.models.crop(texts.ids.shape[1])
         unusable = torch.stack([is_unusable(of_model).to(scores.device) for of_model in (scores, *logits)])
-        read_rows = (unusable & ~call.ended(input_ids)).tolist()
-        for role, rows in zip(("base", "proxy", "reference"), read_rows, strict=False):
-            self._check(role, rows, input_ids)
+        self._unchecked = unusable & ~call.ended(input_ids), input_ids.shape[1]
+        if scores.device.type == "cpu":
+            self.finish()
         if isinstance(call.recorder, StepRecorder):
             call.recorder.record(input_ids, composition, self._parents(input_ids))
             call.base_forwards += 1
         # `generate` chooses a token for rows that have ended too, and needs a distribution to do so.
         return composition.target_probs.log().masked_fill(unusable.any(0)[:, None], 0.0)
+
+    def finish(self) -> None:
+        """See `TokenStep.finish`: the logits of the newest step that was not checked yet."""
+        if self._unchecked is None:
+            return
+        (unusable, position), self._unchecked = self._unchecked, None
+        for role, rows in zip(("base", "proxy", "reference"), unusable.tolist(), strict=False):
+            self._check(role, rows, position)
 
     def _parents(self, input_ids: torch.Tensor) -> list[int] | None:
         """The row of the step before that each of the texts `(rows, L)` continues; None where row i continues row i.

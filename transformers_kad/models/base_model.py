@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, StaticLayer
 
+from ..utils.transfers import send
 from .activated_lora import activated, prompt_activation
 from .cache_rollback import Rollback, layers_of, may_be_recurrent, record_past, rollback_of
 from .cached_model import CachedModel
@@ -84,7 +85,7 @@ class BaseModel(CachedModel):
         assert self._texts is not None
         for name, value in self._kwargs.items():  # such as `encoder_hidden_states`
             if torch.is_tensor(value) and value.dim() > 1 and len(value) == len(self._texts.ids):
-                self._kwargs[name] = value[rows]
+                self._kwargs[name] = value[send(rows, value.device)]
         self._rows_left = True
         super().select_rows(rows)
 

@@ -8,6 +8,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from transformers import Cache, PreTrainedModel
 
+from ..utils.transfers import send
 from .activated_lora import active_columns
 from .adapter_switch import AdapterSwitch
 from .adapters import check_adapters
@@ -182,13 +183,12 @@ class CachedForwards:
             self._inputs.drop_prompt_columns(padding)
 
     def _select_cached_rows(self, rows: list[int]) -> None:
-        if self._tokens_before_activation is not None:
-            self._tokens_before_activation = self._tokens_before_activation[rows]
+        if (before := self._tokens_before_activation) is not None:
+            self._tokens_before_activation = before[send(rows, before.device)]
         if self._texts is not None:
-            index = torch.tensor(rows, device=self._texts.ids.device)
-            self._texts = self._texts.select_rows(index)
+            self._texts = self._texts.select_rows(rows)
             if self._cache is not None:
-                select_cached_rows(self._cache, index)
+                select_cached_rows(self._cache, send(rows, self._texts.ids.device))
 
     def check_length(self, tokens: int) -> None:
         """Raise `ContextLengthError` if the model can't read so many tokens."""

@@ -7,6 +7,7 @@ refused, beams that are reordered, and chats that continue in a later call.
 
 import torch
 
+from ..utils.transfers import send
 from .activated_lora import first_difference, tokens_before_activation
 from .cache_rollback import FROM_COPIES, Rollback, drop_columns, gather_columns, has_columns
 from .cached_forwards import CachedForwards, in_mode_of_cache
@@ -250,10 +251,10 @@ class CachedModel(CachedForwards):
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
         """`logits` of the texts held, continued by `ids` `(B, n)`.
 
-        `mask` `(B, n)` has zeros at what is no token, but none in the last column.
+        `mask` `(B, n)`, on the CPU, has zeros at what is no token, but none in the last column.
         """
         assert self._texts is not None
-        ids = self._readable(ids.to(self._texts.ids))
+        ids = self._readable(send(ids, self._texts.ids.device))
         try:
             if self._cache is None and self.has_cache and self._rollback is not Rollback.BEHIND_MASK:
                 self._forward(self._texts, 1)  # by itself, so that its states can be copied
@@ -278,7 +279,7 @@ class CachedModel(CachedForwards):
             self._read(waiting, None, 1)
             return ids, mask
         if mask is not None:
-            mask = torch.cat([torch.ones_like(waiting), mask.to(waiting)], dim=-1)
+            mask = torch.cat([torch.ones(waiting.shape, dtype=mask.dtype, device="cpu"), mask], dim=-1)
         return torch.cat([waiting, ids], dim=-1), mask
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor | None, logits_to_keep: int) -> torch.Tensor:
@@ -319,4 +320,4 @@ class CachedModel(CachedForwards):
     def _select_cached_rows(self, rows: list[int]) -> None:
         super()._select_cached_rows(rows)
         if self._waiting is not None:
-            self._waiting = self._waiting[rows]
+            self._waiting = self._waiting[send(rows, self._waiting.device)]

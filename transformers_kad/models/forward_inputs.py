@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
+from ..utils.transfers import send
 from .adapters import model_below
+from .attention_masks import prepare_masks
 from .cache_rollback import Rollback
 from .model_errors import describe
 from .model_settings import context_length
@@ -112,7 +114,9 @@ class ForwardInputs:
 
     def select_rows(self, rows: list[int], before: int) -> None:
         """Of the rows of a batch, so many `before`, keep only some, in this order."""
-        self._given = {name: repeat_rows(value, before)[..., rows, :] for name, value in self._given.items()}
+        if self._given:
+            index = send(rows, self._below.device)
+            self._given = {name: repeat_rows(value, before)[..., index, :] for name, value in self._given.items()}
 
     def drop_prompt_columns(self, columns: int) -> None:
         """Of what was passed for the prompts, leave out the first columns, which were padding."""
@@ -151,6 +155,7 @@ class ForwardInputs:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = kept  # some models set their own
+        prepare_masks(self._below, inputs, None if is_first else inputs.get(self.cache_name))
         return inputs
 
     def positions(self, texts: PaddedTexts, new: int) -> torch.Tensor | None:

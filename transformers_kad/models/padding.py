@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..utils.transfers import send
+
 
 class PaddedTexts(NamedTuple):
     """Texts of a batch in columns.
@@ -38,17 +40,18 @@ class PaddedTexts(NamedTuple):
         """The texts without their first columns, in which there are no tokens."""
         return PaddedTexts(self.ids[:, columns:], None if self.mask is None else self.mask[:, columns:], self.lengths)
 
-    def select_rows(self, rows: torch.Tensor) -> "PaddedTexts":
-        """Some of the rows, `(B',)` indices, in this order."""
-        lengths = None if self.lengths is None else self.lengths[rows.cpu()]
-        return PaddedTexts(self.ids[rows], None if self.mask is None else self.mask[rows], lengths)
+    def select_rows(self, rows: Sequence[int]) -> "PaddedTexts":
+        """Some of the rows, in this order."""
+        index = send(rows, self.ids.device)
+        lengths = None if self.lengths is None else self.lengths[list(rows)]
+        return PaddedTexts(self.ids[index], None if self.mask is None else self.mask[index], lengths)
 
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None) -> "PaddedTexts":
-        """The texts continued by `ids` `(B, k)`, whose `mask` `(B, k)` has zeros at what is no token."""
+        """The texts continued by `ids` `(B, k)`, whose `mask` `(B, k)`, on the CPU, has zeros at what is no token."""
         longer = torch.cat([self.ids, ids], dim=-1)
         if self.mask is None and (mask is None or bool(mask.all())):
             return PaddedTexts(longer, None, self.lengths)
-        added = torch.ones_like(ids) if mask is None else mask.to(ids)
+        added = torch.ones_like(ids) if mask is None else send(mask, ids.device).to(ids)
         return PaddedTexts(longer, torch.cat([self.full_mask, added], dim=-1), self.lengths)
 
     def keep(self, begin: int, kept: torch.Tensor) -> "PaddedTexts":
@@ -57,7 +60,7 @@ class PaddedTexts(NamedTuple):
         columns = begin + kept.shape[1]
         mask = None if self.mask is None else self.mask[:, :columns]
         if not kept.all():
-            mask = torch.cat([self.full_mask[:, :begin], kept.to(self.ids)], dim=-1)
+            mask = torch.cat([self.full_mask[:, :begin], send(kept, self.ids.device).to(self.ids)], dim=-1)
         return PaddedTexts(self.ids[:, :columns], mask, lengths + kept.sum(dim=-1))
 
     def take_back(self, counts: Sequence[int]) -> "PaddedTexts":

@@ -25,11 +25,11 @@ class Round:
         self._copied_at: list[int] = []  # the number of forwards before each copy
 
     def add(self, ids: torch.Tensor, mask: torch.Tensor | None, copied: StateCopy | None) -> None:
-        """Note a forward over `ids` `(B, w)`, of which `mask` `(B, w)` has zeros at what is no token."""
+        """Note a forward over `ids` `(B, w)`, of which `mask` `(B, w)`, on the CPU, has zeros at what is no token."""
         if copied is not None:
             self.copies.append(copied)
             self._copied_at.append(len(self._columns))
-        tokens = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask.cpu() != 0
+        tokens = torch.ones(ids.shape, dtype=torch.bool, device="cpu") if mask is None else mask != 0
         self._columns.append(tokens)
         self.has_longer_steps |= ids.shape[1] > 1
 

@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import torch
 
+from ..utils.transfers import send
 from .cached_model import CachedModel
 from .padding import PaddedTexts
 from .vocabulary import VocabularyAlignment, align_vocabulary
@@ -45,27 +46,54 @@ class TextReader:
         self._own_counts: list[list[int]] = []
         self._lead = 0  # tokens of a round before its draft
 
-    def read(self, tokens: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
-        """Read more of the base's tokens, `(B, n)`: the tempered logits behind the last of them.
+    def read(
+        self, tokens: torch.Tensor | None = None, drafted: torch.Tensor | None = None, *, logits_to_keep: int = 1
+    ) -> torch.Tensor:
+        """Read more of the base's tokens: the tempered logits behind the last of them.
 
-        `(B, logits_to_keep, V)` float32. The last entry is behind all that is read, the one before it behind all but
-        the last of the base's tokens, and so on, however many tokens of its own the model reads each of them in.
-        Behind a prompt that was not read yet, `tokens` may be None.
+        Args:
+            tokens: `(B, n)`. A model with a tokenizer of its own reads their values, so that they should be on the
+                CPU, where nobody waits for them.
+            drafted: tokens that the proxy drafted behind these, `(B, m)`. With a tokenizer of its own, it has each of
+                them as one token too, so that their values are not read.
+            logits_to_keep: of how many tokens the logits are wanted. Behind a prompt that was not read yet, there may
+                be no tokens.
+
+        Returns:
+            `(B, logits_to_keep, V)` float32. The last entry is behind all that is read, the one before it behind all
+            but the last of the base's tokens, and so on, however many tokens of its own the model reads each of them
+            in.
         """
-        ids, mask, widths = tokens, None, [1] * (0 if tokens is None else tokens.shape[1])
-        own_counts = [[width] * len(self._lengths) for width in widths]
-        if tokens is not None and widths and self.vocabulary_alignment is not None:
-            ids, mask, widths = self.vocabulary_alignment.spell(tokens)
-            own_counts = [part.sum(-1).tolist() for part in mask.split(widths, dim=1)]
-        self._own_counts += own_counts
+        ids, mask, widths = self._spell(tokens, drafted)
         # Where, in columns, the base's tokens end: first what was read before, then each of the new ones.
         ends = [0, *accumulate(widths)][-logits_to_keep:]
         columns = ends[-1] - ends[0] + 1
         logits = self._read(ids, mask, columns)
         if columns > len(ends):
-            logits = logits[:, [end - ends[0] for end in ends]]
+            logits = logits[:, send([end - ends[0] for end in ends], logits.device)]
         logits = align_vocabulary(logits, self.vocabulary, self.vocabulary_alignment)
         return tempered(logits, self.component_temperature)
+
+    def _spell(
+        self, tokens: torch.Tensor | None, drafted: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[int]]:
+        """Ids and mask of the next columns, `(B, n')` both, and how many of them each of the base's tokens takes."""
+        alignment, mask, device = self.vocabulary_alignment, None, self.model.model.device
+        widths = [1] * (0 if tokens is None else tokens.shape[1])
+        own_counts = [[1] * len(self._lengths) for _ in widths]
+        if alignment is not None and tokens is not None and widths:
+            tokens, mask, widths = alignment.spell(tokens)
+            mask = mask.cpu()
+            own_counts = [part.sum(-1).tolist() for part in mask.split(widths, dim=1)]
+        if drafted is not None:
+            drafted = drafted if alignment is None else alignment.of_shared(drafted)
+            own_counts += [[1] * len(self._lengths) for _ in range(drafted.shape[1])]
+            widths = widths + [1] * drafted.shape[1]
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, drafted.shape[1]), value=1)
+        self._own_counts += own_counts
+        parts = [send(part, device) for part in (tokens, drafted) if part is not None]
+        return torch.cat(parts, dim=-1) if parts else None, mask, widths
 
     def _read(self, ids: torch.Tensor | None, mask: torch.Tensor | None, columns: int) -> torch.Tensor:
         """The logits at the last `columns` columns, behind the model's own tokens `ids` `(B, n)`."""
@@ -112,6 +140,7 @@ class TextReader:
     def own_tokens_left(self, tokens: torch.Tensor | None) -> list[int | None]:
         """How many of its own tokens the model could read in each row behind the next `tokens` `(B, 1)` of the base.
 
+        `tokens` are on the CPU.
         None without a limit. What is read at once must not go from one side of `CachedModel.longrope_switch` to
         the other.
 
@@ -122,8 +151,7 @@ class TextReader:
         if limit is None and switch is None:
             return [None] * len(lengths)
         if tokens is not None:
-            known = self.vocabulary_alignment is None  # then nothing is to be read from the device
-            widths = [1] * len(lengths) if known else map(self._width, tokens[:, 0].tolist())
+            widths = map(self._width, tokens[:, 0].tolist())
             lengths = [length + width for length, width in zip(lengths, widths, strict=True)]
         self.model.check_length(max(lengths))
         if switch is not None and max(lengths) <= switch:  # the longest row decides how all of them are read

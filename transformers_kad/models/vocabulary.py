@@ -148,6 +148,7 @@ class VocabularyAlignment:
         self._stand_in: int = next(i for i in candidates if i is not None)
         self._spelled: dict[int, tuple[int, ...]] = {}
         self._shared_rows: dict[tuple[torch.device, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tables: dict[torch.device, torch.Tensor] = {}  # the proxy's ids by the base's, on each device
         self.report = self._make_report(sample_text)
 
     def __repr__(self) -> str:
@@ -209,6 +210,18 @@ class VocabularyAlignment:
         hole.
         """
         return _stack([[self.spell_token(token) for token in row] for row in generated.tolist()], generated)
+
+    def of_shared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The proxy's ids of shared tokens of the base, of any shape. No value is read from the device.
+
+        What the proxy drafts are shared tokens, since q is 0 elsewhere. Other ids give ids that mean nothing.
+        """
+        if tokens.device not in self._tables:
+            table = torch.full((max(self._proxy_of, default=0) + 1,), self._stand_in, dtype=torch.long, device="cpu")
+            table[self.base_ids] = self.proxy_ids
+            self._tables[tokens.device] = table.to(tokens.device)
+        table = self._tables[tokens.device]
+        return table[tokens.clamp(max=len(table) - 1)]
 
     def spell_token(self, base_id: int) -> tuple[int, ...]:
         """The proxy's tokens for one generated token of the base; never empty."""
