@@ -10,7 +10,7 @@ Chen et al., "Accelerating Large Language Model Decoding with Speculative Sampli
 
 import torch
 
-from ..rules.arithmetic import split_for_float64
+from ..rules.arithmetic import LIMB, LIMB_BITS, has_float64, split_for_float64, to_limbs
 
 # A residual with no more mass than this consists of rounding errors, not of a difference of the two distributions.
 SMALLEST_RESIDUAL = torch.finfo(torch.float32).eps
@@ -112,9 +112,11 @@ def draw_next(
 def draw(probs: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw one id from each row of `(B, V)`, `(B,)` int64; the rows need not sum to 1.
 
-    The cumulated probabilities are inverted in float64. Nothing is read back from the device. A row that is no
-    distribution (with NaN, or all zeros) gives an arbitrary id.
+    The cumulated probabilities are inverted in float64, or in whole numbers if the device has no float64. Nothing is
+    read back from the device. A row that is no distribution (with NaN, or all zeros) gives an arbitrary id.
     """
+    if not has_float64(probs.device):
+        return _invert_units(probs, generator).clamp(max=probs.shape[-1] - 1)
     uniform = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)
     parts = split_for_float64(probs)
     if len(parts) == 1:
@@ -129,6 +131,21 @@ def _invert(probs: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """The first id of each row of `(B, V)` with more than a share `(B, 1)` of the sum up to it, `(B, 1)`."""
     cumulated = probs.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
+
+
+def _invert_units(probs: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+    """:func:`draw` on a device without float64, `(B,)`; ids may be beyond the last one.
+
+    Probabilities are in multiples of 2^-60. The share of the sum is (a + b / 2^30) / 2^30 with random whole numbers a
+    and b below 2^30. The sum is below 2^62, and with its lower 30 bits apart no intermediate result exceeds 64 bits.
+    """
+    upper, lower = to_limbs(probs, 2)
+    cumulated = (upper * LIMB + lower).cumsum(-1)
+    a, b = torch.randint(LIMB, (2, len(probs), 1), device=probs.device, generator=generator)
+    upper, lower = cumulated[:, -1:] >> LIMB_BITS, cumulated[:, -1:] & LIMB - 1
+    share = upper * a + (lower * a + upper * b + (lower * b >> LIMB_BITS) >> LIMB_BITS)
+    not_beyond: torch.Tensor = cumulated <= share
+    return not_beyond.sum(-1)
 
 
 def _at(probs: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from transformers.utils import logging
 
 from ..rules.composition import Composition
+from ..utils.transfers import send
 from .statistics import SequenceStatistics, TokenRecord, count_rounds
 from .trace import KADTrace
 
@@ -186,7 +187,7 @@ class RoundRecorder:
         self.from_draft += [at < accepted for at in range(len(tokens))]
         self.masses += [(piece.deferral_mass,) for piece in positions if piece.deferral_mass is not None]
         if self.trace:
-            ids = torch.tensor(tokens, device="cpu")
+            ids = send(tokens, positions[0].target_probs.device)
             self.traced += map(_trace, positions, torch.split(ids, [len(piece.target_probs) for piece in positions]))
 
 

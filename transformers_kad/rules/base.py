@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .arithmetic import sum_in_float64, zero_outside
+from .arithmetic import sum_precisely, zero_outside
 
 
 def number(default: float, low: float, high: float, *, low_open: bool = False) -> Any:
@@ -50,7 +50,7 @@ def as_probabilities(name: str, probs: Tensor | None, like: Tensor | None = None
 
 def deferral_mass(base_probs: Tensor, deferral: Tensor) -> Tensor:
     """The deferral mass D = sum_v d_v p_v, shape `(...)`, summed in float64 and returned as float32."""
-    return sum_in_float64(zero_outside(deferral, base_probs)).float()
+    return sum_precisely(zero_outside(deferral, base_probs))
 
 
 def mix(base_probs: Tensor, proxy_probs: Tensor, deferral: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ def mix_and_mass(base_probs: Tensor, proxy_probs: Tensor, deferral: Tensor) -> t
         got = f"{deferral.dtype} of shape {tuple(deferral.shape)}"
         raise ValueError(f"`deferral` must be a boolean mask of shape {tuple(p.shape)}, got {got}.")
     deferred = zero_outside(deferral, p)
-    mass = sum_in_float64(deferred).float()
+    mass = sum_precisely(deferred)
     return (mass.unsqueeze(-1) * q).add_(p - deferred), mass
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..utils.transfers import send
 from .arithmetic import may_be_any, replace_rows
 from .base import DeferralRule, Rule, as_probabilities, mix_and_mass
 
@@ -40,7 +39,7 @@ class Composition:
     def probs_of(self, tokens: Tensor) -> Tensor:
         """p, q and r of one token in each row: ids `(rows,)` give `(rows, 3)`."""
         stacked = torch.stack([self.base_probs, self.proxy_probs, self.target_probs], dim=-1)
-        return stacked[torch.arange(len(tokens), device=stacked.device), send(tokens, stacked.device)]
+        return stacked[torch.arange(len(tokens), device=stacked.device), tokens.to(stacked.device)]
 
     def likeliest(self, count: int) -> tuple[Tensor, Tensor]:
         """The ids of the `count` likeliest tokens of p and of q, and their probabilities, both `(rows, 2, count)`.

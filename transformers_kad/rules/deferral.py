@@ -191,9 +191,10 @@ class CascadeDeferral(DeferralRule):
             return q < q_max - self.alpha
         if self.variant == "token_v3":
             return q < (1 - self.alpha) * q_max
-        slack: Tensor | float = self.alpha
         if self.variant == "opt":
             # Where p and q are equal, these are sums of the same numbers in the same order, and their difference is 0.
             variation = sum_in_float64(torch.maximum(p, q)) - sum_in_float64(q)
             slack = self.alpha * variation.unsqueeze(-1)
-        return (p.amax(-1, keepdim=True) < q_max - slack).expand_as(p)
+            is_deferred = p.amax(-1, keepdim=True).to(slack) < q_max.to(slack) - slack
+            return is_deferred.to(p.device).expand_as(p)
+        return (p.amax(-1, keepdim=True) < q_max - self.alpha).expand_as(p)

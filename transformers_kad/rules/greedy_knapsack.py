@@ -9,7 +9,7 @@ counting the mass of classes of tokens.
 import torch
 from torch import Tensor
 
-from .arithmetic import sum_in_float64, zero_outside
+from .arithmetic import sum_in_float64, sums_within, zero_outside
 
 SORTED_VOCABULARY = 4096  # the largest vocabulary that is sorted
 NUCLEUS = 64  # the most tokens that are left out where the prefix is found among the likeliest
@@ -31,10 +31,15 @@ def longest_prefix(probs: Tensor, budget: float) -> Tensor:
 
 
 def _prefix_by_sorting(probs: Tensor, budget: float) -> Tensor:
-    ordered, order = probs.sort(dim=-1, stable=True)
-    fits = ordered.double().cumsum(-1) <= budget
+    ordered = probs.sort(dim=-1).values
+    fits = sums_within(ordered, budget)
     fits[:, -1] = False
-    return torch.zeros_like(fits).scatter_(-1, order, fits)
+    count = fits.sum(-1, keepdim=True)
+    # As many tokens of exactly the first value that does not fit are taken as fit, those of the lowest ids.
+    critical = ordered.gather(-1, count)
+    lighter, same = probs < critical, probs == critical
+    room = count - lighter.sum(-1, keepdim=True)
+    return lighter | (same & (same.cumsum(-1, dtype=torch.int32) <= room))
 
 
 def _prefix_around_nucleus(probs: Tensor, budget: float) -> tuple[Tensor, Tensor]:

@@ -4,20 +4,27 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
+from transformers_kad.integrations.loading import devices
 from transformers_kad.integrations.loading.devices import QUANTIZATIONS, pick_device, quantization_config
 
 
 @pytest.mark.parametrize(
     ("cuda", "mps", "device"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
 )
-def test_auto_is_the_fastest_device_there_is(monkeypatch, cuda, mps, device):
+def test_auto_is_the_fastest_device_there_is_and_it_is_told_once(monkeypatch, capsys, cuda, mps, device):
+    devices._tell_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert pick_device("auto") == device
+    assert [pick_device("auto"), pick_device("auto")] == [device, device]
+    assert capsys.readouterr().err.splitlines() == [
+        f'Device: {device}, which is the first available one of "cuda", "mps" and "cpu".'
+    ]
 
 
-def test_a_named_device_is_taken():
+def test_a_named_device_is_taken_without_a_word(capsys):
+    devices._tell_once.cache_clear()
     assert pick_device("cuda:3") == "cuda:3"
+    assert capsys.readouterr().err == ""
 
 
 def test_every_quantization_has_its_configuration():

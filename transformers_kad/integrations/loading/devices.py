@@ -1,5 +1,7 @@
 """The device that models run on, and how they are quantized when they are loaded."""
 
+import functools
+import sys
 from typing import Any
 
 import torch
@@ -8,10 +10,20 @@ QUANTIZATIONS = ("torchao-int8", "bitsandbytes-8bit", "bitsandbytes-4bit")
 
 
 def pick_device(name: str) -> str:
-    """The device that "auto" stands for."""
+    """The device that "auto" stands for: CUDA if it is available, else MPS, else the CPU.
+
+    The first call that picks a device prints it to standard error.
+    """
     if name != "auto":
         return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    _tell_once(device)
+    return device
+
+
+@functools.cache
+def _tell_once(device: str) -> None:
+    print(f'Device: {device}, which is the first available one of "cuda", "mps" and "cpu".', file=sys.stderr)
 
 
 def quantization_config(name: str | None) -> Any:

@@ -180,6 +180,32 @@ def measure_batch_size(
     log(f"batch {rows}: took {(time.perf_counter() - started) / 60:.1f} min")
 
 
+def measure_method(
+    runner: MethodRunner, workload: Workload, method: Method, *, repetitions: int, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Measure one method on its own: its runs, one a repetition, and the forward passes for its bound, as JSON values.
+
+    The forward passes of compiled methods are not timed, for which they would be compiled once more.
+    """
+    everything = [workload.inputs(runner.subject, runner.rows, repetition) for repetition in range(repetitions)]
+    reason = runner.reason_to_skip(method)
+    if reason is not None:
+        raise ValueError(f"{method.label} can't be measured at batch size {runner.rows}: {reason}.")
+    _warm_up(runner, [method], everything[0], log)
+    timed = {} if KINDS[method.kind].compiled else _Forwards(runner, [method]).measure()
+    runs = [
+        run_method(runner, method, inputs, workload.seed_of(runner.rows, repetition), profile=repetition == 0)
+        for repetition, inputs in enumerate(everything)
+    ]
+    return {
+        "batch_size": runner.rows,
+        "method": method.key,
+        "load": load_average(),
+        "forwards": [[*shape, seconds] for shape, seconds in sorted(timed.items())],
+        "runs": runs,
+    }
+
+
 def _check_contexts(subject: Subject, tokens: int) -> None:
     for name, model in subject.models.items():
         limit = context_length(model)

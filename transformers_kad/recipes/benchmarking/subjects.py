@@ -189,5 +189,5 @@ def threshold_that_defers(base: PreTrainedModel, mass: float, *, tokens: int = 6
     with torch.no_grad():
         probs = (base(input_ids=ids.to(base.device)).logits[0].float() / temperature).softmax(-1)
     values = probs.flatten().sort().values
-    place = int(torch.searchsorted(values.double().cumsum(0), mass * len(probs)))
+    place = int(torch.searchsorted(values.cpu().double().cumsum(0), mass * len(probs)))
     return float(values[min(place, len(values) - 1)])
