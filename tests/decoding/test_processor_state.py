@@ -127,7 +127,7 @@ def test_a_reset_frees_the_caches_of_compiled_forwards(base, proxy):
     base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **GREEDY)
     models = kad.state.models
     static = [models.static_base(base, 4), models.static_proxy(1)]
-    caches = [weakref.ref(model._static) for model in static]
+    caches = [weakref.ref(model._store) for model in static]
     del static
     assert all(cache() is not None for cache in caches)
     kad.reset()
