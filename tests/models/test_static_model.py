@@ -168,6 +168,84 @@ def test_the_compiled_model_is_the_model(uncompiled):
     torch.testing.assert_close(compiled.logits(ids[:, :10], logits_to_keep=1), expected[:, 9:10], atol=1e-4, rtol=1e-4)
 
 
+def last_logits(model, texts):
+    """The logits behind each text, read alone and without a cache."""
+    with torch.no_grad():
+        return torch.stack([model(torch.tensor([text])).logits[0, -1] for text in texts])
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral"])
+def test_rows_of_several_lengths_take_back_what_each_refuses(uncompiled, architecture):
+    model = tiny_model(architecture, seed=3)
+    compiled = StaticCacheModel(model, "proxy", width=4)
+    compiled.reserve(40, 5)
+    texts = [random_ids(1, length, seed=length)[0].tolist() for length in (9, 3, 12, 1, 6)]
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+
+    def check(logits):
+        torch.testing.assert_close(logits, last_logits(model, texts), atol=1e-4, rtol=1e-4)
+
+    check(compiled.logits(ids, mask)[:, -1])
+    for turn, staying in enumerate(([0, 1, 2, 3, 4], [0, 2, 3, 4], [3, 1], [0], [0])):
+        drafts = random_ids(len(texts), 3, seed=50 + turn)
+        kept = [(row + turn) % 4 for row in range(len(texts))]
+        compiled.extend(drafts)
+        compiled.take_back([3 - count for count in kept])
+        texts = [text + draft[:count].tolist() for text, draft, count in zip(texts, drafts, kept, strict=True)]
+        texts = [texts[row] for row in staying]
+        compiled.select_rows(staying)
+        last = random_ids(len(texts), 1, seed=90 + turn)
+        texts = [text + token.tolist() for text, token in zip(texts, last, strict=True)]
+        check(compiled.extend(last)[:, -1])
+        assert compiled.cached_length == min(map(len, texts))
+    assert compiled.forwards == 11
+
+
+def test_columns_without_tokens_are_left_out_and_long_pieces_are_read_in_several_forwards(uncompiled):
+    model = tiny_model(seed=3)
+    compiled = StaticCacheModel(model, "proxy", width=2)
+    compiled.reserve(20, 2)
+    texts = random_ids(2, 6, seed=1).tolist()
+    compiled.logits(torch.tensor(texts))
+    piece, mask = random_ids(2, 5, seed=2), torch.tensor([[0, 1, 1, 1, 1], [0, 0, 1, 0, 1]])
+    logits = compiled.extend(piece, mask, logits_to_keep=3)
+    for row, held in enumerate(texts):
+        for column in (2, 3, 4):
+            if mask[row, column]:
+                read = piece[row, : column + 1][mask[row, : column + 1].bool()].tolist()
+                expected = last_logits(model, [held + read])[0]
+                torch.testing.assert_close(logits[row, column - 2], expected, atol=1e-4, rtol=1e-4)
+    assert compiled._lengths == [10, 8]
+
+
+def test_a_text_that_outgrows_the_cache_is_not_read_again(uncompiled):
+    model = tiny_model(seed=3)
+    compiled = StaticCacheModel(model, "proxy", width=4)
+    compiled.reserve(20, 2)
+    texts = random_ids(2, CAPACITY_STEP - 6, seed=1).tolist()
+    compiled.logits(torch.tensor(texts))
+    assert compiled.capacity == CAPACITY_STEP
+    widths = []
+    model.register_forward_pre_hook(  # `last_logits` passes the ids by place
+        lambda model, args, inputs: widths.extend([inputs["input_ids"].shape[1]] if inputs else []), with_kwargs=True
+    )
+    for turn in range(3):
+        new = random_ids(2, 3, seed=10 + turn)
+        texts = [text + more.tolist() for text, more in zip(texts, new, strict=True)]
+        logits = compiled.extend(new)[:, -1]
+        torch.testing.assert_close(logits, last_logits(model, texts), atol=1e-4, rtol=1e-4)
+    assert widths == [4, 4, 4]
+    assert compiled.capacity == 2 * CAPACITY_STEP
+
+
+def test_an_empty_prompt_is_refused(uncompiled):
+    compiled = StaticCacheModel(tiny_model(seed=3), "proxy", width=4)
+    with pytest.raises(ValueError, match="needs at least one token"):
+        compiled.logits(torch.tensor([[5, 6], [0, 0]]), torch.tensor([[1, 1], [0, 0]]))
+
+
 @pytest.mark.parametrize("name", ["activated LoRA", "SHADOW"])
 def test_compiled_code_takes_no_adapter_that_changes_from_call_to_call(name: str) -> None:
     proxy, base = adapted(name), tiny_model(seed=1)

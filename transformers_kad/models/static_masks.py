@@ -27,15 +27,12 @@ class ColumnMasks:
 
     Args:
         model: a causal LM or a `PeftModel`.
-
-    Attributes:
-        are_taken: whether the model attends by the masks that it is given, and by nothing else.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         below: Any = model_below(model)
         config = below.config.get_text_config(decoder=True)
-        self._implementation = config._attn_implementation
+        self._config = config
         types = getattr(config, "layer_types", None)
         window = getattr(config, "sliding_window", None)
         chunk = getattr(config, "attention_chunk_size", None)
@@ -52,11 +49,13 @@ class ColumnMasks:
         # Without `layer_types` some models know no window, whatever their configuration says. By this attribute
         # transformers says that a model has masks for static caches.
         known = len(kinds) == 1 or bool(getattr(below, "_can_compile_fullgraph", False))
-        self.are_taken = (
-            (known if types is None else set(types) <= set(kinds))
-            and self._implementation in _IMPLEMENTATIONS
-            and bool(getattr(below, "_supports_attention_backend", False))
-        )
+        known = known if types is None else set(types) <= set(kinds)
+        self._are_known = known and bool(getattr(below, "_supports_attention_backend", False))
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether the model attends by the masks that it is given, and by nothing else."""
+        return self._are_known and self._config._attn_implementation in _IMPLEMENTATIONS
 
     def build(
         self, columns: torch.Tensor, capacity: int, dtype: torch.dtype
@@ -69,6 +68,6 @@ class ColumnMasks:
 
     def _mask(self, attends: _Attends, columns: torch.Tensor, keys: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         mask = attends(columns[:, :, None], keys)[:, None]
-        if self._implementation == "sdpa":
+        if self._config._attn_implementation == "sdpa":
             return mask
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)

@@ -114,7 +114,7 @@ class StaticCacheModel(CachedModel):
         self._make_room(tokens, rows)
 
     def _check_model(self, rows: int) -> None:
-        takes_masks = self._forward_rows.masks is not None
+        takes_masks = self._forward_rows.takes_masks
         # By this attribute transformers says that a model makes masks for static caches.
         is_static = takes_masks or getattr(model_below(self.model), "_can_compile_fullgraph", False)
         if "past_key_values" not in self.accepted_inputs or not is_static or not has_attention_only(self.model):
@@ -163,12 +163,16 @@ class StaticCacheModel(CachedModel):
         if bucket < self._bucket:
             free = iter(sorted(set(range(bucket)) - set(self._rows)))
             moved = {row: next(free) for row in self._rows if row >= bucket}
-            if moved:
+            # The rows that have ended go the other way: a later call may continue their texts.
+            swapped = moved | {target: row for row, target in moved.items()}
+            if swapped:
                 assert self._store is not None
-                self._store.move_rows(list(moved), list(moved.values()), max(self._lengths[row] for row in moved))
-            for source, target in moved.items():
-                self._lengths[target] = self._lengths[source]
-            self._rows = [moved.get(row, row) for row in self._rows]
+                lengths = list(self._lengths)
+                columns = max(lengths[row] for row in swapped)
+                self._store.move_rows(list(swapped), list(swapped.values()), columns)
+                for source, target in swapped.items():
+                    self._lengths[target] = lengths[source]
+                self._rows = [moved.get(row, row) for row in self._rows]
             self._bucket = bucket
         self._place_rows()
 
@@ -318,15 +322,17 @@ class _RowForward:
 
     Attributes:
         model: the model.
-        masks: how it is told what each row attends to; None for a model that makes its masks itself, for one
-            row of full attention.
     """
 
     def __init__(self, model: PreTrainedModel, *, takes_positions: bool, last_position: int | None) -> None:
         self.model, self._takes_positions, self._last_position = model, takes_positions, last_position
-        masks = ColumnMasks(model)
-        self.masks = masks if masks.are_taken and takes_positions else None
+        self._masks = ColumnMasks(model)
         self._table: torch.Tensor | None = None
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether the model is told what each row attends to; otherwise it finds out itself, for one row."""
+        return self._takes_positions and self._masks.are_taken
 
     def count_positions(self, inputs: ForwardInputs, ids: torch.Tensor) -> None:
         """Ask how the model counts positions, for a text of one row `(1, capacity)`."""
@@ -348,8 +354,8 @@ class _RowForward:
             if self._last_position is not None:  # what fills up the forward may lie behind the context
                 within = torch.minimum(columns, cache.starts[:, None].clamp(min=self._last_position))
             inputs["position_ids"] = self.positions(within)
-        if self.masks is not None:
-            inputs["attention_mask"] = self.masks.build(columns, cache.tokens.shape[1], self.model.dtype)
+        if self.takes_masks:
+            inputs["attention_mask"] = self._masks.build(columns, cache.tokens.shape[1], self.model.dtype)
         logits: torch.Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits
         return logits
 
