@@ -202,6 +202,8 @@ class KADLogitsProcessor(LogitsProcessor):
     def reset(self) -> None:
         """Drop all caches, those of compiled forwards included. Within a call of its own: at the end of the call.
 
+        What was compiled is kept, and used again with caches of the same size.
+
         A call that continues a cache and one that fills it anew compute the same up to rounding; with a `reset()`
         before, two runs with equal seeds agree to the bit.
 

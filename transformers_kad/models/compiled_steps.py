@@ -3,7 +3,7 @@
 import functools
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ class CompiledSteps:
 
     def __init__(self, function: Callable[..., torch.Tensor], device: torch.device) -> None:
         self._function, self._device = function, device
-        self._compiled: dict[tuple[bool, int], Callable[..., torch.Tensor]] = {}
+        self._compiled: dict[tuple[bool, Hashable], Callable[..., torch.Tensor]] = {}
 
     @property
     def records_graphs(self) -> bool:
@@ -47,24 +47,24 @@ class CompiledSteps:
         """Forget what was compiled."""
         self._compiled.clear()
 
-    def run(self, rows: int, *arguments: Any) -> torch.Tensor:
-        """Call the function for a number of rows, which has compiled code of its own.
+    def run(self, shape: Hashable, *arguments: Any) -> torch.Tensor:
+        """Call the function with arguments of a shape, for which it has compiled code of its own.
 
         Raises:
             RuntimeError: this version of torch can't record CUDA graphs in this thread.
         """
         if not self.records_graphs or threading.current_thread() is threading.main_thread():
-            return self._run(False, rows, arguments)
+            return self._run(False, shape, arguments)
         if not _ISOLATES:
             raise RuntimeError(
                 f"torch {torch.__version__} records CUDA graphs only in the main thread, and this call of `generate` "
                 "runs in another: update torch, call `generate` in the main thread, or leave out `compile`."
             )
-        run = _in_state_of_this_thread(functools.partial(self._run, True, rows, arguments), self._device)
+        run = _in_state_of_this_thread(functools.partial(self._run, True, shape, arguments), self._device)
         return _graph_thread().submit(run).result()
 
-    def _run(self, in_graph_thread: bool, rows: int, arguments: tuple[Any, ...]) -> torch.Tensor:
-        key = (in_graph_thread, rows)
+    def _run(self, in_graph_thread: bool, shape: Hashable, arguments: tuple[Any, ...]) -> torch.Tensor:
+        key = (in_graph_thread, shape)
         if key not in self._compiled:
             settings: dict[str, Any] = {"isolate_recompiles": True} if _ISOLATES else {}
             if self.records_graphs:

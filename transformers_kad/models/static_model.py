@@ -1,5 +1,6 @@
 """A model in a static cache, whose short forwards are compiled once for their shape."""
 
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any
 
@@ -36,6 +37,9 @@ class StaticCacheModel(CachedModel):
         model: a causal LM whose layers all have attention, full or within a window.
         role: what error messages call it.
         width: tokens of a compiled forward.
+
+    Attributes:
+        compiled_forwards: how many forwards of each bucket were compiled ones.
     """
 
     def __init__(self, model: PreTrainedModel, role: str, *, width: int) -> None:
@@ -44,6 +48,7 @@ class StaticCacheModel(CachedModel):
             self.context_length = None  # `generate` warns of a text that is too long
             self._stand_in = None  # an id that the base can't read is an error of the prompt
         self.width = width
+        self.compiled_forwards = Counter[int]()
         self._store: TextStore | None = None
         self._caches: dict[int, RowCache] = {}  # by the number of rows, for compiled forwards
         self._forward_rows = _RowForward(
@@ -74,12 +79,18 @@ class StaticCacheModel(CachedModel):
         return False
 
     def reset(self) -> None:
-        """Forget the texts. The memory of the cache stays, and with it what was compiled for it."""
+        """Forget the texts. The memory of the cache stays."""
         super().reset()
         self._lengths: list[int] = []  # of the text in each row of the store
         self._rows: list[int] = []  # where the rows of the batch are in the store
         self._index: torch.Tensor | None = None  # the same on the device; None if they are the first ones, in order
         self._bucket = 0
+
+    def free(self) -> None:
+        """Forget the texts and free the memory of the cache. What was compiled stays, for a cache of the same size."""
+        self.reset()
+        self._store = None
+        self._caches.clear()
 
     def refresh(self, state: Hashable = None) -> None:
         """See `CachedModel.refresh`."""
@@ -143,8 +154,9 @@ class StaticCacheModel(CachedModel):
             else:
                 self._store = store.resized(max(rows, store.rows), max(capacity, store.capacity))
             self._forward_rows.count_positions(self._inputs, self._store.tokens[:1])
+            if store is not None and capacity > store.capacity:  # smaller ones are not used again
+                self._compiled.clear()
         self._caches.clear()
-        self._compiled.clear()
 
     def crop(self, length: int) -> None:
         """See `CachedModel.crop`; nothing is moved."""
@@ -311,7 +323,8 @@ class StaticCacheModel(CachedModel):
         # From pinned memory, so that the device is not waited for.
         host = torch.tensor(begins, device="cpu", pin_memory=self._compiled.records_graphs)
         cache.starts.copy_(host, non_blocking=True)
-        logits = self._compiled.run(bucket, cache, inputs)
+        logits = self._compiled.run((bucket, self._store.capacity), cache, inputs)
+        self.compiled_forwards[bucket] += 1
         if self._index is not None:
             logits = logits[self._index]
         return logits[:rows, :new]
