@@ -11,8 +11,8 @@ import torch
 
 _Result = TypeVar("_Result")
 
-# Since torch 2.12 or so, functions that are compiled separately share no compiled code, and a thread that did not
-# import torch can record CUDA graphs.
+# With this argument, functions that are compiled separately share no compiled code. Versions of torch that have it can
+# record CUDA graphs in a thread other than the one that imported torch.
 _ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 
