@@ -13,6 +13,8 @@ The tiny pair with its models inflated to a realistic cost, for results/speed/, 
         --methods token_by_token,lazy,speculative,auto  # and 8,16 with --repetitions 3
     python recipes/benchmark_speed.py $pair --output compiled --repetitions 5 --draft_lengths 5 \
         --methods base_compiled,speculative,compiled
+    python recipes/benchmark_speed.py --threshold 0.5 --output compiled_batches --batch_size 1,4,8 --repetitions 7 \
+        --draft_lengths 5 --methods base_compiled,speculative,compiled  # the tiny pair as it is, bound by launches
     python recipes/benchmark_speed.py $pair --output copying --task copying --repetitions 3 --draft_lengths 3,5,8 \
         --methods speculative,prompt_lookup
 

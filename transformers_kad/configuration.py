@@ -40,7 +40,7 @@ class KADConfig:
         base: Hub id or folder of the base model, for the record.
         proxy: Hub id or folder of the proxy, for the record.
         drafter: what drafts in speculative decoding, "proxy" or "prompt_lookup".
-        compile: whether speculative decoding of one sequence is compiled.
+        compile: whether the forwards of speculative decoding are compiled.
         lazy: whether the proxy is run only where a token drawn from the base is deferred, token by token.
 
     Raises:

@@ -61,9 +61,10 @@ class KADLogitsProcessor(LogitsProcessor):
             distribution.
         drafter: "proxy", or "prompt_lookup" for drafts of what followed the last tokens earlier in the text, which
             cost no steps of the proxy; base and proxy verify them in one forward each.
-        compile: speculative decoding of one sequence in static caches: the proxy's step and the base's verification
-            are compiled by `torch.compile`, as CUDA graphs on CUDA. It takes a while at the first call, and again for
-            a text that outgrows the caches, whose size is a multiple of 256 tokens.
+        compile: speculative decoding in static caches: the proxy's step and the base's verification are compiled by
+            `torch.compile`, as CUDA graphs on CUDA. It takes a while at the first call, for the first batch of more
+            than 1, 2, 4, 8, ... rows, and again for texts that outgrow the caches, whose length is a multiple of 256
+            tokens. For models whose layers all have attention, full or within sliding windows.
         lazy: token by token, draw from p first, and ask the proxy only where the token drawn is deferred; its cache
             then catches up in one forward. The distribution is the same, with fewer forwards of the proxy: on
             average D a token for one sequence; a batch asks where any row that goes on needs it. For rules whose
@@ -201,6 +202,8 @@ class KADLogitsProcessor(LogitsProcessor):
 
     def reset(self) -> None:
         """Drop all caches, those of compiled forwards included. Within a call of its own: at the end of the call.
+
+        What was compiled is kept, and used again with caches of the same size.
 
         A call that continues a cache and one that fills it anew compute the same up to rounding; with a `reset()`
         before, two runs with equal seeds agree to the bit.

@@ -88,8 +88,6 @@ def test_a_window_that_drops_its_cache_forgets_only_the_cache():
 @pytest.mark.parametrize("rows", [1, 3])
 def test_beyond_the_bases_context_drafts_go_on_as_token_by_token(uncompiled, length, rows, drafter, compiled):  # noqa: F811
     """Rotary positions go on beyond 16; only drafts that nobody reads may be read elsewhere."""
-    if compiled and rows > 1:
-        pytest.skip("compile=True takes one sequence")
     base = tiny_model(hidden=32, seed=1, max_position_embeddings=16)
     kad = KADLogitsProcessor(tiny_model(seed=2), DualDeferral(0.6), drafter=drafter, compile=compiled)
     generator = torch.Generator().manual_seed(length)

@@ -127,7 +127,7 @@ def test_a_reset_frees_the_caches_of_compiled_forwards(base, proxy):
     base.generate(PROMPT, logits_processor=[kad], assistant_model=proxy, **GREEDY)
     models = kad.state.models
     static = [models.static_base(base, 4), models.static_proxy(1)]
-    caches = [weakref.ref(model._static) for model in static]
+    caches = [weakref.ref(model._store) for model in static]
     del static
     assert all(cache() is not None for cache in caches)
     kad.reset()
@@ -212,5 +212,9 @@ def test_a_reset_frees_the_static_caches_of_every_base(base, proxy):
     assert models.static_base(base, 4).model is base
     assert models.static_base(shallow, 4).model is shallow
     models.static_base(other, 4)
+    statics = [models.static_base(shallow, 4), models.static_base(other, 4)]
+    for static in statics:
+        static.reserve(20)
+    assert [static.capacity for static in statics] == [256, 256]
     kad.reset()
-    assert [len(vars(model)["_kad_static_models"]) for model in (base, other)] == [0, 0]
+    assert [static.capacity for static in statics] == [0, 0]

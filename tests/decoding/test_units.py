@@ -79,8 +79,6 @@ def log_r_by_hand(base, proxy, ids, rule, reference=None):
 @pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
 @pytest.mark.parametrize("kind", ["dual", "implicit_reward", "compiled"])
 def test_scores_are_those_without_a_cache(uncompiled, rows, drafter, kind):  # noqa: F811
-    if kind == "compiled" and rows > 1:
-        pytest.skip("compile=True takes one sequence")
     base, proxy = make_base(), make_proxy()
     rule = ImplicitReward(0.2) if kind == "implicit_reward" else DualDeferral(0.5)
     reference = make_proxy(seed=9) if kind == "implicit_reward" else None

@@ -79,12 +79,11 @@ class ProxyModels:
             cached.crop(length)
 
     def reset(self) -> None:
-        """Drop all caches, those of compiled forwards included."""
+        """Drop all caches, and free the memory of those of compiled forwards. What was compiled stays."""
         for cached in self:
             cached.reset()
-        self._static_proxy = None
-        for base in list(self._compiled_bases):
-            vars(base)[_AttachedModels.NAME].pop(self, None)
+        for static in self._static_models():
+            static.free()
 
     def static_proxy(self, width: int) -> StaticCacheModel:
         """The proxy in a static cache with compiled forwards of `width` tokens, kept from call to call."""
@@ -104,11 +103,13 @@ class ProxyModels:
         return static
 
     def _reset_caches(self) -> None:
-        """Empty all caches; static ones keep their memory, and with it what was compiled for them."""
-        static = [vars(base)[_AttachedModels.NAME].get(self) for base in list(self._compiled_bases)]
-        for cached in (*self, self._static_proxy, *static):
-            if cached is not None:
-                cached.reset()
+        """Empty all caches; static ones keep their memory."""
+        for cached in (*self, *self._static_models()):
+            cached.reset()
+
+    def _static_models(self) -> list[StaticCacheModel]:
+        of_bases = (vars(base)[_AttachedModels.NAME].get(self) for base in list(self._compiled_bases))
+        return [static for static in (self._static_proxy, *of_bases) if static is not None]
 
 
 class _AttachedModels(weakref.WeakKeyDictionary[ProxyModels, StaticCacheModel]):

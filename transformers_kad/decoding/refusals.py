@@ -145,8 +145,8 @@ def _refuse_inputs(state: ProcessorState, given: CallArguments, speculative: boo
 
 def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
     """Raise for what drafts can't be combined with."""
-    if state.settings.compile and given.arguments.get("position_ids") is not None:
-        raise ValueError("`compile=True` counts positions itself, got `position_ids`: leave out one of them.")
+    if state.settings.compile:
+        _refuse_compiled(state, given)
     if given.beams > 1:
         raise ValueError(f"Beams and `assistant_model` can't be combined, got num_beams={given.beams}.")
     for name in NOT_SPECULATIVE:
@@ -162,6 +162,18 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
         raise ValueError(f"A streamer shows one sequence, got {sequences}. Leave out `streamer`.")
     if given.get("synced_gpus"):
         raise ValueError("`synced_gpus=True` is not available in speculative decoding; leave out `assistant_model`.")
+
+
+def _refuse_compiled(state: ProcessorState, given: CallArguments) -> None:
+    """Raise for inputs of the prompts that compiled forwards would not read."""
+    if given.arguments.get("position_ids") is not None:
+        raise ValueError("`compile=True` counts positions itself, got `position_ids`: leave out one of them.")
+    further = {} if state.proxy_prompt is None else state.proxy_prompt.further_inputs
+    read = [name for name in PER_TOKEN if name in further and name in state.models.proxy.accepted_inputs]
+    if read:
+        raise ValueError(
+            f"`compile=True` decodes from `input_ids` alone, got `{read[0]}` in `proxy_prompt`: leave out one of them."
+        )
 
 
 def _refuse_lazy(given: CallArguments, speculative: bool) -> None:

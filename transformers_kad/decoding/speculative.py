@@ -242,11 +242,11 @@ def _static_models(
     assert isinstance(call.settings.num_assistant_tokens, int)
     width = call.settings.num_assistant_tokens + 1
     base = call.models.static_base(model, width)
-    base.reserve(max_length)
+    base.reserve(max_length, len(input_ids))
     proxy = call.models.static_proxy(width if call.settings.drafter == "prompt_lookup" else 1)
     proxy_ids, _ = call.proxy_text(input_ids)
     # With a tokenizer of its own the proxy may need more room than this, and then makes it.
-    proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1])
+    proxy.reserve(proxy_ids.shape[1] + max_length - input_ids.shape[1], len(input_ids))
     return base, proxy
 
 

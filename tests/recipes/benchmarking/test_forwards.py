@@ -152,18 +152,19 @@ def test_shapes_are_added_and_left_out(base, proxy):
 def test_compiled_forwards_are_steps_of_their_width(proxy, monkeypatch):
     shapes = []
 
-    def compiled(model, **settings):
-        def run(**inputs):
-            shapes.append(tuple(inputs["input_ids"].shape))
-            return model(**inputs)
+    def compiled(forward, **settings):
+        def run(cache, ids):
+            shapes.append(tuple(ids.shape))
+            return forward(cache, ids)
 
         return run
 
     monkeypatch.setattr(torch, "compile", compiled)
     model = StaticCacheModel(proxy, "proxy", width=4)
-    times = [time_compiled_forwards(model, held=held) for held in (9, 12)]
-    assert [len(seconds) for seconds in times] == [IN_A_ROW] * 2
-    assert shapes == [(1, 4)] * 2 * IN_A_ROW
+    times = [time_compiled_forwards(model, rows=rows, held=held) for rows, held in ((1, 9), (1, 12), (4, 9))]
+    assert [len(seconds) for seconds in times] == [IN_A_ROW] * 3
+    assert shapes[: 2 * IN_A_ROW] == [(1, 4)] * 2 * IN_A_ROW
+    assert set(shapes[2 * IN_A_ROW :]) == {(4, 4)}
     assert model.capacity == 256
 
 

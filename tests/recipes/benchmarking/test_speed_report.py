@@ -238,6 +238,7 @@ def test_findings():
         "0.80) of the eager time." in lines
     )
     assert "Batch 2: KAD speculative, compiled, γ = 5 is × 2.00 (2.00 to 2.00) the base alone, compiled." in lines
+    assert "Batch 2: KAD speculative, compiled, γ = 5 is × 6.00 (6.00 to 6.00) as fast as not compiled." in lines
     assert lines[-1] == "Drafting pays up to batch 2, and not at 4, against KAD token by token."
     assert findings(make_rows(records[:2]), records[:2])[-1] == (
         "Drafting pays at every batch size measured, up to 2, against KAD token by token."

@@ -260,7 +260,7 @@ def test_the_page_shows_what_is_kept():
     for table in [tables[0], *by_batch]:
         assert table in PAGE.read_text(encoding="utf-8")
     assert len(by_batch) == 1
-    for name in ("tiny_pair", "costly_proxy", "primal", "compiled", "copying"):
+    for name in ("tiny_pair", "costly_proxy", "primal", "compiled", "compiled_batches", "copying"):
         lines = [line for line in kept(name)[0]["findings"] if quoted(name, line)]
         assert lines
         for line in lines:

@@ -234,21 +234,22 @@ class ForwardTimer:
         return ForwardMeter({name: model}, clock_of(model.device))
 
 
-def time_compiled_forwards(compiled: StaticCacheModel, *, held: int) -> list[float]:
-    """The times of some steps in a row of a compiled model after `held` tokens, in seconds, padding included.
+def time_compiled_forwards(compiled: StaticCacheModel, *, rows: int, held: int) -> list[float]:
+    """The times of some steps in a row of a compiled model after `held` columns of each text, in seconds.
 
     Forward passes that were compiled before are not compiled again.
     """
     clock = clock_of(compiled.model.device)
-    ids, _ = _random_texts(compiled.model, 1, held + compiled.width)
-    compiled.reserve(held + compiled.width)
-    compiled.logits(ids[:, :held])
+    ids, mask = _random_texts(compiled.model, rows, held)
+    new, _ = _random_texts(compiled.model, rows, compiled.width)
+    compiled.reserve(held + compiled.width, rows)
+    compiled.logits(ids, mask)
     seconds = []
     for _ in range(IN_A_ROW):
         started = clock()
-        compiled.logits(ids, logits_to_keep=compiled.width, continues=True)
+        compiled.extend(new, logits_to_keep=compiled.width)
         seconds.append(clock() - started)
-        compiled.crop(held)
+        compiled.take_back([compiled.width] * rows)
     compiled.reset()
     return seconds
 

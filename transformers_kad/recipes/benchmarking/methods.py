@@ -70,7 +70,6 @@ KINDS = {
         options={"compile": True},
         speculative=True,
         compiled=True,
-        one_row=True,
     ),
     "in_step": _Kind("KAD speculative, rows in step", drafts=True, options={}, speculative=True, in_step=True),
 }
@@ -154,6 +153,7 @@ class MethodRunner:
         self._processors: dict[Method, KADLogitsProcessor] = {}
         self._static: StaticCache | None = None
         self._base_step: StaticCacheModel | None = None
+        self._compiled_before: dict[str, Counter[int]] = {}  # compiled forward passes before the last call
 
     def reason_to_skip(self, method: Method) -> str | None:
         """Prepare a method. Returns the reason if it can't be measured with these models, else None."""
@@ -188,6 +188,9 @@ class MethodRunner:
             fix_draft_length(subject.proxy, method.draft_length)
         elif kind.compiled:
             arguments |= self._compile_base()
+        if kind.compiled and method.draft_length is not None:
+            models = self._static_models(method)
+            self._compiled_before = {name: model.compiled_forwards.copy() for name, model in models.items()}
         model = subject.proxy if method.kind == "proxy" else subject.base
         with rows_in_step() if kind.in_step else nullcontext():
             return model.generate(
@@ -215,30 +218,37 @@ class MethodRunner:
         return self._processors[method].statistics if method in self._processors else None
 
     def compiled_counts(self, method: Method, prompt: int) -> dict[Shape, int]:
-        """The forward passes of a compiled method's last call. The prompt, of `prompt` tokens, is not compiled."""
-        statistics = self.statistics(method)
-        if statistics is None:
-            return {Shape("base", self.rows, prompt): 1, Shape("base compiled", self.rows, 1): self.max_new_tokens - 1}
-        assert method.draft_length is not None
-        return {
-            Shape("base", 1, prompt + method.draft_length): 1,
-            Shape("base compiled", 1, method.draft_length + 1): statistics.rounds - 1,
-            Shape("proxy", 1, prompt): 1,
-            Shape("proxy compiled", 1, 1): statistics.proxy_forwards - 1,
+        """The forward passes of a compiled method's last call. The prompts, of `prompt` columns, are not compiled."""
+        if method.draft_length is None:
+            compiled = {Shape("base compiled", self.rows, 1): self.max_new_tokens - 1}
+            return {Shape("base", self.rows, prompt): 1, **compiled}
+        counts = {
+            Shape(f"{name} compiled", rows, model.width): count
+            for name, model in self._static_models(method).items()
+            for rows, count in (model.compiled_forwards - self._compiled_before[name]).items()
         }
+        prompts = {Shape("base", self.rows, prompt + method.draft_length): 1, Shape("proxy", self.rows, prompt): 1}
+        return {**prompts, **counts}
 
     def compiled_models(self, method: Method) -> dict[Shape, StaticCacheModel]:
         """The compiled models that a method uses after its first call, by the shape of their forward passes."""
         if method.draft_length is None:
-            if self.rows > 1:
-                return {}
             if self._base_step is None:
                 self._base_step = StaticCacheModel(self.subject.base, "base", width=1)
-            return {Shape("base compiled", 1, 1): self._base_step}
-        kad, width = self._processors[method], method.draft_length + 1
+            return {Shape("base compiled", self.rows, 1): self._base_step}
         return {
-            Shape("base compiled", 1, width): kad.state.models.static_base(self.subject.base, width),
-            Shape("proxy compiled", 1, 1): kad.state.models.static_proxy(1),
+            Shape(f"{name} compiled", rows, model.width): model
+            for name, model in self._static_models(method).items()
+            for rows in model.compiled_forwards
+        }
+
+    def _static_models(self, method: Method) -> dict[str, StaticCacheModel]:
+        """The base and the proxy of a method that drafts, in static caches."""
+        assert method.draft_length is not None
+        models = self._processors[method].state.models
+        return {
+            "base": models.static_base(self.subject.base, method.draft_length + 1),
+            "proxy": models.static_proxy(1),
         }
 
 

@@ -221,6 +221,12 @@ def findings(rows: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> li
                     f"Batch {size}: {row['label']} is × {_spread(compare(own_records, key, 'base_compiled'))} the "
                     "base alone, compiled."
                 )
+            eager = f"speculative:{row['draft_length']}"
+            if row["kind"] == "compiled" and eager in own:
+                lines.append(
+                    f"Batch {size}: {row['label']} is × {_spread(compare(own_records, key, eager))} as fast as not "
+                    "compiled."
+                )
     if stopped:
         until = f"pays up to batch {max(paying)}" if paying else "pays at no batch size measured"
         lines.append(f"Drafting {until}, and not at {', '.join(map(str, stopped))}, against KAD token by token.")

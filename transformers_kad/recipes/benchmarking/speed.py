@@ -78,7 +78,7 @@ class _Forwards:
         times = self._timer.measure()
         for method in self._compiled:
             for shape, model in self._runner.compiled_models(method).items():
-                times[shape] = time_compiled_forwards(model, held=self._held)
+                times[shape] = time_compiled_forwards(model, rows=shape.rows, held=self._held)
         return times
 
     def measure_rest(self, measured: Mapping[Shape, list[float]]) -> dict[Shape, list[float]]:
