@@ -10,6 +10,7 @@ d is a list of V booleans, True where the token is handed over to the proxy.
 [tuning]   Liu et al., COLM 2024; Mitchell et al., ICLR 2024
 [blend]    arXiv 2606.11201
 [specdec]  Leviathan et al., ICML 2023, appendix A.1
+[block]    Sun et al., ICLR 2025 (arXiv 2403.10444)
 """
 
 import itertools
@@ -235,4 +236,21 @@ def accepted_law(target_table, draft_table, start, drafted):
             for v in range(size)
         ]
         at_least.append(math.fsum(reached))
+    return [at_least[k] - at_least[k + 1] for k in range(drafted)] + [at_least[drafted]]
+
+
+def block_accepted_law(target_table, draft_table, start, drafted):
+    """The law of the number of accepted tokens of a chain's draft in block verification. [block]
+
+    At least k tokens are accepted with probability E[P_k] over drafts, with P_k = min(1, P_{k-1} r(y_k) / q(y_k)).
+    Of every draft, its probability under q and the product of that with P_k are kept.
+    """
+    reached, at_least = [(start, 1.0, 1.0)], [1.0]
+    for _ in range(drafted):
+        reached = [
+            (v, under_q * q_v, min(under_q * q_v, accepted * r_v))
+            for last, under_q, accepted in reached
+            for v, (q_v, r_v) in enumerate(zip(draft_table[last], target_table[last], strict=True))
+        ]
+        at_least.append(math.fsum(accepted for *_, accepted in reached))
     return [at_least[k] - at_least[k + 1] for k in range(drafted)] + [at_least[drafted]]

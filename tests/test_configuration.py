@@ -31,6 +31,7 @@ CONFIGS = [
     KADConfig(rule="exact", parameters={"budget": 0.1 + 0.2, "max_states": 7}),
     KADConfig("nudging", lazy=True, compile=True),
     KADConfig("blend_in", drafter="prompt_lookup"),
+    KADConfig("ensemble", verification="block"),
     KADConfig("dual", {"threshold": 0.3}, 0.7, 9, base="some/base", proxy="Ünïcode/проксі"),
 ]
 
@@ -131,6 +132,10 @@ def test_a_switch_that_is_not_true_or_false_is_refused_and_echoed(setting, value
 
 REFUSED = {
     "drafter": ({"drafter": "promt_lookup"}, r"'promt_lookup'\. Did you mean 'prompt_lookup'"),
+    "verification": (
+        {"verification": "blocks"},
+        r"verification 'blocks'\. Did you mean 'block'\? Known: token, block",
+    ),
     "lookup": (
         {"drafter": "prompt_lookup", "num_assistant_tokens": "auto"},
         'num_assistant_tokens="auto".*prompt_lookup',
@@ -163,10 +168,10 @@ def test_what_a_processor_refuses_is_refused_in_the_same_words_by_its_config(pro
 
 def test_a_processor_takes_every_setting_of_a_config_unless_it_is_given_another(proxy):
     config = KADConfig("nudging", component_temperature=0.7, num_assistant_tokens=3, drafter="prompt_lookup")
-    config = dataclasses.replace(config, compile=True, lazy=True)
+    config = dataclasses.replace(config, compile=True, lazy=True, verification="block")
     kad = KADLogitsProcessor.from_config(proxy, config)
     assert kad.rule == config.make_rule()
-    for name in ("component_temperature", "num_assistant_tokens", "drafter", "compile", "lazy"):
+    for name in ("component_temperature", "num_assistant_tokens", "drafter", "compile", "lazy", "verification"):
         assert getattr(kad, name) == getattr(config, name) != getattr(KADConfig(), name), name
     other = KADLogitsProcessor.from_config(proxy, config, lazy=False, drafter="proxy", trace=True)
     assert (other.lazy, other.drafter, other.compile) == (False, "proxy", True)
@@ -209,6 +214,7 @@ def test_the_file_is_json_with_the_library_version_in_it(tmp_path):
         "drafter": "proxy",
         "compile": False,
         "lazy": False,
+        "verification": "token",
     }
     assert text.endswith("}\n")
 

@@ -113,7 +113,6 @@ def test_compiled_rounds():
 
 
 @pytest.mark.usefixtures("uncompiled")
-@pytest.mark.xfail(reason="compile=True takes one text without windows", raises=ValueError, strict=True)
 @pytest.mark.parametrize(("rows", "models"), [(4, gpu_checks.llamas), (1, gpu_checks.windows)])
 def test_compiled_batches_and_windows(rows, models):
     gpu_checks.check_compiled("cpu", rows, models)

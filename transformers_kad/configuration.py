@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "kad_config.json"
 DRAFTERS = ("proxy", "prompt_lookup")
+VERIFICATIONS = ("token", "block")
+DEFAULT_VERIFICATION = "token"
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class KADConfig:
         drafter: what drafts in speculative decoding, "proxy" or "prompt_lookup".
         compile: whether the forwards of speculative decoding are compiled.
         lazy: whether the proxy is run only where a token drawn from the base is deferred, token by token.
+        verification: how speculative decoding verifies a draft, "token" or "block".
 
     Raises:
-        ValueError: an unknown rule or drafter, a value out of range, or settings that can't be combined.
+        ValueError: an unknown rule, drafter or verification, a value out of range, or settings that can't be combined.
         TypeError: a parameter that the rule does not have, or a value of a wrong type.
 
     >>> KADConfig(rule="primal", parameters={"budget": 0.9}).make_rule()
@@ -60,6 +63,7 @@ class KADConfig:
     drafter: str = "proxy"
     compile: bool = False
     lazy: bool = False
+    verification: str = DEFAULT_VERIFICATION
 
     def __post_init__(self) -> None:
         if not isinstance(self.parameters, Mapping):
@@ -186,6 +190,7 @@ def check_settings(
     drafter: object,
     compile: object,
     lazy: object,
+    verification: object,
 ) -> None:
     """Raise unless the settings that a processor and its config share are in range and can be combined.
 
@@ -204,6 +209,8 @@ def check_settings(
         raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_assistant_tokens!r}.')
     if drafter not in DRAFTERS:
         raise ValueError(unknown_name_message("drafter", drafter, DRAFTERS))
+    if verification not in VERIFICATIONS:
+        raise ValueError(unknown_name_message("verification", verification, VERIFICATIONS))
     for name, value in (("compile", compile), ("lazy", lazy)):
         if not isinstance(value, bool):
             raise TypeError(f"`{name}` must be True or False, got {value!r:.200}.")

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel
 
-from .configuration import KADConfig
+from .configuration import DEFAULT_VERIFICATION, KADConfig
 from .decoding.lazy import LazyStep
 from .decoding.open_call import OpenCall
 from .decoding.processor_state import ProcessorState
@@ -72,6 +72,11 @@ class KADLogitsProcessor(LogitsProcessor):
             KAD that changes scores: no warper (`top_k=0`, `temperature=1.0`, `top_p=1.0`), no processor. The scores
             it returns, which `output_scores` shows, are 0 at the token drawn and -inf elsewhere, so that sampling
             emits that one; the base's own are in `output_logits`.
+        verification: how speculative decoding verifies a draft. "token" decides on one draft token after the other,
+            "block" on the draft as a whole, which accepts at least as many tokens on average (Sun et al., ICLR 2025,
+            arXiv 2403.10444). Both are exact. Where they are equal in law, in greedy decoding and with prompt
+            lookup, and where processors of your own have to be called one position after the other, so that the
+            whole draft is not known at once, tokens are verified with either value.
         trace: keep a record of every emitted token in `kad.trace`. Not with `lazy`, where q is unknown for most.
         tokenizer: the base's tokenizer: the trace shows its text. When both are given, they are compared.
         proxy_tokenizer: the proxy's tokenizer.
@@ -121,6 +126,7 @@ class KADLogitsProcessor(LogitsProcessor):
         drafter: str = "proxy",
         compile: bool = False,
         lazy: bool = False,
+        verification: str = DEFAULT_VERIFICATION,
         trace: bool = False,
         tokenizer: Any = None,
         proxy_tokenizer: Any = None,
@@ -134,6 +140,7 @@ class KADLogitsProcessor(LogitsProcessor):
             drafter=drafter,
             compile=compile,
             lazy=lazy,
+            verification=verification,
             trace=trace,
             tokenizer=tokenizer,
             vocabulary_alignment=vocabulary_alignment,

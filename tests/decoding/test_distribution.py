@@ -188,13 +188,16 @@ def sample_speculative(
     return result
 
 
-def make_kad(chosen: Models, rule: Rule, setting: Setting, drafts: int = 5) -> KADLogitsProcessor:
+def make_kad(
+    chosen: Models, rule: Rule, setting: Setting, drafts: int | str = 5, **settings: Any
+) -> KADLogitsProcessor:
     return KADLogitsProcessor(
         chosen.proxy,
         rule,
         reference=chosen.reference if rule.needs_reference else None,
         component_temperature=setting.component_temperature,
         num_assistant_tokens=drafts,
+        **settings,
     )
 
 

@@ -17,7 +17,6 @@ from transformers_kad.decoding import verification
 THRESHOLD = 1e-7
 PROMPTS = torch.tensor([[3, 4, 5, 6], [0, 0, 9, 1]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
-READ_IN_FLOAT64 = pytest.mark.xfail(reason="the round reads its results in float64", strict=True)
 
 
 def generate(base, proxy, arguments, *, speculative, mps):
@@ -68,19 +67,18 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=READ_IN_FLOAT64)])
+@pytest.mark.parametrize("speculative", [False, True])
 def test_greedy_texts_are_those_of_the_cpu(base, proxy, name, speculative):
     assert_same_texts(base, proxy, CALLS[name], speculative=speculative)
 
 
-@pytest.mark.parametrize("speculative", [False, pytest.param(True, marks=READ_IN_FLOAT64)])
+@pytest.mark.parametrize("speculative", [False, True])
 @pytest.mark.parametrize("architecture", ["mistral", "gpt2"])
 def test_greedy_texts_of_windows_and_learned_positions_are_those_of_the_cpu(architecture, speculative):
     base, proxy = tiny_model(architecture, hidden=32, seed=1), tiny_model(architecture, seed=2)
     assert_same_texts(base, proxy, {}, speculative=speculative)
 
 
-@READ_IN_FLOAT64
 @pytest.mark.parametrize("kad", [{"num_assistant_tokens": "auto"}, {"drafter": "prompt_lookup"}], ids=str)
 def test_greedy_texts_of_other_drafts_are_those_of_the_cpu(base, proxy, kad):
     assert_same_texts(base, proxy, {"kad": kad}, speculative=True)

@@ -14,6 +14,8 @@ from transformers_kad.decoding.settings import DecodingSettings
         ({"component_temperature": 0.0}, "component_temperature.*got 0.0"),
         ({"num_assistant_tokens": 0}, "num_assistant_tokens.*got 0"),
         ({"drafter": "prompt-lookup"}, "Did you mean 'prompt_lookup'"),
+        ({"verification": "blocks"}, "verification 'blocks'. Did you mean 'block'"),
+        ({"verification": None}, "verification None.*Known: token, block"),
         ({"drafter": "prompt_lookup", "num_assistant_tokens": "auto"}, "pass a number"),
         ({"compile": True, "num_assistant_tokens": "auto"}, "one draft length"),
         ({"lazy": True, "trace": True}, "can't be combined"),
@@ -36,5 +38,7 @@ def test_settings_are_frozen():
 def test_the_repr_shows_what_is_not_at_its_default():
     plain = "rule=DualDeferral(threshold=0.4), component_temperature=1.0, num_assistant_tokens=5"
     assert repr(DecodingSettings(DualDeferral(0.4), trace=True)) == plain
-    settings = DecodingSettings(DualDeferral(0.4), drafter="prompt_lookup", compile=True, lazy=True)
-    assert repr(settings) == f"{plain}, drafter='prompt_lookup', compile=True, lazy=True"
+    settings = DecodingSettings(
+        DualDeferral(0.4), drafter="prompt_lookup", compile=True, lazy=True, verification="block"
+    )
+    assert repr(settings) == f"{plain}, drafter='prompt_lookup', compile=True, lazy=True, verification='block'"

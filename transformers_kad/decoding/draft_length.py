@@ -8,6 +8,18 @@ tokens a row, where m_k is the chance that k tokens in a row are accepted, and t
 is the share of rounds that need a proxy step for the bonus position, t_q a proxy step, t(n) the rest of a round, which
 is mostly the base's forward over n tokens. The best γ has the largest quotient; γ = 0 drafts nothing. Where B rows end
 their rounds together, m_k is replaced by m_k^B, the chance that all of them accept k tokens.
+
+m_k is estimated as a mean over the text, with a window of k tokens y_1 ... y_k that begins at each of its tokens.
+Tokens that were not drafted serve as well, so that windows may be longer than the drafts and go on over the end of a
+round:
+
+- Token verification: the product over the window of Σ_v min(q(v), r(v)), the chance that a draft token is accepted.
+- Block verification: min(1, W_1, ..., W_k) with W_j = Π_{i <= j} q_i(y_i) / r_i(y_i).
+
+The second is an importance weight. Over drafts y ~ q, the chance that k tokens are accepted is m_k = E[P_k] with
+P_k = min(1, P_{k-1} r_k(y_k) / q_k(y_k)), whatever γ >= k (see `verification.py`). The text, however, is distributed
+as r, and E_q[P_k] = E_r[P_k W_k]. Multiplied by W_k, the recursion of P_k reads P_k W_k = min(W_k, P_{k-1} W_{k-1}),
+which is the running minimum above. It lies in [0, 1], so that no large weight spoils the mean.
 """
 
 import statistics
@@ -74,12 +86,14 @@ class DraftLength:
 
     Args:
         bonus_at_once: whether every round runs the proxy's step for the bonus position.
+        verification: of the drafts, "token" or "block".
     """
 
-    def __init__(self, bonus_at_once: bool = False) -> None:
-        self.bonus_at_once = bonus_at_once
-        # Of the last k chances of each row, the products; and of these, weighted sums over all rows and tokens.
-        self._products: dict[int, list[float]] = {}
+    def __init__(self, bonus_at_once: bool = False, verification: str = "token") -> None:
+        self.bonus_at_once, self.verification = bonus_at_once, verification
+        # Of each row, the estimate of m_k and the weight W_k of the window of its last k tokens; and of the estimates,
+        # weighted sums over all rows and tokens.
+        self._windows: dict[int, list[tuple[float, float]]] = {}
         self._sums = [0.0] * LONGEST_DRAFT
         self._weights = [0.0] * LONGEST_DRAFT
         self._step_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
@@ -99,13 +113,25 @@ class DraftLength:
         return max(range(longest + 1), key=lambda length: self._rate(rows, length, in_step))
 
     def accepted(self, row: int, chances: list[float]) -> None:
-        """Note, for each token that a row emitted, the chance Σ min(q, r) with which a draft of it is accepted."""
-        products = self._products.setdefault(row, [])
+        """Note how well the proxy predicted each token that a row emitted.
+
+        Args:
+            row: number of the row.
+            chances: for token verification, the chance Σ min(q, r) with which a draft token is accepted there; for
+                block verification the quotient q(v) / r(v) of the emitted token v.
+        """
+        windows = self._windows.setdefault(row, [])
         for chance in chances:
-            products[:] = [chance, *(chance * product for product in products)][:LONGEST_DRAFT]
-            for k, product in enumerate(products):
-                self._sums[k] = MEMORY * self._sums[k] + product
+            windows[:] = [self._extend(window, chance) for window in [(1.0, 1.0), *windows][:LONGEST_DRAFT]]
+            for k, (estimate, _) in enumerate(windows):
+                self._sums[k] = MEMORY * self._sums[k] + estimate
                 self._weights[k] = MEMORY * self._weights[k] + 1
+
+    def _extend(self, window: tuple[float, float], chance: float) -> tuple[float, float]:
+        """Estimate and weight of a window with one token more."""
+        estimate, weight = window
+        weight *= chance
+        return (min(estimate, weight) if self.verification == "block" else estimate * chance), weight
 
     def timed(self, rows: int, drafted: int, step_seconds: float, rest_seconds: float) -> None:
         """Note what a round cost: a proxy step, and all but the proxy steps."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..configuration import check_settings
+from ..configuration import DEFAULT_VERIFICATION, check_settings
 from ..models.vocabulary import VocabularyAlignment
 from ..rules.base import Rule
 
@@ -22,6 +22,7 @@ class DecodingSettings:
     drafter: str = "proxy"
     compile: bool = False
     lazy: bool = False
+    verification: str = DEFAULT_VERIFICATION
     trace: bool = False
     tokenizer: Any = None
     vocabulary_alignment: VocabularyAlignment | None = None
@@ -34,6 +35,7 @@ class DecodingSettings:
             drafter=self.drafter,
             compile=self.compile,
             lazy=self.lazy,
+            verification=self.verification,
         )
         if self.lazy and self.trace:
             raise ValueError(

@@ -78,9 +78,7 @@ def kad_generate(
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
     readers = _make_readers(model, call, input_ids, generation_config, stopping_criteria, model_kwargs)
     base, generator, reference = readers
-    automatic, stopwatch = None, None
-    if call.settings.num_assistant_tokens == "auto":
-        automatic, stopwatch = DraftLength(bonus_at_once=not generator.is_synchronous), generator.time_steps()
+    is_automatic = call.settings.num_assistant_tokens == "auto"
     before, after = logits_processor[:at], logits_processor[at + 1 :]
     settings = RoundSettings(
         model,
@@ -89,8 +87,10 @@ def kad_generate(
         after,
         len(input_ids),
         do_sample=generation_config.do_sample,
-        with_chances=automatic is not None,
+        with_chances=is_automatic,
     )
+    automatic = DraftLength(not generator.is_synchronous, settings.verification) if is_automatic else None
+    stopwatch = generator.time_steps() if is_automatic else None
     assert isinstance(call.recorder, BatchRecorder)
     recorders = call.recorder.begin(len(input_ids))
     rows = [Row(number, recorder) for number, recorder in enumerate(recorders)]

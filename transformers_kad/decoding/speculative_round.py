@@ -15,7 +15,7 @@ from .call_processors import CallProcessors, RowTexts, can_run_ahead, look_at_te
 from .candidate_generator import Draft, KADCandidateGenerator
 from .open_call import OpenCall
 from .text_buffer import TextBuffer
-from .verification import count_accepted, draw_next
+from .verification import accept_block, count_accepted, draw_next, probs_of
 
 _BEHIND_KAD = "behind KAD"
 
@@ -35,6 +35,9 @@ class RoundSettings:
     Attributes:
         processors_in_step: whether the processors need all rows to end their rounds together.
         run_ahead: whether the processors may see positions that a text may never reach.
+        verification: "token" or "block". Tokens are verified where the two are equal in law, in greedy decoding and
+            for drafts that are certain, and where processors are called one position after the other, so that r of
+            the whole draft is not known at once.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class RoundSettings:
         processors = [*before, *after]
         self.processors_in_step = must_go_in_step(processors, rows)
         self.run_ahead = not self.processors_in_step and can_run_ahead(processors)
+        blocks = do_sample and self.run_ahead and call.settings.drafter != "prompt_lookup"
+        self.verification = call.settings.verification if blocks else "token"
         self.look_at_text = look_at_text(processors)
         self.before = CallProcessors(before, rows, in_step=self.processors_in_step)
         self.after = CallProcessors(after, rows, in_step=self.processors_in_step)
@@ -91,8 +96,10 @@ class SpeculativeRound:
         base_logits: as above, on the base's device.
         lengths: of each row, the number of tokens drafted; known after `decide`.
         accepted: of each row, how many of them were accepted.
-        chances: of each row and each position that was looked at, Σ min(q, r): the probability with which a token
-            that is drafted there is accepted. Empty unless the settings ask for it.
+        chances: of each row and each position that was looked at, what `DraftLength.accepted` takes. In token
+            verification it is Σ min(q, r), the probability with which a token that is drafted there is accepted; in
+            block verification q(v) / r(v) of the token v that the row emits there. Empty unless the settings ask for
+            it.
     """
 
     def __init__(
@@ -198,13 +205,27 @@ class SpeculativeRound:
         target_probs, do_sample = part.target_probs, self.settings.do_sample
         draft_probs, draft_ids = self._draft_probs[:, begin:end], self._draft_ids[:, begin:end]
         lengths = (self._draft_lengths - begin).clamp(min=0, max=draft_ids.shape[1])
-        accepted = count_accepted(target_probs, draft_probs, draft_ids, lengths, do_sample=do_sample)
+        path_chances = None
+        if self.settings.verification == "block":
+            # A block ends before a position that has no distribution, which is an error only if the row comes there.
+            is_usable = ~torch.stack(list(unusable.values())).any(0)
+            lengths = lengths.minimum(is_usable.long().cumprod(-1).sum(-1))
+            accepted, path_chances = accept_block(target_probs, draft_probs, draft_ids, lengths)
+        else:
+            accepted = count_accepted(target_probs, draft_probs, draft_ids, lengths, do_sample=do_sample)
         last = accepted.clamp(max=end - begin - 1)
-        next_tokens = draw_next(target_probs, draft_probs, last, lengths, do_sample=do_sample)
+        next_tokens = draw_next(
+            target_probs, draft_probs, last, lengths, do_sample=do_sample, path_chances=path_chances
+        )
         chances = None
         if self.settings.with_chances:
             q = part.composition.proxy_probs.view_as(target_probs)
-            if do_sample:
+            if self.settings.verification == "block":
+                emitted = torch.nn.functional.pad(draft_ids, (0, end - begin - draft_ids.shape[1]))
+                is_next = torch.arange(end - begin, device=emitted.device) == accepted[:, None]
+                emitted = torch.where(is_next, next_tokens[:, None], emitted)
+                chances = probs_of(emitted, q) / probs_of(emitted, target_probs)
+            elif do_sample:
                 chances = torch.minimum(q, target_probs).sum(-1)
             else:
                 chances = (q.argmax(-1) == target_probs.argmax(-1)).float()

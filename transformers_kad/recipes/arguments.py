@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..configuration import KADConfig
+from ..configuration import DEFAULT_VERIFICATION, VERIFICATIONS, KADConfig
 from ..integrations.loading.configuration import config_from, split_settings, with_models
 from ..integrations.loading.devices import QUANTIZATIONS
 from ..integrations.loading.prompts import PLAIN_SAMPLING, check_template_arguments
@@ -115,7 +115,7 @@ class ModelArguments:
 
 @dataclass
 class RuleParameters:
-    """Parameters of the rules, and the two settings that every rule can be used with. None: not given."""
+    """Parameters of the rules, and the settings that every rule can be used with. None: not given."""
 
     threshold: float | None = field(default=None, metadata={"help": "Parameter of dual, nudging and blend_in."})
     budget: float | None = field(default=None, metadata={"help": "Parameter of primal and exact."})
@@ -133,6 +133,10 @@ class RuleParameters:
     )
     num_assistant_tokens: str | None = field(
         default=None, metadata={"help": 'Draft length, or "auto" to find the fastest one. Default: 5.'}
+    )
+    verification: Literal[VERIFICATIONS] | None = field(  # type: ignore[valid-type]
+        default=None,
+        metadata={"help": f"Verification of drafts in sampling. Default: {DEFAULT_VERIFICATION}."},
     )
 
     def given(self) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -9,7 +9,7 @@ from ...configuration import KADConfig
 from ...rules.registry import RULES
 
 # The settings of a configuration besides the rule and its parameters.
-OWN_SETTINGS = ("component_temperature", "num_assistant_tokens")
+OWN_SETTINGS = ("component_temperature", "num_assistant_tokens", "verification")
 # Every parameter that some rule has, in the order of the rules.
 RULE_PARAMETERS = tuple(dict.fromkeys(field.name for rule in RULES.values() for field in fields(rule)))
 

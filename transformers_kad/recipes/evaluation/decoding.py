@@ -318,7 +318,7 @@ def own_settings(decoder: Decoder, method: Method) -> dict[str, Any]:
         settings["component_temperature"] = method.config.component_temperature
         settings["num_assistant_tokens"] = method.config.num_assistant_tokens
         # Defaults are left out: results that were recorded without these settings can still be resumed.
-        for name in ("drafter", "compile", "lazy"):
+        for name in ("drafter", "compile", "lazy", "verification"):
             if getattr(method.config, name) != getattr(KADConfig, name):
                 settings[name] = getattr(method.config, name)
         if RULES[method.config.rule].needs_reference:

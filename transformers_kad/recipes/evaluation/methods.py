@@ -32,7 +32,8 @@ RULE_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "blend-in": ("blend_in", {}),
 }
 FROM_CONFIG = "config"  # the rule and the settings of the kad_config.json that --config names
-SETTINGS = ("component_temperature", "num_assistant_tokens")  # KADConfig's own, beside the rule's parameters
+# KADConfig's own, beside the rule's parameters.
+SETTINGS = ("component_temperature", "num_assistant_tokens", "verification")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def parse_methods(
     Args:
         words: the words.
         parameters: values of rule parameters, for all rules that have them, unless a word has its own.
-        settings: values of `component_temperature` and `num_assistant_tokens`, unless a word has its own.
+        settings: values of :data:`SETTINGS`, unless a word has its own.
         config: the configuration of the method "config".
 
     Raises:
