@@ -43,7 +43,9 @@ def assert_same_texts(base, proxy, arguments, *, speculative):
     assert torch.equal(texts, expected)
     for own, other in zip(on_device.sequences, statistics.sequences, strict=True):
         assert own.tokens == other.tokens
-        assert own.accepted == other.accepted
+        # Which drafts "auto" chooses depends on times, so that other numbers of tokens may be accepted.
+        if arguments.get("kad", {}).get("num_assistant_tokens") != "auto":
+            assert own.accepted == other.accepted
         assert own.deferral_mass == pytest.approx(other.deferral_mass, rel=1e-5)
     assert ids_of(traced) == ids_of(trace)
 
