@@ -30,6 +30,7 @@ from transformers_kad.records.statistics import KADStatistics
 
 DRAFT = 3
 PROMPT = 6
+OF_KAD = {"drafter", "trace", "rule", "budget", "verification", "compile"}
 
 
 class OwnProcessor(LogitsProcessor):
@@ -58,7 +59,11 @@ def counted(
     base: PreTrainedModel, proxy: PreTrainedModel, rows: int, tokens: int, *, speculative: bool = True, **settings: Any
 ) -> tuple[torch.Tensor, KADStatistics, Waits]:
     """A greedy call on the device: its sequences and statistics, and the waits in it."""
-    of_kad = {key: settings.pop(key) for key in ("drafter", "trace", "rule", "budget") if key in settings}
+    of_kad = {
+        key: settings.pop(key)
+        for key in ("drafter", "trace", "rule", "budget", "verification", "compile")
+        if key in settings
+    }
     before, after = settings.pop("before", []), settings.pop("after", [])
     base, proxy = copy.deepcopy(base), copy.deepcopy(proxy)
     with pretended_device() as waits:
@@ -96,12 +101,16 @@ def once_a_token(rounds: int, tokens: int) -> int:
 
 
 TARGETS = {
-    # name: (rows, settings, expected waits by the difference of rounds, tokens of a row and tokens of all rows)
+    # name: (rows, settings, the expected number of waits in some rounds, which emit some tokens of each row)
     "one text": (1, {}, once_a_round),
     "sampling": (1, {"do_sample": True, "top_k": 0}, once_a_round),
     "a padded batch": (4, {}, once_a_round),
     "a padded batch, sampled": (4, {"do_sample": True, "top_k": 0}, once_a_round),
     "primal": (4, {"rule": "primal", "budget": 0.8}, once_a_round),
+    "block verification": (4, {"verification": "block", "do_sample": True, "top_k": 0}, once_a_round),
+    "drafts of lengths chosen in the call": (4, {"draft": "auto"}, once_a_round),
+    "static caches": (1, {"compile": True}, once_a_round),
+    "static caches of a batch": (4, {"compile": True}, once_a_round),
     "a trace": (2, {"trace": True}, once_a_round),
     "processors that run ahead": (
         2,
@@ -122,8 +131,9 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_round_waits_for_the_device_once(name: str) -> None:
+def test_a_round_waits_for_the_device_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once more for each token, where something of the user's has to be asked about each."""
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     rows, settings, expected = TARGETS[name]
     base = tiny_model()
     calls = [counted(base, base, rows, tokens, **settings) for tokens in (12, 36)]
@@ -131,7 +141,7 @@ def test_a_round_waits_for_the_device_once(name: str) -> None:
     more = growth(before, after)
     rounds = long.base_forwards - short.base_forwards
     assert more.total() == expected(rounds, 24), more
-    if settings.get("speculative", True) and "drafter" not in settings and "do_sample" not in settings:
+    if settings.get("speculative", True) and not {"drafter", "do_sample", "draft"} & settings.keys():
         assert rounds == 24 // (1 + DRAFT)  # the base drafts for itself, so that all is accepted
 
 
