@@ -6,6 +6,8 @@ import torch
 from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DummyLayer, StaticLayer, StaticSlidingWindowLayer
 
+from ..utils.transfers import send
+
 
 class TextStore:
     """The memory of static caches: the tokens of texts, and the keys and values of every layer.
@@ -43,7 +45,7 @@ class TextStore:
         """Copy the first columns of some rows to others."""
         for states in (self.tokens, *self.keys, *self.values):
             if states is not None:
-                source, target = (torch.tensor(rows, device=states.device) for rows in (sources, targets))
+                source, target = (send(list(rows), states.device) for rows in (sources, targets))
                 along = states.narrow(-1 if states.dim() == 2 else -2, 0, columns)
                 along.index_copy_(0, target, along.index_select(0, source))
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..utils.transfers import send
 from .activated_lora import invocation_tokens
 from .adapters import VALUES_BY_ROW, adapter_configs, injected, model_below
 from .cached_forwards import in_mode_of_cache
@@ -190,7 +191,7 @@ class StaticCacheModel(CachedModel):
 
     def _place_rows(self) -> None:
         first = list(range(len(self._rows)))
-        self._index = None if self._rows == first else torch.tensor(self._rows, device=self.model.device)
+        self._index = None if self._rows == first else send(self._rows, self.model.device)
 
     @in_mode_of_cache
     def logits(
@@ -277,13 +278,13 @@ class StaticCacheModel(CachedModel):
     @in_mode_of_cache
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
         """See `CachedModel.extend`."""
-        ids = self._readable(ids.to(self.model.device))
+        ids = self._readable(send(ids, self.model.device))
         try:
             if mask is None:
                 logits = self._read_compiled(ids, [ids.shape[1]] * len(ids))[:, -logits_to_keep:]
             else:
-                mask = mask.to(ids.device) != 0
-                at = (mask.cumsum(-1) - 1).clamp(min=0)[:, -logits_to_keep:]
+                mask = mask != 0  # on the CPU, so that its values are known
+                at = send((mask.cumsum(-1) - 1).clamp(min=0)[:, -logits_to_keep:], ids.device)
                 ids, counts = _from_the_left(ids, mask)
                 logits = self._read_compiled(ids, counts)
                 logits = logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1]))
@@ -320,9 +321,7 @@ class StaticCacheModel(CachedModel):
             cache = self._caches[bucket] = RowCache(self._store, bucket)
         inputs = ids.new_zeros(bucket, self.width)
         inputs[slice(rows) if self._index is None else self._index, :new] = ids
-        # From pinned memory, so that the device is not waited for.
-        host = torch.tensor(begins, device="cpu", pin_memory=self._compiled.records_graphs)
-        cache.starts.copy_(host, non_blocking=True)
+        cache.starts.copy_(send(begins, cache.starts.device))
         logits = self._compiled.run((bucket, self._store.capacity), cache, inputs)
         self.compiled_forwards[bucket] += 1
         if self._index is not None:
@@ -382,4 +381,4 @@ def _from_the_left(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor,
     """Texts `(B, n)` moved to the left, past the columns that a boolean mask leaves out, and their lengths."""
     lengths: list[int] = mask.sum(dim=-1).tolist()
     index = (~mask).long().argsort(dim=-1, stable=True)[:, : max(lengths)]
-    return ids.gather(1, index), lengths
+    return ids.gather(1, send(index, ids.device)), lengths
