@@ -95,10 +95,9 @@ class SpeculativeRound:
         base_logits: as above, on the base's device.
         lengths: of each row, the number of tokens drafted; known after `decide`.
         accepted: of each row, how many of them were accepted.
-        chances: of each row and each position that was looked at, what `DraftLength.accepted` takes. In token
-            verification it is Σ min(q, r), the probability with which a token that is drafted there is accepted; in
-            block verification q(v) / r(v) of the token v that the row emits there. Empty unless the settings ask for
-            it.
+        chances: of each row and each position that was looked at, Σ min(q, r): the probability with which a token
+            that is drafted there is accepted. Empty unless the settings ask for it.
+        ratios: in block verification the same for q(v) / r(v), with the token v that the row emits there.
     """
 
     def __init__(
@@ -122,6 +121,7 @@ class SpeculativeRound:
         self.lengths: list[int] = []
         self.accepted = [0] * len(rows)
         self.chances = [list[float]() for _ in rows]
+        self.ratios = [list[float]() for _ in rows]
         self._drafted: list[list[int]] = []
         self._parts: list[_Part] = []
         with_drafts = texts
@@ -218,19 +218,19 @@ class SpeculativeRound:
         next_tokens = draw_next(
             target_probs, draft_probs, last, lengths, do_sample=do_sample, path_chances=path_chances
         )
-        chances = None
+        chances = ratios = None
         if self.settings.with_chances:
             q = part.composition.proxy_probs.view_as(target_probs)
             if self.settings.verification == "block":
                 emitted = torch.nn.functional.pad(draft_ids, (0, end - begin - draft_ids.shape[1]))
                 is_next = torch.arange(end - begin, device=emitted.device) == accepted[:, None]
                 emitted = torch.where(is_next, next_tokens[:, None], emitted)
-                chances = probs_of(emitted, q) / probs_of(emitted, target_probs)
-            elif do_sample:
+                ratios = probs_of(emitted, q) / probs_of(emitted, target_probs)
+            if do_sample:
                 chances = torch.minimum(q, target_probs).sum(-1)
             else:
                 chances = (q.argmax(-1) == target_probs.argmax(-1)).float()
-        return self._fetch(begin, accepted, next_tokens, unusable, chances)
+        return self._fetch(begin, accepted, next_tokens, unusable, chances, ratios)
 
     def _make_targets(self, begin: int, end: int) -> tuple[_Part, dict[str, torch.Tensor]]:
         """R of the positions from `begin` to `end`, and for each source of scores which are unusable, `(B, n)`."""
@@ -269,6 +269,7 @@ class SpeculativeRound:
         next_tokens: torch.Tensor,
         unusable: dict[str, torch.Tensor],
         chances: torch.Tensor | None,
+        ratios: torch.Tensor | None,
     ) -> _Decision:
         """Fetch from the device, in one transfer, all that is to be known of some positions."""
         rows, drafted = self._draft_ids.shape
@@ -276,8 +277,8 @@ class SpeculativeRound:
         wanted = [accepted, next_tokens, *(flags.flatten() for flags in unusable.values())]
         if begin == 0:
             wanted += [self._draft_lengths, self._draft_ids.flatten()]
-        if chances is not None:
-            wanted.append(chances.flatten())
+        noted = [(self.chances, chances), (self.ratios, ratios)]
+        wanted += [tensor.flatten() for _, tensor in noted if tensor is not None]
         values = iter(torch.cat([tensor.double() for tensor in wanted]).tolist())
 
         def take(count: int) -> list[int]:
@@ -287,8 +288,8 @@ class SpeculativeRound:
         flags = {source: [take(positions) for _ in range(rows)] for source in unusable}
         if begin == 0:
             self.lengths, self._drafted = take(rows), [take(drafted) for _ in range(rows)]
-        if chances is not None:
-            for of_row in self.chances:
+        for by_row, tensor in noted:
+            for of_row in by_row if tensor is not None else ():
                 of_row += [next(values) for _ in range(positions)]
         faults = {}
         for row in range(rows):
