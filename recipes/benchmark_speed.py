@@ -82,7 +82,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from transformers_kad.configuration import KADConfig
+from transformers_kad.configuration import DEFAULT_VERIFICATION, KADConfig
 from transformers_kad.integrations.loading.devices import pick_device
 from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.recipes.arguments import ModelArguments, RuleArguments
@@ -283,6 +283,7 @@ def settings_of(
         "align_vocabularies": models.align_vocabularies or None,
         **rule,
         "component_temperature": None if config is None else config.component_temperature,
+        "verification": DEFAULT_VERIFICATION if config is None else config.verification,
         "deferral_mass": mass,
         "task": None if speed.configs or speed.growth else speed.task,
         "max_new_tokens": speed.max_new_tokens,

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["transformers-kad[eval]"]
+# dependencies = ["transformers-kad[eval]", "tqdm"]
 # ///
 """How many more draft tokens does block verification accept than token verification, and is it faster?
 
@@ -31,8 +31,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
-from transformers import set_seed
 
 from transformers_kad.configuration import VERIFICATIONS
 from transformers_kad.integrations.loading.messages import silence_libraries
@@ -66,6 +66,10 @@ class VerificationArguments:
         ValueError: a method without a rule, or a value out of range.
     """
 
+    pair: Path | None = field(
+        default=None,
+        metadata={"help": "Folder with base/ and proxy/ in it, used without --base and --proxy. Default: tiny_pair/."},
+    )
     output: Path = field(default=Path("kad_verification"), metadata={"help": "Folder for the results."})
     methods: list[str] = field(
         default_factory=lambda: ["kad-dual:threshold=0.3,0.5,0.7", "kad-primal:budget=0.8"],
@@ -111,7 +115,7 @@ class Case:
         """Decode `rows` texts with one of the verifications; the time in seconds, and the statistics."""
         kad, inputs = self.processors[verification], make_inputs(self.subject, TASK, rows, seed, 0)
         kad.reset()
-        set_seed(seed)
+        torch.manual_seed(seed)
         began = time.perf_counter()
         self.subject.base.generate(
             **inputs,
@@ -241,12 +245,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def run(models: ModelArguments, arguments: VerificationArguments) -> int:
     """Measure, print and write the table."""
-    models.complete_with_pair(None, TINY_PAIR)
+    models.complete_with_pair(None, arguments.pair or TINY_PAIR)
     subject = load_subject(models, random_weights={}, inflated={}, seed=arguments.seed)
     settings = {
         name: getattr(arguments, name)
         for name in ("methods", "draft_lengths", "texts", "batch_size", "inflate", "max_new_tokens", "seed")
     }
+    # The last two names of a local path, so that results don't contain paths of a machine.
+    settings |= {name: "/".join(Path(str(getattr(models, name))).parts[-2:]) for name in ("base", "proxy")}
     settings |= {"dtype": models.dtype, "environment": describe_environment(str(subject.device))}
     with JsonLinesStore(arguments.output / "runs.jsonl", settings) as store:
         measure(arguments, subject, store)

@@ -62,6 +62,7 @@ WORKERS = {
     "align_dpo": "align",
     "align_sft": "align",
     "benchmark_speed": "run",
+    "benchmark_verification": "run",
     "generate": "run",
     "run_eval": "evaluate",
     "sweep": "evaluate",
@@ -303,6 +304,7 @@ def test_the_recipes_that_measure_are_all_shown(clone):
         ("docs/evaluation.md", "tune", 1),
         ("docs/evaluation.md", "generate", 1),
         ("docs/performance.md", "benchmark_speed", 14),
+        ("docs/performance.md", "benchmark_verification", 1),
         ("docs/performance.md", "benchmark_rules", 1),
         ("docs/performance.md", "benchmark_adapters", 1),
     ):

@@ -183,7 +183,7 @@ def test_auto_runs_by_its_own_measurements(base, proxy, rows, do_sample):
 def test_the_chances_that_are_noted_are_those_of_acceptance(base, monkeypatch):
     """Over a long text as many drafts are accepted as the chances say (5 standard deviations)."""
     noted = []
-    monkeypatch.setattr(DraftLength, "accepted", lambda self, row, chances: noted.append(chances))
+    monkeypatch.setattr(DraftLength, "accepted", lambda self, row, chances, ratios: noted.append(chances))
     monkeypatch.setattr(DraftLength, "choose", lambda self, rows, in_step: 1)
     kad = KADLogitsProcessor(tiny_model(seed=2), "dual", threshold=0.6, num_assistant_tokens="auto")
     torch.manual_seed(0)

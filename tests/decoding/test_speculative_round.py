@@ -31,11 +31,14 @@ def certain(ids):
     return torch.nn.functional.one_hot(torch.tensor(ids), VOCABULARY).float() * 60
 
 
-def make_round(base, proxy, drafted, wanted, *, processors=(), in_step=False, base_logits=None):
-    """A round of two rows whose r is the base's p, in greedy decoding."""
+def make_round(base, proxy, drafted, wanted, *, processors=(), in_step=False, base_logits=None, by_block=False):
+    """A round of two rows whose r is the base's p, greedy, or by blocks from distributions that leave no doubt."""
     models = ProxyModels(proxy, None, without_adapter=False)
-    call = OpenCall(DecodingSettings(Ensemble(1.0)), models, lambda ids: (ids, None))
-    settings = RoundSettings(base, call, processors, (), 2, do_sample=False, with_chances=True)
+    verification = "block" if by_block else "token"
+    decoding = DecodingSettings(Ensemble(1.0), verification=verification)
+    call = OpenCall(decoding, models, lambda ids: (ids, None))
+    settings = RoundSettings(base, call, processors, (), 2, do_sample=by_block, with_chances=True)
+    assert settings.verification == verification
     logits = certain(drafted)
     draft = Draft(torch.tensor(drafted), logits.softmax(-1), torch.tensor([len(row) for row in drafted]), logits)
     base_logits = certain(wanted) if base_logits is None else base_logits
@@ -72,16 +75,18 @@ def test_the_bonus_step_is_saved_where_no_row_gets_there(base, proxy):
     assert (emitted, bonus_steps) == ({0: [0], 1: [3, 0]}, 0)
 
 
-def test_rows_in_step_end_where_the_first_of_them_ends(base, proxy):
-    round_ = make_round(base, proxy, [[1, 2], [3, 4]], [[1, 2, 5], [3, 0, 0]], in_step=True)
+@pytest.mark.parametrize("by_block", [False, True])
+def test_rows_in_step_end_where_the_first_of_them_ends(base, proxy, by_block):
+    round_ = make_round(base, proxy, [[1, 2], [3, 4]], [[1, 2, 5], [3, 0, 0]], in_step=True, by_block=by_block)
     assert run(round_)[0] == {0: [1, 2], 1: [3, 0]}
 
 
+@pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base, proxy, at):
+def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base, proxy, at, by_block):
     logits = certain([[1, 2, 5], [3, 0, 0]])
     logits[1, at] = torch.nan
-    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits)
+    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block)
     if at == 2:  # the draft was refused before
         assert run(round_)[0] == {0: [1, 2, 5], 1: [3, 0]}
     else:
@@ -89,10 +94,11 @@ def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base
             run(round_)
 
 
-def test_a_fault_behind_the_end_of_a_text_is_none(base, proxy):
+@pytest.mark.parametrize("by_block", [False, True])
+def test_a_fault_behind_the_end_of_a_text_is_none(base, proxy, by_block):
     logits = certain([[1, 2, 5], [3, 4, 0]])
     logits[1, 1] = torch.nan
-    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits)
+    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block)
     assert run(round_, ends=(1,))[0] == {0: [1, 2, 5], 1: [3]}
 
 

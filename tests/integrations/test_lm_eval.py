@@ -444,10 +444,12 @@ def test_a_base_without_chat_template_takes_the_proxy_s(tmp_path):
 def test_arguments_parse_from_text():
     lm = KADLM.create_from_arg_string(
         f"base={BASE},proxy={PROXY},rule=cascade,variant=diff,alpha=1,component_temperature=2,num_assistant_tokens=3,"
-        "speculative=true,device=cpu,batch_size=2,dtype=bfloat16",
+        "verification=block,speculative=true,device=cpu,batch_size=2,dtype=bfloat16",
         {"batch_size": 1, "device": "cuda:7", "max_batch_size": None},
     )
-    assert lm.kad_config == KADConfig("cascade", {"variant": "diff", "alpha": 1}, 2, 3, base=BASE, proxy=PROXY)
+    config = KADConfig("cascade", {"variant": "diff", "alpha": 1}, 2, 3, base=BASE, proxy=PROXY, verification="block")
+    assert lm.kad_config == config
+    assert lm.kad.verification == "block"
     assert (lm.speculative, str(lm.device), lm.batch_size) == (True, "cpu", 2)
     assert lm._model.dtype == lm.kad.proxy.dtype == torch.bfloat16
     quoted = kad_lm(threshold="0.25", speculative="False")

@@ -9,24 +9,28 @@ is the share of rounds that need a proxy step for the bonus position, t_q a prox
 is mostly the base's forward over n tokens. The best γ has the largest quotient; γ = 0 drafts nothing. Where B rows end
 their rounds together, m_k is replaced by m_k^B, the chance that all of them accept k tokens.
 
-m_k is estimated as a mean over the text, with a window of k tokens y_1 ... y_k that begins at each of its tokens.
-Tokens that were not drafted serve as well, so that windows may be longer than the drafts and go on over the end of a
-round:
+m_k is estimated as a mean over windows of k tokens y_1 ... y_k of the text, one behind each place of it. Tokens that
+were not drafted serve as well, so that windows may be longer than the drafts and go on over the end of a round. For
+token verification a window counts with the product, over its positions, of Σ_v min(q(v), r(v)), the chance that a
+draft token is accepted. For block verification what it accepts beyond that is added,
 
-- Token verification: the product over the window of Σ_v min(q(v), r(v)), the chance that a draft token is accepted.
-- Block verification: min(1, W_1, ..., W_k) with W_j = Π_{i <= j} q_i(y_i) / r_i(y_i).
+    min(1, W_1, ..., W_k) - Π_{i <= k} min(1, q_i(y_i) / r_i(y_i))    with W_j = Π_{i <= j} q_i(y_i) / r_i(y_i).
 
-The second is an importance weight. Over drafts y ~ q, the chance that k tokens are accepted is m_k = E[P_k] with
-P_k = min(1, P_{k-1} r_k(y_k) / q_k(y_k)), whatever γ >= k (see `verification.py`). The text, however, is distributed
-as r, and E_q[P_k] = E_r[P_k W_k]. Multiplied by W_k, the recursion of P_k reads P_k W_k = min(W_k, P_{k-1} W_{k-1}),
-which is the running minimum above. It lies in [0, 1], so that no large weight spoils the mean.
+These are importance weights. Over drafts y ~ q, the chance of k accepted tokens is E_q[P_k] in block verification,
+with P_k = min(1, P_{k-1} r_k(y_k) / q_k(y_k)), whatever γ >= k (see `verification.py`). The text, however, is
+distributed as r, and E_q[P_k] = E_r[P_k W_k]. Multiplied by W_k, the recursion of P_k reads
+P_k W_k = min(W_k, P_{k-1} W_{k-1}): the running minimum. In the same way the chance in token verification,
+E_q[Π min(1, r_i(y_i) / q_i(y_i))], is E_r[Π min(1, q_i(y_i) / r_i(y_i))]. The difference is never negative, and most
+of what is random in the two cancels.
 """
 
 import statistics
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
@@ -81,19 +85,36 @@ class Stopwatch:
         return seconds, blocks
 
 
+class _Window(NamedTuple):
+    """The last k tokens of a row, see the docstring of the module."""
+
+    chance: float = 1.0  # product of Σ min(q, r)
+    weight: float = 1.0  # W_k
+    by_block: float = 1.0  # min(1, W_1, ..., W_k)
+    by_token: float = 1.0  # product of min(1, q / r)
+
+    def extend(self, chance: float, ratio: float) -> "_Window":
+        """The window with one token more."""
+        weight = self.weight * ratio
+        return _Window(self.chance * chance, weight, min(self.by_block, weight), self.by_token * min(1.0, ratio))
+
+    @property
+    def estimate(self) -> float:
+        """What the window says of m_k."""
+        return self.chance + self.by_block - self.by_token
+
+
 class DraftLength:
     """Chooses the draft length that promises the most tokens per second.
 
     Args:
         bonus_at_once: whether every round runs the proxy's step for the bonus position.
-        verification: of the drafts, "token" or "block".
     """
 
-    def __init__(self, bonus_at_once: bool = False, verification: str = "token") -> None:
-        self.bonus_at_once, self.verification = bonus_at_once, verification
-        # Of each row, the estimate of m_k and the weight W_k of the window of its last k tokens; and of the estimates,
-        # weighted sums over all rows and tokens.
-        self._windows: dict[int, list[tuple[float, float]]] = {}
+    def __init__(self, bonus_at_once: bool = False) -> None:
+        self.bonus_at_once = bonus_at_once
+        # Of each row, the windows of its last 1, 2, ... tokens; and of what they say, weighted sums over all places.
+        self._windows: dict[int, list[_Window]] = {}
         self._sums = [0.0] * LONGEST_DRAFT
         self._weights = [0.0] * LONGEST_DRAFT
         self._step_times: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=KEPT_TIMES))
@@ -112,26 +133,20 @@ class DraftLength:
         longest = min(2 * max(measured) + 2, LONGEST_DRAFT)
         return max(range(longest + 1), key=lambda length: self._rate(rows, length, in_step))
 
-    def accepted(self, row: int, chances: list[float]) -> None:
-        """Note how well the proxy predicted each token that a row emitted.
+    def accepted(self, row: int, chances: Sequence[float], ratios: Sequence[float] = ()) -> None:
+        """Note how well the proxy knew the tokens that a row emitted.
 
         Args:
             row: number of the row.
-            chances: for token verification, the chance Σ min(q, r) with which a draft token is accepted there; for
-                block verification the quotient q(v) / r(v) of the emitted token v.
+            chances: for each token, the chance Σ min(q, r) with which a draft token is accepted in its place.
+            ratios: for each token v, q(v) / r(v), if drafts are verified as blocks.
         """
         windows = self._windows.setdefault(row, [])
-        for chance in chances:
-            windows[:] = [self._extend(window, chance) for window in [(1.0, 1.0), *windows][:LONGEST_DRAFT]]
-            for k, (estimate, _) in enumerate(windows):
-                self._sums[k] = MEMORY * self._sums[k] + estimate
+        for chance, ratio in zip(chances, ratios or repeat(1.0), strict=False):
+            windows[:] = [window.extend(chance, ratio) for window in [_Window(), *windows][:LONGEST_DRAFT]]
+            for k, window in enumerate(windows):
+                self._sums[k] = MEMORY * self._sums[k] + window.estimate
                 self._weights[k] = MEMORY * self._weights[k] + 1
-
-    def _extend(self, window: tuple[float, float], chance: float) -> tuple[float, float]:
-        """Estimate and weight of a window with one token more."""
-        estimate, weight = window
-        weight *= chance
-        return (min(estimate, weight) if self.verification == "block" else estimate * chance), weight
 
     def timed(self, rows: int, drafted: int, step_seconds: float, rest_seconds: float) -> None:
         """Note what a round cost: a proxy step, and all but the proxy steps."""
@@ -155,7 +170,7 @@ class DraftLength:
         chances: list[float] = []
         for k in range(LONGEST_DRAFT):
             if self._weights[k] > 0:
-                chances.append(self._sums[k] / self._weights[k])
+                chances.append(min(self._sums[k] / self._weights[k], 1.0))
             else:
                 chances.append(chances[-1] * chances[0] if chances else 1.0)
         return chances

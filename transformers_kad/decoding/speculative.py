@@ -78,7 +78,9 @@ def kad_generate(
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
     readers = _make_readers(model, call, input_ids, generation_config, stopping_criteria, model_kwargs)
     base, generator, reference = readers
-    is_automatic = call.settings.num_assistant_tokens == "auto"
+    automatic, stopwatch = None, None
+    if call.settings.num_assistant_tokens == "auto":
+        automatic, stopwatch = DraftLength(bonus_at_once=not generator.is_synchronous), generator.time_steps()
     before, after = logits_processor[:at], logits_processor[at + 1 :]
     settings = RoundSettings(
         model,
@@ -87,10 +89,8 @@ def kad_generate(
         after,
         len(input_ids),
         do_sample=generation_config.do_sample,
-        with_chances=is_automatic,
+        with_chances=automatic is not None,
     )
-    automatic = DraftLength(not generator.is_synchronous, settings.verification) if is_automatic else None
-    stopwatch = generator.time_steps() if is_automatic else None
     assert isinstance(call.recorder, BatchRecorder)
     recorders = call.recorder.begin(len(input_ids))
     rows = [Row(number, recorder) for number, recorder in enumerate(recorders)]
@@ -132,8 +132,8 @@ def kad_generate(
             if last is not None:  # the first round reads the prompt as well
                 rest = time.perf_counter() - began - proxy_seconds
                 automatic.timed(len(active), drafted, proxy_seconds / steps, rest)
-            for row, chances, count in zip(active, round_.chances, emitted, strict=True):
-                automatic.accepted(row, chances[:count])
+            for row, chances, ratios, count in zip(active, round_.chances, round_.ratios, emitted, strict=True):
+                automatic.accepted(row, chances[:count], ratios[:count])
         active = [active[place] for place in staying]
         last = torch.tensor([[rows[row].last_token] for row in active], device="cpu")
 

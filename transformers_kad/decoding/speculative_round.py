@@ -96,10 +96,9 @@ class SpeculativeRound:
         base_logits: as above, on the base's device.
         lengths: of each row, the number of tokens drafted; known after `decide`.
         accepted: of each row, how many of them were accepted.
-        chances: of each row and each position that was looked at, what `DraftLength.accepted` takes. In token
-            verification it is Σ min(q, r), the probability with which a token that is drafted there is accepted; in
-            block verification q(v) / r(v) of the token v that the row emits there. Empty unless the settings ask for
-            it.
+        chances: of each row and each position that was looked at, Σ min(q, r): the probability with which a token
+            that is drafted there is accepted. Empty unless the settings ask for it.
+        ratios: in block verification the same for q(v) / r(v), with the token v that the row emits there.
     """
 
     def __init__(
@@ -122,6 +121,7 @@ class SpeculativeRound:
         self.lengths: list[int] = []
         self.accepted = [0] * len(rows)
         self.chances = [list[float]() for _ in rows]
+        self.ratios = [list[float]() for _ in rows]
         self._drafted: list[list[int]] = []
         self._parts: list[_Part] = []
         with_drafts = list[torch.Tensor]()
@@ -217,19 +217,19 @@ class SpeculativeRound:
         next_tokens = draw_next(
             target_probs, draft_probs, last, lengths, do_sample=do_sample, path_chances=path_chances
         )
-        chances = None
+        chances = ratios = None
         if self.settings.with_chances:
             q = part.composition.proxy_probs.view_as(target_probs)
             if self.settings.verification == "block":
                 emitted = torch.nn.functional.pad(draft_ids, (0, end - begin - draft_ids.shape[1]))
                 is_next = torch.arange(end - begin, device=emitted.device) == accepted[:, None]
                 emitted = torch.where(is_next, next_tokens[:, None], emitted)
-                chances = probs_of(emitted, q) / probs_of(emitted, target_probs)
-            elif do_sample:
+                ratios = probs_of(emitted, q) / probs_of(emitted, target_probs)
+            if do_sample:
                 chances = torch.minimum(q, target_probs).sum(-1)
             else:
                 chances = (q.argmax(-1) == target_probs.argmax(-1)).float()
-        return self._fetch(begin, accepted, next_tokens, unusable, chances)
+        return self._fetch(begin, accepted, next_tokens, unusable, chances, ratios)
 
     def _make_targets(self, begin: int, end: int) -> tuple[_Part, dict[str, torch.Tensor]]:
         """R of the positions from `begin` to `end`, and for each source of scores which are unusable, `(B, n)`."""
@@ -268,20 +268,21 @@ class SpeculativeRound:
         next_tokens: torch.Tensor,
         unusable: dict[str, torch.Tensor],
         chances: torch.Tensor | None,
+        ratios: torch.Tensor | None,
     ) -> _Decision:
         """Fetch from the device, in one transfer, all that is to be known of some positions."""
         flags = torch.stack(list(unusable.values()))
         wanted = {"counts": accepted, "following": next_tokens, "flags": flags}
         if begin == 0:
             wanted |= {"lengths": self._draft_lengths, "drafted": self._draft_ids}
-        if chances is not None:
-            wanted["chances"] = chances
+        wanted |= {name: noted for name, noted in (("chances", chances), ("ratios", ratios)) if noted is not None}
         values = fetch(wanted)
         counts, following = values["counts"], values["following"]
         if begin == 0:
             self.lengths, self._drafted = values["lengths"], values["drafted"]
-        if chances is not None:
-            self.chances = [before + more for before, more in zip(self.chances, values["chances"], strict=True)]
+        for row in range(len(counts)):
+            self.chances[row] += values["chances"][row] if chances is not None else []
+            self.ratios[row] += values["ratios"][row] if ratios is not None else []
         faults = {}
         for row, count in enumerate(counts):
             # What comes behind a refused draft token belongs to no text.

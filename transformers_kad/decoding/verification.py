@@ -177,9 +177,9 @@ def longest_accepted(accepted: torch.Tensor) -> torch.Tensor:
 
 def residual_of(target: torch.Tensor, draft: torch.Tensor, path_chances: torch.Tensor | None) -> torch.Tensor:
     """(P r - q)_+ of probabilities `(..., V)`, with P `(...)`, which is 1 in token verification (None)."""
-    if path_chances is not None:
-        target = path_chances[..., None] * target
-    return (target - draft).clamp(min=0)
+    if path_chances is None:
+        return (target - draft).clamp_(min=0)
+    return (path_chances[..., None] * target).sub_(draft).clamp_(min=0)
 
 
 def probs_of(ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

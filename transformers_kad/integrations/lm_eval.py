@@ -88,10 +88,10 @@ class KADLM(HFLM):
         device: "auto", "cpu", "cuda:1", ...; under `accelerate` or `torchrun` each process has its own device.
         quantization: how the base is quantized: "torchao-int8", "bitsandbytes-8bit" or "bitsandbytes-4bit".
         **arguments: the rule's parameters; `component_temperature` (divides both models' logits before the rule);
-            `num_assistant_tokens` (draft length); and arguments of the harness's type `hf`: `add_bos_token`,
-            `batch_size`, `chat_template_args`, `enable_thinking`, `max_batch_size`, `max_length`, `parallelize`
-            (distributes the base over all devices), `prefix_token_id`, `revision` (of the base), `think_end_token`,
-            `truncation`, `trust_remote_code`.
+            `num_assistant_tokens` (draft length); `verification` of drafts; and arguments of the harness's type `hf`:
+            `add_bos_token`, `batch_size`, `chat_template_args`, `enable_thinking`, `max_batch_size`, `max_length`,
+            `parallelize` (distributes the base over all devices), `prefix_token_id`, `revision` (of the base),
+            `think_end_token`, `truncation`, `trust_remote_code`.
 
     Attributes:
         kad: the processor.

@@ -29,9 +29,10 @@ def test_without_anything_it_is_the_default():
 
 def test_a_saved_configuration_is_kept_where_nothing_else_is_set(folder):
     assert config_from(folder) == SAVED
-    changed = config_from(folder, settings={"budget": 0.3, "num_assistant_tokens": "auto"})
+    changed = config_from(folder, settings={"budget": 0.3, "num_assistant_tokens": "auto", "verification": "block"})
     assert (changed.rule, dict(changed.parameters)) == ("primal", {"budget": 0.3})
     assert (changed.component_temperature, changed.num_assistant_tokens) == (0.7, "auto")
+    assert changed.verification == "block"
 
 
 def test_another_rule_drops_the_saved_parameters_and_the_same_rule_keeps_them(folder):

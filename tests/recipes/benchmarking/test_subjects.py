@@ -7,7 +7,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import LlamaConfig, Qwen3Config
 
-from transformers_kad import DualDeferral
+from transformers_kad import DualDeferral, KADConfig
 from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.benchmarking.subjects import (
     TASKS,
@@ -34,6 +34,12 @@ def test_a_pair_is_inflated_and_stripped_of_its_settings(subject):
     for model in subject.models.values():
         assert model.generation_config.eos_token_id is None
     assert subject.vocabulary == 640
+
+
+def test_a_processor_verifies_as_its_configuration_says_or_as_it_is_told(subject):
+    config = KADConfig(verification="block")
+    assert subject.processor(config).verification == "block"
+    assert subject.processor(config, verification="token").verification == "token"
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -239,6 +239,9 @@ def test_settings_that_change_how_a_method_decodes_are_recorded():
     """So that a run with another drafter is not taken for the same run. Defaults are left out, as in older results."""
     (method,) = parse_methods(["kad-dual:threshold=0.5"])
     plain = own_settings(None, method)
-    assert not {"drafter", "compile", "lazy"} & plain.keys()
+    assert not {"drafter", "compile", "lazy", "verification"} & plain.keys()
     other = replace(method, config=replace(method.config, drafter="prompt_lookup"))
     assert own_settings(None, other) == {**plain, "drafter": "prompt_lookup"}
+    (block,) = parse_methods(["kad-dual:threshold=0.5:verification=block"])
+    shown = {"shown_parameters": {"threshold": 0.5, "verification": "block"}}
+    assert own_settings(None, block) == {**plain, **shown, "verification": "block"}

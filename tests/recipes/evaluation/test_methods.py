@@ -55,9 +55,10 @@ def test_a_name_that_settles_a_parameter():
 
 
 def test_settings_reach_every_rule_and_stock_speculative_decoding():
-    settings = {"num_assistant_tokens": 3, "component_temperature": 0.5}
+    settings = {"num_assistant_tokens": 3, "component_temperature": 0.5, "verification": "block"}
     dual, assisted, base = parse_methods(["kad-dual", "assisted", "base"], settings=settings)
     assert (dual.config.num_assistant_tokens, dual.config.component_temperature) == (3, 0.5)
+    assert dual.config.verification == "block"
     assert assisted.num_assistant_tokens == 3
     assert assisted.label == "assisted num_assistant_tokens=3"
     assert base == Method("base")
@@ -86,6 +87,8 @@ def test_the_rule_of_a_config():
         (["assisted:num_assistant_tokens=0"], {}, ValueError, 'positive integer or "auto", got 0'),
         (["assisted:num_assistant_tokens=auto"], {}, ValueError, "transformers' own decoding"),
         (["kad-dual:num_assistant_tokens=2.5"], {}, ValueError, "2.5"),
+        (["kad-dual:verification=blok"], {}, ValueError, "verification 'blok'. Did you mean 'block'"),
+        (["base"], {"settings": {"verification": "block"}}, ValueError, "verification"),
     ],
 )
 def test_what_can_not_be_meant_is_refused(words, kwargs, error, message):

@@ -133,6 +133,10 @@ COPIES = {
         *("--pair", PAIR, "--methods", "lazy,speculative", "--draft_lengths", "2"),
         *("--max_new_tokens", "4", "--repetitions", "1"),
     ),
+    "benchmark_verification": (
+        *("--pair", PAIR, "--methods", "kad-dual:threshold=0.5", "--draft_lengths", "2", "--texts", "2"),
+        *("--repetitions", "1", "--max_new_tokens", "4", "--inflate", "base=600K,proxy=500K"),
+    ),
     "generate": ("--base", PAIR / "base", "--proxy", PAIR / "proxy", "--prompt", "Ada has 1 hat."),
 }
 # These are run as copies by tests of their own.
@@ -151,7 +155,9 @@ def test_it_runs_as_a_single_file_copied_elsewhere(name, tmp_path):
     assert run.stdout
 
 
-@pytest.mark.parametrize("name", ["quickstart", "run_eval", "sweep", "tune", "benchmark_speed"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "run_eval", "sweep", "tune", "benchmark_speed", "benchmark_verification"]
+)
 def test_without_the_pair_a_copy_says_what_to_pass(name, tmp_path):
     run = run_copy(ROOT / "recipes" / f"{name}.py", tmp_path)
     assert run.returncode != 0

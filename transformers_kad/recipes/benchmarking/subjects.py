@@ -65,7 +65,7 @@ class Subject:
             reference=reference,
             component_temperature=config.component_temperature,
             vocabulary_alignment=alignment,
-            **options,
+            **{"verification": config.verification, **options},
         )
 
 
