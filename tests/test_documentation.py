@@ -303,7 +303,7 @@ def test_the_recipes_that_measure_are_all_shown(clone):
         ("docs/evaluation.md", "sweep", 1),
         ("docs/evaluation.md", "tune", 1),
         ("docs/evaluation.md", "generate", 1),
-        ("docs/performance.md", "benchmark_speed", 14),
+        ("docs/performance.md", "benchmark_speed", 15),
         ("docs/performance.md", "benchmark_verification", 1),
         ("docs/performance.md", "benchmark_rules", 1),
         ("docs/performance.md", "benchmark_adapters", 1),
