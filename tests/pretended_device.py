@@ -11,7 +11,7 @@ result has as many elements as the values say (`nonzero`, a boolean mask as inde
 
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,9 +98,9 @@ def _is_pretended(value: Any) -> bool:
 class _ComputeOnCPU(TorchDispatchMode):
     """Runs operations on the values, and counts those that make the host wait."""
 
-    def __init__(self, waits: Waits, refuse_float64: bool) -> None:
+    def __init__(self, waits: Waits) -> None:
         super().__init__()
-        self._waits, self._refuse_float64 = waits, refuse_float64
+        self._waits = waits
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """See `TorchDispatchMode`."""
@@ -118,18 +118,12 @@ class _ComputeOnCPU(TorchDispatchMode):
             gives = False
         values = tree_map_only(PretendedTensor, lambda tensor: tensor.on_cpu, (args, kwargs))
         result = func(*values[0], **values[1])
-        if self._refuse_float64 and any(self._is_double(x) for x in tree_leaves((values, result)) if gives):
-            raise TypeError(f"{func}: the device has no float64.")
         if not gives:
             return result
         result = tree_map_only(torch.Tensor, PretendedTensor, result)
         if not takes or asked is not None:
             return result
         return return_and_correct_aliasing(func, args, kwargs, result)
-
-    @staticmethod
-    def _is_double(value: Any) -> bool:
-        return isinstance(value, torch.Tensor) and value.dtype == torch.float64 and value.dim() > 0
 
     @staticmethod
     def _makes_wait(func: Any, args: Any, kwargs: Any, *, takes: bool, gives: bool) -> bool:
@@ -171,19 +165,8 @@ class _Factories(TorchFunctionMode):
 
 
 @contextmanager
-def pretended_device(*, refuse_float64: bool = False) -> Iterator[Waits]:
-    """Inside, `DEVICE` is a device that computes; yields the waits for it.
-
-    Args:
-        refuse_float64: raise a `TypeError` where a tensor of float64 would be on the device, as MPS does.
-    """
+def pretended_device() -> Iterator[Waits]:
+    """Inside, `DEVICE` is a device that computes; yields the waits for it."""
     waits = Waits()
-    with _Factories(), _ComputeOnCPU(waits, refuse_float64):
+    with _Factories(), _ComputeOnCPU(waits):
         yield waits
-
-
-def waits_of(call: Callable[[], Any]) -> Waits:
-    """The waits of a call that runs on the pretended device."""
-    with pretended_device() as waits:
-        call()
-    return waits

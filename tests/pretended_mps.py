@@ -27,6 +27,22 @@ class MPSTensor(torch.Tensor):
     is_cpu, is_mps = False, True  # type: ignore[assignment]
 
 
+class TimedEvent:
+    """In place of an event of MPS; between two of them 2 ms go by."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.is_timed, self.is_recorded = enable_timing, False
+
+    def record(self) -> None:
+        """Stand behind what was asked for so far."""
+        self.is_recorded = True
+
+    def elapsed_time(self, end: "TimedEvent") -> float:
+        """Milliseconds from this event to a later one."""
+        assert all(event.is_timed and event.is_recorded for event in (self, end))
+        return 2.0
+
+
 class PretendedMPS(TorchFunctionMode):
     """Context manager inside of which tensors can be made on the device "mps", moved to it and back.
 
@@ -36,12 +52,14 @@ class PretendedMPS(TorchFunctionMode):
 
     def __enter__(self) -> "PretendedMPS":
         # transformers waits for an event of the device before it reads whether it may stop.
-        self._event = patch.object(torch, "Event", MagicMock())
-        self._event.start()
+        self._events = [patch.object(torch, "Event", MagicMock()), patch.object(torch.mps.event, "Event", TimedEvent)]
+        for event in self._events:
+            event.start()
         return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
-        self._event.stop()
+        for event in self._events:
+            event.stop()
         super().__exit__(*exception)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -5,6 +5,7 @@ import itertools
 import exact_law
 import pytest
 import torch
+from pretended_mps import PretendedMPS
 from test_distribution import COMMON, PLAIN, PROMPT, SPECULATIVE, Setting, make_kad, models, new_tokens
 from tiny_models import tiny_model
 
@@ -144,6 +145,16 @@ def test_a_stopwatch_adds_blocks_up_and_starts_again(monkeypatch):
     with stopwatch.running():
         pass
     assert stopwatch.read() == (0.25, 1)
+
+
+def test_a_stopwatch_asks_a_device_that_computes_by_itself():
+    with PretendedMPS():
+        stopwatch = Stopwatch(torch.device("mps"))
+        for _ in range(3):
+            with stopwatch.running():
+                pass
+        assert stopwatch.read() == (pytest.approx(0.006), 3)
+        assert stopwatch.read() == (0.0, 0)
 
 
 @pytest.mark.slow

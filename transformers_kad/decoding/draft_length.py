@@ -30,7 +30,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import repeat
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -57,8 +57,8 @@ class Stopwatch:
     """Adds up the time that a device spends in blocks of code."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._device = device if device.type in ("cuda", "mps") else None  # these compute by themselves
+        self._spans: list[tuple[Any, Any]] = []  # events
         self._seconds = 0.0
         self.blocks = 0
 
@@ -71,12 +71,21 @@ class Stopwatch:
             yield
             self._seconds += time.perf_counter() - begin
         else:
-            stream = torch.cuda.current_stream(self._device)
-            span = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            span[0].record(stream)
+            begin_event = self._record(self._device)
             yield
-            span[1].record(stream)
-            self._spans.append(span)
+            self._spans.append((begin_event, self._record(self._device)))
+
+    @staticmethod
+    def _record(device: torch.device) -> Any:
+        """An event that stands behind all that the device was asked for so far."""
+        event: Any
+        if device.type == "mps":
+            event = torch.mps.event.Event(enable_timing=True)
+            event.record()
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(device))
+        return event
 
     def read(self) -> tuple[float, int]:
         """Seconds and number of blocks since the last reading. The device must be waited for before."""
