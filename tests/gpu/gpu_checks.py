@@ -358,7 +358,8 @@ def bytes_held(device: str) -> int:
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for tensor in gc.get_objects()
-        if issubclass(type(tensor), torch.Tensor) and tensor.device.type == torch.device(device).type
+        # Other subclasses, such as the tensors that `torch.compile` traces with, have no memory of their own.
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == torch.device(device).type
     }
     return sum(storages.values())
 

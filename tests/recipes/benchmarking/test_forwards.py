@@ -126,7 +126,10 @@ def test_every_forward_continues_the_same_text(architecture):
         assert model is architecture  # only the cache is copied
         cache = kwargs.get("past_key_values")
         length = 0 if cache is None else cache.get_seq_length()
-        held.append((kwargs["input_ids"].shape[1], length, kwargs["attention_mask"][1].tolist()))
+        mask = kwargs["attention_mask"]  # of columns, or prepared: for each kind of layers, query and column
+        mask = mask["full_attention"] if isinstance(mask, dict) else mask
+        columns = mask[1] if mask.dim() == 2 else mask[1, 0, -1].long()
+        held.append((kwargs["input_ids"].shape[1], length, columns.tolist()))
 
     handle = architecture.register_forward_pre_hook(look, with_kwargs=True)
     timer = ForwardTimer({"base": architecture}, [Shape("base", 2, 12), Shape("base", 2, 1)], [], held=60)
