@@ -13,6 +13,12 @@ from transformers import PreTrainedModel
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Static caches without the minute that compiling takes."""
+    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
+
+
 @pytest.fixture(scope="session")
 def base() -> PreTrainedModel:
     return tiny_model(hidden=32, seed=1)

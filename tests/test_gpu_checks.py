@@ -4,18 +4,11 @@ import contextlib
 
 import gpu_checks
 import pytest
-import torch
 
 from transformers_kad import DualDeferral
 from transformers_kad.decoding import token_by_token
 from transformers_kad.decoding.speculative_round import SpeculativeRound
 from transformers_kad.integrations.loading.models import load_model
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Static caches without the minute that compiling takes."""
-    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
 
 
 @pytest.mark.parametrize("name", gpu_checks.WAYS)

@@ -296,7 +296,12 @@ def test_an_adapter_switched_off_for_every_row(base):
 
 
 def test_a_prompt_of_its_own_for_the_proxy_of_every_row(base, proxy):
-    kad, own = KADLogitsProcessor(proxy, DualDeferral(0.6)), padded(6)
+    check_prompts_of_the_proxys_own(base, proxy)
+
+
+def check_prompts_of_the_proxys_own(base, proxy, **of_kad):
+    """Drafts give the text of token by token, and the proxy's prompts count."""
+    kad, own = KADLogitsProcessor(proxy, DualDeferral(0.6), **of_kad), padded(6)
     own = {name: value[3:, -9:] for name, value in own.items()}
     settings = {"logits_processor": [kad], **GREEDY}
     with kad.proxy_prompt(own):

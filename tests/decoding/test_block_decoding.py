@@ -25,6 +25,7 @@ from test_distribution import (
     make_kad,
     models,
     new_tokens,
+    p_values_of_padded_batch,
     part_of,
 )
 from tiny_models import tiny_model
@@ -107,18 +108,8 @@ def test_rows_that_end_and_leave_the_batch(
 ) -> None:
     """Drafts that end with an end of sequence, in a padded batch; and as on a device that must be waited for."""
     monkeypatch.setattr(KADCandidateGenerator, "is_synchronous", is_synchronous)
-    setting, chosen, short = Setting(eos=3, component_temperature=1.2), models(), (3, 2)
-    rule = make_rule("dual", **SPECULATIVE["dual"])
-    kad = make_kad(chosen, rule, setting, drafts=3, verification="block")
-    prompts = torch.tensor([PROMPT, (0, 0, *short)])
-    torch.manual_seed(4)
-    arguments = setting.arguments(kad) | COMMON | {"pad_token_id": 0, "num_return_sequences": 2000}
-    sequences = chosen.base.generate(
-        prompts, attention_mask=(prompts != 0).long(), assistant_model=kad.proxy, max_new_tokens=4, **arguments
-    )
-    texts = new_tokens(sequences, len(PROMPT), setting.eos)
-    for prompt, rows in ((PROMPT, texts[:2000]), (short, texts[2000:])):
-        judge(exact_law.chi_square_p_value(rows, setting.law(PLAIN["dual"], chosen, 4, prompt)))
+    for p_value in p_values_of_padded_batch(2000, drafts=3, verification="block"):
+        judge(p_value)
 
 
 @pytest.mark.slow

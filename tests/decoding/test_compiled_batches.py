@@ -7,9 +7,8 @@ import pytest
 import test_distribution
 import torch
 from exact_law import PlainRule
-from test_batches import Bias, StopAtToken, padded
+from test_batches import Bias, StopAtToken, check_prompts_of_the_proxys_own, padded
 from test_other_tokenizer import TEXTS, make_kad
-from test_static_model import uncompiled  # noqa: F401, a fixture
 from test_vocabulary import TOKENIZERS
 from tiny_families import tiny_family
 from tiny_models import tiny_model
@@ -66,19 +65,19 @@ def both(base, proxy, inputs, drafts=4, **arguments):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("pair", ["full", "windows", "both"])
-def test_greedy_text_is_that_of_the_eager_path(uncompiled, pair, rows):  # noqa: F811
+def test_greedy_text_is_that_of_the_eager_path(uncompiled, pair, rows):
     base, proxy = make_pair(pair)
     _, kad = both(base, proxy, padded(rows))
     assert rows < 4 or len({row.rounds for row in kad.statistics.sequences}) > 1
     assert 0 < kad.statistics.accepted < kad.statistics.drafted
 
 
-def test_greedy_text_with_chunked_attention(uncompiled):  # noqa: F811
+def test_greedy_text_with_chunked_attention(uncompiled):
     base, proxy = make_pair("chunks")
     both(base, proxy, padded(3))
 
 
-def test_attention_that_adds_its_mask(uncompiled):  # noqa: F811
+def test_attention_that_adds_its_mask(uncompiled):
     base, proxy = make_pair("windows")
     for model in (base, proxy):
         model.set_attn_implementation("eager")
@@ -91,12 +90,12 @@ def test_attention_that_adds_its_mask(uncompiled):  # noqa: F811
     assert torch.equal(base.generate(**padded(3), logits_processor=[kad], **settings), expected)
 
 
-def test_prompts_are_read_in_chunks(uncompiled, base, proxy):  # noqa: F811
+def test_prompts_are_read_in_chunks(uncompiled, base, proxy):
     for rows in (1, 5):
         both(base, proxy, padded(rows), prefill_chunk_size=5)
 
 
-def test_holes_in_prompts(uncompiled, base, proxy):  # noqa: F811
+def test_holes_in_prompts(uncompiled, base, proxy):
     inputs = padded(3)
     inputs["attention_mask"][0, 4:6] = 0
     inputs["attention_mask"][2, 8] = 0
@@ -104,7 +103,7 @@ def test_holes_in_prompts(uncompiled, base, proxy):  # noqa: F811
 
 
 @pytest.mark.parametrize("pair", ["full", "both"])
-def test_rows_end_early_and_the_others_move_to_smaller_buckets(uncompiled, pair, monkeypatch):  # noqa: F811
+def test_rows_end_early_and_the_others_move_to_smaller_buckets(uncompiled, pair, monkeypatch):
     base, proxy = make_pair(pair)
     moves, move = [], TextStore.move_rows
 
@@ -128,7 +127,7 @@ def test_rows_end_early_and_the_others_move_to_smaller_buckets(uncompiled, pair,
     assert min(row.tokens for row in kad.statistics.sequences) < 24
 
 
-def test_rows_that_go_in_step(uncompiled, base, proxy):  # noqa: F811
+def test_rows_that_go_in_step(uncompiled, base, proxy):
     watermark = SynthIDTextWatermarkingConfig(ngram_len=3, keys=[1, 2, 3], context_history_size=64)
     texts = []
     for compiled in (False, True):
@@ -140,7 +139,7 @@ def test_rows_that_go_in_step(uncompiled, base, proxy):  # noqa: F811
     assert len({row.rounds for row in kad.statistics.sequences}) == 1
 
 
-def test_processors_of_the_user(uncompiled, base, proxy):  # noqa: F811
+def test_processors_of_the_user(uncompiled, base, proxy):
     texts = []
     for compiled in (False, True):
         kad = KADLogitsProcessor(proxy, DualDeferral(0.6), compile=compiled)
@@ -152,7 +151,7 @@ def test_processors_of_the_user(uncompiled, base, proxy):  # noqa: F811
 
 @pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
 @pytest.mark.parametrize("pair", ["full", "both"])
-def test_chats_go_on_from_the_static_cache(uncompiled, pair, drafter):  # noqa: F811
+def test_chats_go_on_from_the_static_cache(uncompiled, pair, drafter):
     """Turn by turn, with rows in another order and fewer of them."""
     base, proxy = make_pair(pair)
     kad = KADLogitsProcessor(proxy, DualDeferral(0.9), num_assistant_tokens=3, drafter=drafter, compile=True)
@@ -178,7 +177,7 @@ def test_chats_go_on_from_the_static_cache(uncompiled, pair, drafter):  # noqa: 
         inputs = {"input_ids": torch.cat([text, more], dim=1), "attention_mask": mask}
 
 
-def test_a_larger_batch_after_a_smaller_one(uncompiled, base, proxy):  # noqa: F811
+def test_a_larger_batch_after_a_smaller_one(uncompiled, base, proxy):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.6), compile=True)
     eager = KADLogitsProcessor(proxy, DualDeferral(0.6))
     settings = {"assistant_model": proxy, **GREEDY}
@@ -189,7 +188,7 @@ def test_a_larger_batch_after_a_smaller_one(uncompiled, base, proxy):  # noqa: F
     assert torch.equal(base.generate(**padded(rows), logits_processor=[kad], **settings), expected)
 
 
-def test_drafts_are_looked_up_in_every_row(uncompiled):  # noqa: F811
+def test_drafts_are_looked_up_in_every_row(uncompiled):
     base, proxy = make_pair("both")
     texts = []
     for compiled in (False, True):
@@ -200,17 +199,11 @@ def test_drafts_are_looked_up_in_every_row(uncompiled):  # noqa: F811
     assert kad.statistics.accepted > 0
 
 
-def test_a_prompt_of_its_own_for_the_proxy_of_every_row(uncompiled, base, proxy):  # noqa: F811
-    kad, own = KADLogitsProcessor(proxy, DualDeferral(0.6), compile=True), padded(6)
-    own = {name: value[3:, -9:] for name, value in own.items()}
-    settings = {"logits_processor": [kad], **GREEDY}
-    with kad.proxy_prompt(own):
-        ids = base.generate(**padded(3), assistant_model=proxy, **settings)
-        assert torch.equal(ids, base.generate(**padded(3), **settings))
-    assert not torch.equal(ids, base.generate(**padded(3), assistant_model=proxy, **settings))
+def test_a_prompt_of_its_own_for_the_proxy_of_every_row(uncompiled, base, proxy):
+    check_prompts_of_the_proxys_own(base, proxy, compile=True)
 
 
-def test_a_proxy_with_a_tokenizer_of_its_own(uncompiled):  # noqa: F811
+def test_a_proxy_with_a_tokenizer_of_its_own(uncompiled):
     base, tokenizer = load_model("recipes/tiny_pair/base"), load_tokenizer("recipes/tiny_pair/base")
     kad = make_kad(align_vocabularies(tokenizer, TOKENIZERS["byte-level"], minimum_share=0.5), compile=True)
     inputs = tokenizer([*TEXTS, "Ben"], padding=True, return_tensors="pt")
@@ -220,7 +213,7 @@ def test_a_proxy_with_a_tokenizer_of_its_own(uncompiled):  # noqa: F811
     assert torch.equal(ids, base.generate(**inputs, **settings))
 
 
-def test_texts_that_outgrow_the_cache_of_an_earlier_call(uncompiled, base, proxy):  # noqa: F811
+def test_texts_that_outgrow_the_cache_of_an_earlier_call(uncompiled, base, proxy):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.6), compile=True)
     eager = KADLogitsProcessor(proxy, DualDeferral(0.6))
     for count in (5, CAPACITY_STEP + 20):
@@ -230,7 +223,7 @@ def test_texts_that_outgrow_the_cache_of_an_earlier_call(uncompiled, base, proxy
 
 
 @pytest.mark.parametrize("name", ["position_ids", "token_type_ids"])
-def test_what_compiled_forwards_would_not_read_is_refused(uncompiled, base, name):  # noqa: F811
+def test_what_compiled_forwards_would_not_read_is_refused(uncompiled, base, name):
     proxy = tiny_family("bert") if name == "token_type_ids" else tiny_model(vocabulary=96, seed=2)
     kad = KADLogitsProcessor(proxy, compile=True)
     settings = {"logits_processor": [kad], "assistant_model": proxy, **GREEDY}
@@ -246,7 +239,7 @@ def test_what_compiled_forwards_would_not_read_is_refused(uncompiled, base, name
 
 
 @pytest.mark.slow
-def test_samples_of_a_padded_batch_have_the_law_of_r(uncompiled):  # noqa: F811
+def test_samples_of_a_padded_batch_have_the_law_of_r(uncompiled):
     """Rows of two lengths in caches with windows, which leave the batch at their ends."""
     setting, chosen = test_distribution.Setting(eos=3, component_temperature=1.2), test_distribution.models("sliding")
     rule: PlainRule = exact_law.dual(0.4)

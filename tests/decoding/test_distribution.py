@@ -323,17 +323,25 @@ def test_padded_batch_speculative(
 ) -> None:
     """Rows of different lengths that leave the batch at their end; and as on a device that must be waited for."""
     monkeypatch.setattr(KADCandidateGenerator, "is_synchronous", is_synchronous)
+    for p_value in p_values_of_padded_batch(5000, drafts=2):
+        judge(p_value)
+
+
+def p_values_of_padded_batch(samples: int, **of_kad: Any) -> list[float]:
+    """Of so many texts of each of two prompts of different lengths, which end at an end of sequence."""
     setting, chosen, short = Setting(eos=3, component_temperature=1.2), models(), (3, 2)
-    kad = make_kad(chosen, make_rule("dual", **SPECULATIVE["dual"]), setting, drafts=2)
+    kad = make_kad(chosen, make_rule("dual", **SPECULATIVE["dual"]), setting, **of_kad)
     prompts = torch.tensor([PROMPT, (0, 0, *short)])
     torch.manual_seed(4)
-    arguments = setting.arguments(kad) | COMMON | {"pad_token_id": 0, "num_return_sequences": 5000}
+    arguments = setting.arguments(kad) | COMMON | {"pad_token_id": 0, "num_return_sequences": samples}
     sequences = chosen.base.generate(
         prompts, attention_mask=(prompts != 0).long(), assistant_model=kad.proxy, max_new_tokens=4, **arguments
     )
     texts = new_tokens(sequences, len(PROMPT), setting.eos)
-    for prompt, rows in ((PROMPT, texts[:5000]), (short, texts[5000:])):
-        judge(exact_law.chi_square_p_value(rows, setting.law(exact_law.dual(0.4), chosen, 4, prompt)))
+    return [
+        exact_law.chi_square_p_value(rows, setting.law(exact_law.dual(0.4), chosen, 4, prompt))
+        for prompt, rows in ((PROMPT, texts[:samples]), (short, texts[samples:]))
+    ]
 
 
 # Settings, on both paths

@@ -10,7 +10,6 @@ import pytest
 import torch
 from test_batches import padded
 from test_forward_inputs import make
-from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, MusicgenForCausalLM
 
@@ -86,7 +85,7 @@ def test_a_window_that_drops_its_cache_forgets_only_the_cache():
 @pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
 @pytest.mark.parametrize("length", [10, 15, 16, 17, 24])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_beyond_the_bases_context_drafts_go_on_as_token_by_token(uncompiled, length, rows, drafter, compiled):  # noqa: F811
+def test_beyond_the_bases_context_drafts_go_on_as_token_by_token(uncompiled, length, rows, drafter, compiled):
     """Rotary positions go on beyond 16; only drafts that nobody reads may be read elsewhere."""
     base = tiny_model(hidden=32, seed=1, max_position_embeddings=16)
     kad = KADLogitsProcessor(tiny_model(seed=2), DualDeferral(0.6), drafter=drafter, compile=compiled)
@@ -146,7 +145,7 @@ def test_masks_of_any_type(architecture, speculative, dtype):
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "bamba", "compiled"])
 @pytest.mark.parametrize("speculative", [False, True])
-def test_calls_within_and_outside_inference_mode_take_turns(uncompiled, base, kind, speculative):  # noqa: F811
+def test_calls_within_and_outside_inference_mode_take_turns(uncompiled, base, kind, speculative):
     """The kind of fault: a tensor that one call leaves behind, and another may not write to."""
     if kind == "compiled" and not speculative:
         pytest.skip("compile=True is for drafts")

@@ -9,7 +9,6 @@ import weakref
 
 import pytest
 import torch
-from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
 from transformers import StoppingCriteria
 

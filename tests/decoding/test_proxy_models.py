@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
 
 from transformers_kad.decoding.proxy_models import ProxyModels

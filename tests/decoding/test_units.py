@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from test_static_model import uncompiled  # noqa: F401, a fixture
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -78,7 +77,7 @@ def log_r_by_hand(base, proxy, ids, rule, reference=None):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("drafter", ["proxy", "prompt_lookup"])
 @pytest.mark.parametrize("kind", ["dual", "implicit_reward", "compiled"])
-def test_scores_are_those_without_a_cache(uncompiled, rows, drafter, kind):  # noqa: F811
+def test_scores_are_those_without_a_cache(uncompiled, rows, drafter, kind):
     base, proxy = make_base(), make_proxy()
     rule = ImplicitReward(0.2) if kind == "implicit_reward" else DualDeferral(0.5)
     reference = make_proxy(seed=9) if kind == "implicit_reward" else None
@@ -147,7 +146,7 @@ def test_the_proxys_context_ends_in_its_own_tokens(rows, drafter):
             base.generate(prompts(rows), logits_processor=[kad], assistant_model=assistant, **settings)
 
 
-def test_a_compiled_proxy_makes_room_for_its_own_tokens(uncompiled):  # noqa: F811
+def test_a_compiled_proxy_makes_room_for_its_own_tokens(uncompiled):
     """A text of less than a step of the base's tokens, and of more than one of the proxy's."""
     base, proxy = make_base(), make_proxy(max_position_embeddings=1024)
     settings = {"do_sample": False, "max_new_tokens": CAPACITY_STEP - 80, "pad_token_id": 0}

@@ -131,9 +131,9 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_a_round_waits_for_the_device_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("uncompiled")
+def test_a_round_waits_for_the_device_once(name: str) -> None:
     """And once more for each token, where something of the user's has to be asked about each."""
-    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
     rows, settings, expected = TARGETS[name]
     base = tiny_model()
     calls = [counted(base, base, rows, tokens, **settings) for tokens in (12, 36)]

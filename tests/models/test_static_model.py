@@ -16,12 +16,6 @@ PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 3]])
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Static caches without the minute that compiling takes."""
-    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
-
-
 @pytest.mark.slow
 def test_greedy_text_is_that_of_the_eager_path_and_shapes_are_compiled_once(base, proxy):
     torch._dynamo.reset()

@@ -205,11 +205,10 @@ class SpeculativeRound:
         target_probs, do_sample = part.target_probs, self.settings.do_sample
         draft_probs, draft_ids = self._draft_probs[:, begin:end], self._draft_ids[:, begin:end]
         lengths = (self._draft_lengths - begin).clamp(min=0, max=draft_ids.shape[1])
-        path_chances = None
+        flags, path_chances = torch.stack(list(unusable.values())), None
         if self.settings.verification == "block":
             # A block ends before a position that has no distribution, which is an error only if the row comes there.
-            is_usable = ~torch.stack(list(unusable.values())).any(0)
-            lengths = lengths.minimum(is_usable.long().cumprod(-1).sum(-1))
+            lengths = lengths.minimum((~flags.any(0)).long().cumprod(-1).sum(-1))
             accepted, path_chances = accept_block(target_probs, draft_probs, draft_ids, lengths)
         else:
             accepted = count_accepted(target_probs, draft_probs, draft_ids, lengths, do_sample=do_sample)
@@ -229,7 +228,8 @@ class SpeculativeRound:
                 chances = torch.minimum(q, target_probs).sum(-1)
             else:
                 chances = (q.argmax(-1) == target_probs.argmax(-1)).float()
-        return self._fetch(begin, accepted, next_tokens, unusable, chances, ratios)
+        wanted = {"counts": accepted, "following": next_tokens, "flags": flags, "chances": chances, "ratios": ratios}
+        return self._fetch(begin, list(unusable), {name: part for name, part in wanted.items() if part is not None})
 
     def _make_targets(self, begin: int, end: int) -> tuple[_Part, dict[str, torch.Tensor]]:
         """R of the positions from `begin` to `end`, and for each source of scores which are unusable, `(B, n)`."""
@@ -261,33 +261,29 @@ class SpeculativeRound:
             unusable[_BEHIND_KAD] = ~(target_probs.amax(-1) > -torch.inf)
         return _Part(begin, composition, log_target, target_probs), unusable
 
-    def _fetch(
-        self,
-        begin: int,
-        accepted: torch.Tensor,
-        next_tokens: torch.Tensor,
-        unusable: dict[str, torch.Tensor],
-        chances: torch.Tensor | None,
-        ratios: torch.Tensor | None,
-    ) -> _Decision:
-        """Fetch from the device, in one transfer, all that is to be known of some positions."""
-        flags = torch.stack(list(unusable.values()))
-        wanted = {"counts": accepted, "following": next_tokens, "flags": flags}
+    def _fetch(self, begin: int, sources: list[str], wanted: dict[str, torch.Tensor]) -> _Decision:
+        """Fetch from the device, in one transfer, all that is to be known of some positions.
+
+        Args:
+            begin: the first of the positions.
+            sources: where the scores came from that may be unusable.
+            wanted: `counts` of accepted tokens and the ones `following`, `(B,)` each; unusable `flags` of each source,
+                `(sources, B, n)`; and what the settings ask for of `chances` and `ratios`, `(B, n)` each.
+        """
         if begin == 0:
             wanted |= {"lengths": self._draft_lengths, "drafted": self._draft_ids}
-        wanted |= {name: noted for name, noted in (("chances", chances), ("ratios", ratios)) if noted is not None}
         values = fetch(wanted)
         counts, following = values["counts"], values["following"]
         if begin == 0:
             self.lengths, self._drafted = values["lengths"], values["drafted"]
-        for row in range(len(counts)):
-            self.chances[row] += values["chances"][row] if chances is not None else []
-            self.ratios[row] += values["ratios"][row] if ratios is not None else []
+        for name, by_row in (("chances", self.chances), ("ratios", self.ratios)):
+            for own, of_part in zip(by_row, values.get(name, ()), strict=False):
+                own.extend(of_part)
         faults = {}
         for row, count in enumerate(counts):
             # What comes behind a refused draft token belongs to no text.
-            reached = range(min(count + 1, flags.shape[-1]))
-            bad = ((at, s) for at in reached for s, own in zip(unusable, values["flags"], strict=True) if own[row][at])
+            reached = range(min(count + 1, wanted["flags"].shape[-1]))
+            bad = ((at, s) for at in reached for s, own in zip(sources, values["flags"], strict=True) if own[row][at])
             for at, source in bad:
                 faults[row] = at, self._fault(source, row, begin + at)
                 break

@@ -24,11 +24,15 @@ class Row:
 
     number: int  # in the batch of the call
     recorder: RoundRecorder
-    last_token: int | None = None
     scores: list[torch.Tensor] = field(default_factory=list)  # (V,) each
     logits: list[torch.Tensor] = field(default_factory=list)  # (V,) each
     tokens: list[int] = field(default_factory=list)  # of the round
     finished: bool = False
+
+    @property
+    def last_token(self) -> int:
+        """The newest token, of this round or of those before."""
+        return (self.tokens or self.recorder.tokens)[-1]
 
     def end_round(self, place: int, round_: SpeculativeRound) -> int:
         """Record the round, in which the row has this place, and return the number of tokens emitted in it."""
@@ -96,7 +100,6 @@ class Output:
         if self._streamer is not None:
             self._streamer.put(torch.tensor([token], device="cpu"))
         row.tokens.append(token)
-        row.last_token = token
 
     def newest_scores(self, rows: list[Row], emitting: list[Row]) -> list[torch.Tensor]:
         """The scores `(B, V)` of the newest token of all rows, as a list of one; an empty one if none are kept."""
@@ -149,17 +152,26 @@ class RowByRow:
 
         Returns the places of the rows that no criterion ended.
         """
-        going_on, at = list(tokens), 0
-        while emitting := self._places_with_more(tokens, going_on, at, together=round_.in_step):
+        going_on, at, together = list(tokens), 0, self.in_step or round_.in_step
+        while emitting := self._places_with_more(tokens, going_on, at, together=together):
             rows = [self.rows[round_.rows[place]] for place in emitting]
             for place, row in zip(emitting, rows, strict=True):
                 self.output.add_token(row, round_, place, tokens[place][at])
-                self.texts.append(row.number, tokens[place][at])
-            for row, ended in zip(rows, self.criteria.end_rows(rows, self.texts), strict=True):
+            self._grow(rows)
+            for row, ended in zip(rows, self._ends(rows), strict=True):
                 row.finished = ended
             going_on = [place for place in going_on if not self.rows[round_.rows[place]].finished]
             at += 1
         return going_on
+
+    def _grow(self, rows: list[Row]) -> None:
+        """Append the newest tokens of some rows to the texts."""
+        for row in rows:
+            self.texts.append(row.number, row.last_token)
+
+    def _ends(self, rows: list[Row]) -> list[bool]:
+        """Whether each of some rows ends with its newest token."""
+        return self.criteria.end_rows(rows, self.texts)
 
     @staticmethod
     def _places_with_more(tokens: dict[int, list[int]], going_on: list[int], at: int, *, together: bool) -> list[int]:
@@ -180,21 +192,11 @@ class InStep(RowByRow):
         super().__init__(rows, texts, criteria, output)
         self._scores: list[torch.Tensor] = []  # (B, V) each
 
-    def emit(self, round_: SpeculativeRound, tokens: dict[int, list[int]]) -> list[int]:
-        """See `RowByRow.emit`."""
-        going_on, at = list(tokens), 0
-        while self._places_with_more(tokens, going_on, at, together=True):
-            newest = [self.output.padding] * len(self.rows)
-            emitting = [self.rows[round_.rows[place]] for place in going_on]
-            for place, row in zip(going_on, emitting, strict=True):
-                self.output.add_token(row, round_, place, tokens[place][at])
-                newest[row.number] = tokens[place][at]
-            for number, token in enumerate(newest):
-                self.texts.append(number, token)
-            self._scores += self.output.newest_scores(self.rows, emitting)
-            ends = self.criteria.end_rows_together(emitting, self.texts, self._scores)
-            for row, ended in zip(emitting, ends, strict=True):
-                row.finished = ended
-            going_on = [place for place in going_on if not self.rows[round_.rows[place]].finished]
-            at += 1
-        return going_on
+    def _grow(self, rows: list[Row]) -> None:
+        newest = {row.number: row.last_token for row in rows}
+        for row in self.rows:
+            self.texts.append(row.number, newest.get(row.number, self.output.padding))
+        self._scores += self.output.newest_scores(self.rows, rows)
+
+    def _ends(self, rows: list[Row]) -> list[bool]:
+        return self.criteria.end_rows_together(rows, self.texts, self._scores)

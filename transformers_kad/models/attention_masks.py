@@ -8,7 +8,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 # Implementations of attention that take a mask with an entry for each query and key. Others make something else of a
 # mask of columns, and look at its values to do so.
-_TAKING_PREPARED_MASKS = frozenset({"eager", "sdpa"})
+TAKING_PREPARED_MASKS = frozenset({"eager", "sdpa"})
 # Inputs by which a model reads some tokens in both directions.
 _TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 
@@ -47,7 +47,7 @@ def prepare_masks(model: Any, inputs: dict[str, Any], cache: object) -> None:
 def takes_prepared_masks(model: Any) -> bool:
     """Whether a model is made to take masks with an entry for each query and key, or a dictionary of them."""
     implementation = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    return bool(getattr(model, "_can_compile_fullgraph", False)) and implementation in _TAKING_PREPARED_MASKS
+    return bool(getattr(model, "_can_compile_fullgraph", False)) and implementation in TAKING_PREPARED_MASKS
 
 
 class _Compileable(DynamicCache):

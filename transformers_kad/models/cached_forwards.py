@@ -190,6 +190,11 @@ class CachedForwards:
             if self._cache is not None:
                 select_cached_rows(self._cache, send(rows, self._texts.ids.device))
 
+    def check_prompt(self, tokens: int) -> None:
+        """Raise `ValueError` if there is no token to start from."""
+        if tokens == 0:
+            raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
+
     def check_length(self, tokens: int) -> None:
         """Raise `ContextLengthError` if the model can't read so many tokens."""
         if self.context_length is not None and tokens > self.context_length:

@@ -69,8 +69,7 @@ class CachedModel(CachedForwards):
             ValueError: the text is longer than the model's context.
         """
         length = input_ids.shape[1]
-        if length == 0:
-            raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
+        self.check_prompt(length)
         if self.context_length is not None and length > self.context_length:
             tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask != 0
             lengths = tokens.sum(dim=-1)

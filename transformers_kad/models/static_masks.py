@@ -7,12 +7,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapters import model_below
+from .attention_masks import TAKING_PREPARED_MASKS
 
 # From the columns of queries (B, n, 1) and of keys (C,): which of them a query attends to, (B, n, C).
 _Attends: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-# The ways of attention that take a mask of four dimensions and read nothing else that says what is hidden.
-_IMPLEMENTATIONS = ("eager", "sdpa")
 
 
 def _full(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -55,7 +53,7 @@ class ColumnMasks:
     @property
     def are_taken(self) -> bool:
         """Whether the model attends by the masks that it is given, and by nothing else."""
-        return self._are_known and self._config._attn_implementation in _IMPLEMENTATIONS
+        return self._are_known and self._config._attn_implementation in TAKING_PREPARED_MASKS
 
     def build(
         self, columns: torch.Tensor, capacity: int, dtype: torch.dtype

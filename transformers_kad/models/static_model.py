@@ -210,8 +210,7 @@ class StaticCacheModel(CachedModel):
         lengths = [ids.shape[1]] * len(ids)
         if attention_mask is not None:
             ids, lengths = _from_the_left(ids, attention_mask.to(ids.device) != 0)
-        if min(lengths) == 0:
-            raise ValueError(f"The {self.role} needs at least one token to start from, got an empty prompt.")
+        self.check_prompt(min(lengths))
         self.check_length(max(lengths))
         self._make_room(max(lengths), len(ids))
         try:

@@ -20,12 +20,6 @@ ROWS = {
 }
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Static caches without the minute that compiling takes."""
-    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
-
-
 def run(folder, *more):
     return benchmark_speed.main(["--preset", "h100", "--shrink", "--device", "cpu", "--output", str(folder), *more])
 

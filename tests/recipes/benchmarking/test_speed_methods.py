@@ -24,12 +24,6 @@ NEW = 20
 CONFIG = KADConfig("dual", {"threshold": 0.5})
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """Static caches without the minute that compiling takes."""
-    monkeypatch.setattr(torch, "compile", lambda model, **settings: model)
-
-
 def make_contest(base, proxy, rows=1, config=CONFIG):
     return MethodRunner(Subject(base, proxy), config, rows=rows, max_new_tokens=NEW, longest_prompt=PROMPT)
 
