@@ -4,7 +4,7 @@
 # ///
 """How many more draft tokens does block verification accept than token verification, and is it faster?
 
-    python recipes/benchmark_verification.py --dtype bfloat16 --output recipes/results/speed/verification
+    python recipes/benchmark_verification.py --dtype bfloat16 --output recipes/results/verification
 
 For every rule and draft length, both verifications decode the same prompts, sampling at temperature 1:
 

@@ -9,7 +9,7 @@ import pytest
 SMALL = ["--device", "cpu", "--methods", "kad-dual:threshold=0.5", "--draft_lengths", "2", "--texts", "3"]
 SMALL += ["--batch_size", "2", "--repetitions", "1", "--max_new_tokens", "6", "--inflate", "base=600K,proxy=500K"]
 ROOT = Path(benchmark_verification.__file__).parents[1]
-KEPT = ROOT / "recipes" / "results" / "speed" / "verification"
+KEPT = ROOT / "recipes" / "results" / "verification"
 
 
 def lines(folder):
@@ -96,7 +96,6 @@ def test_bad_arguments_are_echoed(settings, message):
         benchmark_verification.VerificationArguments(**settings)
 
 
-@pytest.mark.skipif(not KEPT.exists(), reason="no figures are kept yet")
 def test_the_page_shows_the_figures_that_are_kept():
     report = json.loads((KEPT / "verification.json").read_text())
     assert len(report["rows"]) == 12
