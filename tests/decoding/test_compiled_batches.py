@@ -41,15 +41,16 @@ def make_pair(name):
     )
 
 
-def both(base, proxy, inputs, drafts=4, **arguments):
+def both(base, proxy, inputs, drafts=4, verification="token", **arguments):
     """The texts of the eager path and of the compiled one, which must agree, and the processor that compiled."""
-    processors = [
-        KADLogitsProcessor(proxy, RULE, num_assistant_tokens=drafts, compile=compiled) for compiled in (False, True)
-    ]
-    eager, compiled = (
-        base.generate(**inputs, assistant_model=proxy, logits_processor=[kad], **GREEDY | arguments)
-        for kad in processors
-    )
+    settings = {"num_assistant_tokens": drafts, "verification": verification}
+    processors = [KADLogitsProcessor(proxy, RULE, compile=compiled, **settings) for compiled in (False, True)]
+    texts = []
+    for kad in processors:
+        torch.manual_seed(0)
+        settings = {"assistant_model": proxy, "logits_processor": [kad]}
+        texts.append(base.generate(**inputs, **settings, **GREEDY | arguments))
+    eager, compiled = texts
     assert torch.equal(compiled, eager)
     of_eager, of_compiled = (kad.statistics for kad in processors)
     assert [row.acceptance_histogram for row in of_compiled.sequences] == [
@@ -70,6 +71,18 @@ def test_greedy_text_is_that_of_the_eager_path(uncompiled, pair, rows):
     _, kad = both(base, proxy, padded(rows))
     assert rows < 4 or len({row.rounds for row in kad.statistics.sequences}) > 1
     assert 0 < kad.statistics.accepted < kad.statistics.drafted
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("pair", ["full", "windows"])
+def test_sampled_text_is_that_of_the_eager_path_with_either_verification(uncompiled, pair, rows):
+    base, proxy = make_pair(pair)
+    texts = []
+    for verification in ("token", "block"):
+        text, kad = both(base, proxy, padded(rows), verification=verification, do_sample=True)
+        assert 0 < kad.statistics.accepted < kad.statistics.drafted
+        texts.append(text)
+    assert not torch.equal(*texts)  # so that blocks were verified
 
 
 def test_greedy_text_with_chunked_attention(uncompiled):
