@@ -9,6 +9,7 @@ from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad.models import forward_inputs
 from transformers_kad.models.cache_rollback import Rollback
 from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.models.forward_inputs import ForwardInputs
@@ -125,9 +126,11 @@ def check_prepared_masks(masks, columns, window):
         assert torch.equal(attended[:, 0, 0], expected[:, -mask.shape[-1] :]), kind
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "prepares"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_inputs_and_the_logits_are_those_of_generate(name, padded):
+def test_the_inputs_and_the_logits_are_those_of_generate(name, padded, prepares, monkeypatch):
+    """With masks of columns, as on the CPU, and with prepared ones, as on other devices."""
+    monkeypatch.setattr(forward_inputs, "looking_waits", lambda device: prepares)
     model = make(name)
     prompt, mask = PROMPT, torch.ones_like(PROMPT)
     if padded:
@@ -155,7 +158,7 @@ def test_the_inputs_and_the_logits_are_those_of_generate(name, padded):
             if torch.is_tensor(ours[key]) and ours[key].dim() <= 3:
                 assert torch.equal(ours[key], value), key
             else:
-                assert key == "attention_mask"
+                assert prepares and key == "attention_mask"
                 check_prepared_masks(ours[key], value, window=8)
 
 
