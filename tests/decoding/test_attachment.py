@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_model
-from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, LogitsProcessor, StaticCache
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    LogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.generation import BaseStreamer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, attach, attached_processor, detach, kad_generate
@@ -305,6 +312,22 @@ def test_an_error_of_a_guided_call_says_how_to_leave_kad_out(base, kad):
     with pytest.raises(ValueError, match="drafts of a third model") as caught:
         base.generate(PROMPT, assistant_model=tiny_model(seed=9), logits_processor=[kad], **GREEDY)
     assert not hasattr(caught.value, "__notes__")
+
+
+def test_a_second_call_at_once_is_told_how_to_go_on(base, kad):
+    """One processor serves one call; another one, or none, can be named in the call."""
+    attach(base, kad)
+    notes = []
+
+    class CallAgain(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            with pytest.raises(RuntimeError, match="calls `generate` again") as caught:
+                base.generate(input_ids, **GREEDY)
+            notes.extend(caught.value.__notes__)
+            return torch.ones(len(input_ids), dtype=torch.bool)
+
+    base.generate(PROMPT, stopping_criteria=[CallAgain()], **GREEDY)
+    assert "`kad=False`" in notes[0]
 
 
 def test_continuous_batching_of_an_attached_base_is_refused(base, kad):

@@ -120,7 +120,7 @@ def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
             return _generate_with_kad(original, attachment.processor.state, attachment.guide(given))
         except BaseException as error:
             remove_injections(self)
-            if attachment is not None and isinstance(error, TypeError | ValueError):
+            if attachment is not None and isinstance(error, RuntimeError | TypeError | ValueError):
                 error.add_note(
                     "The call is guided by the KAD processor that is attached to its model, or given as `kad`. With "
                     "`kad=False` it is decoded without one."

@@ -134,13 +134,14 @@ def refuse_continuous_batching(processors: object, attached: object) -> None:
     if found:
         raise ValueError(
             "`generate_batch` (continuous batching) ignores `logits_processor`, so that the base would decode without "
-            f"the proxy, got {found[0]!r:.200}: pass the prompts to `generate`, as one batch padded on the left."
+            f"the proxy, got {found[0]!r:.200}: pass the prompts to `generate`, as one batch padded on the left, or "
+            "take `transformers_kad.integrations.continuous_batching`."
         )
     if attached is not None:
         raise ValueError(
             "Continuous batching takes no processor, so that the base would decode without the proxy, and this model "
-            f"has {attached!r:.200} attached: pass the prompts to `generate`, as one batch padded on the left, or "
-            "pass `kad=False` to decode without it."
+            f"has {attached!r:.200} attached: pass the prompts to `generate`, as one batch padded on the left, take "
+            "`transformers_kad.integrations.continuous_batching`, or pass `kad=False` to decode without it."
         )
 
 
