@@ -187,6 +187,8 @@ def test_an_answer_ends_where_the_context_does(client, pair):
     assert answer.choices[0].finish_reason == "length"
     with pytest.raises(openai.BadRequestError, match="the models read at most 512"):
         ask(client, "How many? " * 300)
+    with pytest.raises(openai.APIError, match="the models read at most 512"):
+        list(ask(client, "How many? " * 300, stream=True))
 
 
 def test_eight_clients_at_once_get_their_own_answers(client, pair):
@@ -325,6 +327,8 @@ def test_what_the_server_rests_on_in_transformers():
         kind = getattr(module, handler)
         assert names(kind.handle_request) == ["self", "body", "request_id"], WHAT_TO_DO + f"{handler}.handle_request"
         assert issubclass(kind, utils.BaseHandler), WHAT_TO_DO + f"{handler} is no BaseHandler"
+        if handler != "ResponseHandler":  # which writes whole events
+            assert """{{"error": "{""" in inspect.getsource(kind), WHAT_TO_DO + f"how {handler} tells errors"
         source = inspect.getsource(kind.handle_request)
         assert "self._resolve_model(body)" in source, WHAT_TO_DO + f"{handler} gets its model in another way"
     assert names(utils.BaseHandler.__init__)[1:] == [
@@ -354,7 +358,11 @@ def test_the_canary_says_what_moved(monkeypatch):
 
 def test_usage_is_found_in_parts_of_several_events():
     """A part of a stream may hold several events, and a text may hold the word."""
-    chunks = ['data: {"a": "\\"usage\\""}\n\ndata: {"usage": {"total_tokens": 3}}\n\n', "data: x\n\n"]
+    chunks = [
+        'data: {"a": "\\"usage\\""}\n\ndata: {"usage": {"total_tokens": 3}}\n\n',
+        "data: x\n\n",
+        'data: {"error": "pass "auto" or a number"}\n\n',  # as transformers writes it
+    ]
 
     class Call:
         async def usage(self):
@@ -365,9 +373,10 @@ def test_usage_is_found_in_parts_of_several_events():
             yield chunk
 
     async def collect():
-        return [part async for part in serving._with_usage_in_stream(parts(), Call())]
+        return [part async for part in serving._completed(parts(), Call())]
 
-    first, second = asyncio.run(collect())
+    first, second, error = asyncio.run(collect())
+    assert json.loads(error.removeprefix("data: "))["error"]["message"] == 'pass "auto" or a number'
     assert second == chunks[1]
     events = [json.loads(event.removeprefix("data: ")) for event in first.strip().split("\n\n")]
     assert events == [{"a": '"usage"'}, {"usage": {"total_tokens": 3, "kad": {"drafted_tokens": 1}}}]

@@ -219,7 +219,7 @@ class _GuidedHandler:
         except HTTPException as error:
             return _error(error.status_code, error.detail)
         if isinstance(response, StreamingResponse):
-            response.body_iterator = _with_usage_in_stream(response.body_iterator, call)
+            response.body_iterator = _completed(response.body_iterator, call)
             return response
         content = json.loads(response.body)
         await _add_usage(content, call)
@@ -227,8 +227,12 @@ class _GuidedHandler:
 
 
 def _error(status: int, message: str) -> JSONResponse:
+    return JSONResponse(_error_content(message), status_code=status)
+
+
+def _error_content(message: str) -> dict[str, Any]:
     """An error in the form in which clients of the OpenAI interface look for its message."""
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+    return {"error": {"message": message, "type": "invalid_request_error"}}
 
 
 class _Chat(_GuidedHandler, ChatCompletionHandler):
@@ -262,17 +266,28 @@ async def _add_usage(content: dict[str, Any], call: _Call) -> bool:
     return True
 
 
-async def _with_usage_in_stream(parts: Any, call: _Call) -> AsyncIterator[str]:
-    """The server-sent events of an answer, of which the last has the usage figures."""
+async def _completed(parts: Any, call: _Call) -> AsyncIterator[str]:
+    """The server-sent events of an answer, with usage figures and errors as clients read them."""
     async with aclosing(parts):  # a client that leaves closes this generator, and with it the handler's
         async for part in parts:
-            events = re.split(r"(?<=\n\n)", part) if '"usage"' in part else [part]
-            for place, event in enumerate(events):
-                if '"usage"' in event:
-                    content = json.loads(event.removeprefix("data: "))
-                    if await _add_usage(content, call):
-                        events[place] = f"data: {json.dumps(content)}\n\n"
+            events = [await _completed_event(event, call) for event in re.split(r"(?<=\n\n)", part)]
             yield "".join(events)
+
+
+async def _completed_event(event: str, call: _Call) -> str:
+    """One event: usage figures get what KAD did, an error gets the form in which clients look for its message."""
+    if event.startswith(_ERROR_EVENT):  # which transformers writes without escaping the message
+        content: dict[str, Any] = _error_content(event.removeprefix(_ERROR_EVENT).removesuffix('"}\n\n'))
+    elif '"usage"' in event:
+        content = json.loads(event.removeprefix("data: "))
+        if not await _add_usage(content, call):
+            return event
+    else:
+        return event
+    return f"data: {json.dumps(content)}\n\n"
+
+
+_ERROR_EVENT = 'data: {"error": "'  # how handlers begin the event of an error
 
 
 class _Guidance:
