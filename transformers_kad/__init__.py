@@ -9,6 +9,7 @@ from . import _torchao  # noqa: F401 (before anything that imports transformers'
 from ._version import __version__
 from .configuration import KADConfig
 from .decoding import generate_wrapper
+from .decoding.attachment import attach, attached_processor, detach
 from .decoding.candidate_generator import KADCandidateGenerator
 from .decoding.speculative import kad_generate
 from .decoding.verification import verify
@@ -54,6 +55,9 @@ __all__ = [
     "VocabularyReport",
     "__version__",
     "align_vocabularies",
+    "attach",
+    "attached_processor",
+    "detach",
     "kad_generate",
     "make_rule",
     "mix",

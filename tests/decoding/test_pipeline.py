@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer, pipeline
 
-from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad import DualDeferral, KADLogitsProcessor, attach
 from transformers_kad.integrations.loading.models import load_model, load_tokenizer
 from transformers_kad.integrations.loading.prompts import PLAIN_SAMPLING, encode
 from transformers_kad.recipes.word_problems import make_problems
@@ -64,6 +64,32 @@ def test_a_batch_of_chats_through_the_pipeline(models, tokenizer):
     assert len(kad.statistics.sequences) == 3  # one call
     texts = [answer[0]["generated_text"][-1]["content"] for answer in answers]
     assert texts == [generated(base, tokenizer, problem.question, **settings) for problem in PROBLEMS]
+
+
+def test_pipelines_and_chat_loops_know_nothing_of_an_attached_processor(tokenizer):
+    base, proxy = load_model(PAIR / "base"), load_model(PAIR / "proxy")
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    with_kad = {"logits_processor": [kad], "eos_token_id": tokenizer.eos_token_id, "do_sample": False}
+    expected = [generated(base, tokenizer, problem.question, **with_kad) for problem in PROBLEMS]
+    attach(base, kad)
+    generator = pipeline("text-generation", model=base, tokenizer=tokenizer)
+    for chat, text in zip(CHATS, expected, strict=True):  # one after the other, as a chat loop does
+        (answer,) = generator(chat, max_new_tokens=40, do_sample=False)
+        assert answer["generated_text"][-1]["content"] == text
+        assert kad.statistics.drafted
+    answers = generator(CHATS, batch_size=3, max_new_tokens=40, do_sample=False)
+    assert [answer[0]["generated_text"][-1]["content"] for answer in answers] == expected
+    assert len(kad.statistics.sequences) == 3
+    (alone,) = generator(CHATS[0], max_new_tokens=40, do_sample=False, kad=False)
+    assert alone["generated_text"][-1]["content"] != expected[0]
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(
+        target=base.generate,
+        kwargs={**encode(tokenizer, [PROBLEMS[0].question]), "streamer": pieces, "max_length": 99},
+    )
+    thread.start()
+    assert "".join(pieces) == expected[0]
+    thread.join()
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -260,3 +260,23 @@ def test_nothing_else_can_come_behind_the_processors(base, proxy):
 
 def test_a_processor_without_a_list_is_refused(base, proxy):
     refused(base, r"\[kad\]", error=TypeError, logits_processor=KADLogitsProcessor(proxy))
+
+
+@pytest.mark.parametrize("in_list", [False, True])
+def test_continuous_batching_which_would_drop_the_processor_is_refused(base, proxy, in_list):
+    kad = KADLogitsProcessor(proxy)
+    settings = {"logits_processor": [kad] if in_list else kad, "assistant_model": proxy}
+    with pytest.raises(ValueError, match=r"`generate_batch` .* without the proxy, got .*KADLogitsProcessor.*padded"):
+        base.generate_batch([PROMPT[0].tolist()], **settings, max_new_tokens=4)
+
+
+def test_continuous_batching_without_a_kad_processor_is_untouched():
+    """An empty list of prompts is answered before anything is set up."""
+    assert tiny_model(seed=1).generate_batch([], logits_processor=None) == {}
+
+
+def test_what_the_refusal_of_continuous_batching_rests_on_in_transformers():
+    """If this fails, `generate_batch` may take processors now: look at how the KAD processor can be passed on."""
+    names = inspect.signature(GenerationMixin.generate_batch).parameters
+    assert "logits_processor" not in names
+    assert names["kwargs"].kind is inspect.Parameter.VAR_KEYWORD

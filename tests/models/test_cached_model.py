@@ -306,3 +306,50 @@ def test_a_draft_that_was_read_with_the_prompt_is_taken_back_without_reading_the
     reader.accept([1])
     reader.read(random_ids(1, 6, seed=2), logits_to_keep=6)
     assert widths == [20, 5, 6]
+
+
+@pytest.mark.parametrize(("architecture", "joins"), [("llama", True), ("gpt2", True), ("mistral", False)])
+def test_readers_join_and_drop_the_padding_that_is_left(architecture, joins):
+    """Rows that come with shorter and with longer texts; windows can't be joined, and nothing changes."""
+    model = tiny_model(architecture, seed=3)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[1, :4] = 0
+    reader = CachedModel(model)
+    reader.logits(ids, mask)
+    for length in (5, 14):
+        new = random_ids(2, length, seed=length)
+        other, new_mask = CachedModel(model), torch.ones_like(new)
+        new_mask[0, :3] = 0
+        other.logits(new, new_mask)
+        forwards = reader.forwards
+        assert reader.join(other) == joins
+        assert reader.cached_length == (max(9, length) if joins else 9)
+        assert reader.forwards == forwards
+        if not joins:
+            break
+        width = max(ids.shape[1], length)
+        ids, mask = (
+            torch.cat([torch.nn.functional.pad(part, (width - part.shape[1], 0)) for part in parts])
+            for parts in ((ids, new), (mask, new_mask))
+        )
+    ids, mask = torch.cat([ids, ids[:, -1:]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1)
+    torch.testing.assert_close(
+        reader.logits(ids, mask, continues=True), plain(model, ids, 1, mask), atol=1e-4, rtol=1e-4
+    )
+    reader.select_rows([1, 0])
+    longest = int(mask[:2].sum(-1).max())
+    reader.drop_padding(longest)
+    assert reader.cached_length == (longest if joins else 0)
+    ids, mask = ids[[1, 0], -longest:], mask[[1, 0], -longest:]
+    ids, mask = torch.cat([ids, ids[:, :1]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1)
+    torch.testing.assert_close(
+        reader.logits(ids, mask, continues=True), plain(model, ids, 1, mask), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_reader_that_has_read_nothing_joins_nobody():
+    model, reader = tiny_model(seed=3), CachedModel(tiny_model(seed=3))
+    assert not reader.join(CachedModel(model))
+    reader.logits(random_ids(1, 4))
+    assert not reader.join(CachedModel(model))
+    assert reader.cached_length == 4

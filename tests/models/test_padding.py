@@ -95,3 +95,15 @@ def test_common_padding_is_left_out():
     assert shorter.ids.tolist() == [[5, 6, 7], [9, 10, 11]]
     assert shorter.mask.tolist() == [[1, 1, 1], [1, 1, 1]]
     assert shorter.lengths.tolist() == [3, 4]
+
+
+def test_texts_of_different_length_are_padded_and_joined():
+    short, long = PaddedTexts(IDS[:, 1:]), PaddedTexts(IDS, MASK)
+    assert short.padded_to(3) is short
+    padded = short.padded_to(5)
+    assert padded.ids.tolist() == [[0, 0, 5, 6, 7], [0, 0, 9, 10, 11]]
+    assert padded.mask.tolist() == [[0, 0, 1, 1, 1]] * 2
+    joined = long.padded_to(5).join(padded)
+    assert joined.ids.tolist() == [[0, 0, 5, 6, 7], [0, 8, 9, 10, 11], [0, 0, 5, 6, 7], [0, 0, 9, 10, 11]]
+    assert joined.mask.tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], *[[0, 0, 1, 1, 1]] * 2]
+    assert short.join(short).mask is None

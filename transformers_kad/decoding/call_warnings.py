@@ -3,7 +3,7 @@
 import torch
 from transformers.utils import logging
 
-from .call_arguments import CallArguments, as_id_list
+from .call_arguments import CallArguments
 from .open_call import OpenCall
 from .processor_state import ProcessorState
 
@@ -45,18 +45,14 @@ def _warn_about_inputs(state: ProcessorState, given: CallArguments, call: OpenCa
 
 def _warn_about_eos(state: ProcessorState, call: OpenCall) -> None:
     """Warn of ids that end the proxy's turns and not this call."""
-    ends = as_id_list(state.models.proxy.model.generation_config.eos_token_id)
-    alignment = call.settings.vocabulary_alignment
-    if alignment is not None:
-        base_ids = {end: alignment.base_id(end) for end in ends}
-        unsayable = sorted(end for end, base_id in base_ids.items() if base_id is None)
-        if unsayable and state.first_time(("unsayable", *unsayable)):
-            logger.warning(
-                f"The proxy ends its turns with its token ids {unsayable}, which have no counterpart among "
-                "the base's tokens: the text may run on. Name one: `align_vocabularies(..., same={proxy's: base's})`."
-            )
-        ends = [base_id for base_id in base_ids.values() if base_id is not None]
-    missing = sorted(set(ends) - call.eos_token_ids)
+    ends = state.proxy_ends
+    unsayable = sorted(end for end, base_id in ends.items() if base_id is None)
+    if unsayable and state.first_time(("unsayable", *unsayable)):
+        logger.warning(
+            f"The proxy ends its turns with its token ids {unsayable}, which have no counterpart among "
+            "the base's tokens: the text may run on. Name one: `align_vocabularies(..., same={proxy's: base's})`."
+        )
+    missing = sorted({base_id for base_id in ends.values() if base_id is not None} - call.eos_token_ids)
     if missing and state.first_time(("missing", *missing)):
         logger.warning(
             f"The proxy ends its turns with token ids {missing}, which do not end this call: the text will "

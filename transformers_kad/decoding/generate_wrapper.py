@@ -4,12 +4,17 @@ A logits processor is called before a token is chosen, on finished rows too, and
 step. The wrapper knows: for calls with a KAD processor in `logits_processor` it describes the call, runs the original
 `generate`, and reads the returned sequences. Every other call passes through. It is installed when the package is
 imported.
+
+`generate_batch`, the continuous batching of transformers, ignores processors of the user's. It is wrapped as well, to
+refuse a KAD processor, without which the base would decode alone. So is `init_continuous_batching`, which takes none,
+for bases that a processor is attached to.
 """
 
 import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +36,7 @@ from ..models.model_errors import source_of
 from ..models.model_settings import placeholder_ids
 from ..records.recorders import BatchRecorder, StepRecorder
 from ..utils.sources import shown_name
+from .attachment import attachment_for, unguided
 from .call_arguments import CallArguments, as_id_list
 from .call_warnings import warn_about_call
 from .ended_rows import EndedRows
@@ -38,7 +44,7 @@ from .lazy import LazyStep
 from .open_call import OpenCall
 from .processor_state import ProcessorState
 from .proxy_text import ProxyText, without_placeholders
-from .refusals import is_kad_generate, is_speculative, refuse_call
+from .refusals import is_kad_generate, is_speculative, refuse_call, refuse_continuous_batching
 from .speculative import kad_generate
 from .token_by_token import EagerStep, TokenStep
 
@@ -54,39 +60,51 @@ def install() -> None:
     it builds the processor.
     """
     with _installing:
-        if not hasattr(GenerationMixin.generate, "__kad_original__"):
-            GenerationMixin.generate = _wrap(GenerationMixin.generate)
+        for name, wrap in _WRAPPERS.items():
+            original = getattr(GenerationMixin, name)
+            if not hasattr(original, "__kad_original__"):
+                wrapper: Any = wrap(original)
+                wrapper.__kad_original__, wrapper.__kad_wrapper__ = original, wrapper
+                setattr(GenerationMixin, name, wrapper)
 
 
 def uninstall() -> None:
     """Undo `install`. Calls with a KAD processor then raise an error; those that are running end as they began.
 
     Raises:
-        RuntimeError: something else has wrapped `GenerationMixin.generate` since, and would be lost.
+        RuntimeError: something else has wrapped one of the methods since, and would be lost.
     """
     with _installing:
-        wrapped = GenerationMixin.generate
-        if not hasattr(wrapped, "__kad_original__"):
-            return
-        if vars(wrapped).get("__kad_wrapper__") is not wrapped:
-            raise RuntimeError(
-                f"`GenerationMixin.generate` was wrapped again, by {wrapped.__module__!r}: undo that first."
-            )
-        GenerationMixin.generate = wrapped.__kad_original__
+        for name in _WRAPPERS:
+            wrapped = getattr(GenerationMixin, name)
+            if not hasattr(wrapped, "__kad_original__"):
+                continue
+            if vars(wrapped).get("__kad_wrapper__") is not wrapped:
+                raise RuntimeError(
+                    f"`GenerationMixin.{name}` was wrapped again, by {wrapped.__module__!r}: undo that first."
+                )
+            setattr(GenerationMixin, name, wrapped.__kad_original__)
 
 
-def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def generate(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("kad", None)
         # `logits_processor` is the third argument.
         processors: Any = kwargs.get("logits_processor") or (args[2] if len(args) > 2 else None) or []
         is_kad = getattr(processors, "is_kad_processor", False)
         found = [processors] if is_kad else [p for p in processors if getattr(p, "is_kad_processor", False)]
-        if not found:
-            return original(self, *args, **kwargs)
-        if isinstance(found[0], TokenStep):  # a decoding method of the call that is open calls generate in turn
+        if wanted is not None and found:
+            raise ValueError(
+                f"Got kad={wanted!r:.200} and a KAD processor in `logits_processor`: pass one of the two."
+            )
+        attachment = None if found else attachment_for(self, wanted)
+        if not found and attachment is None:
+            with unguided(self) if wanted is False else nullcontext():
+                return original(self, *args, **kwargs)
+        if found and isinstance(found[0], TokenStep):  # the decoding method of the open call calls generate in turn
             return original(self, *args, **kwargs)
         try:
             if is_kad:
@@ -96,14 +114,41 @@ def _wrap(original: Callable[..., Any]) -> Callable[..., Any]:
             bound = signature.bind(self, *args, **kwargs).arguments
             bound.pop("self")
             extra = bound.pop("kwargs", {})
-            return _generate_with_kad(original, found[0].state, CallArguments(self, {**bound, **extra}))
-        except BaseException:
+            given = CallArguments(self, {**bound, **extra})
+            if attachment is None:
+                return _generate_with_kad(original, found[0].state, given)
+            return _generate_with_kad(original, attachment.processor.state, attachment.guide(given))
+        except BaseException as error:
             remove_injections(self)
+            if attachment is not None and isinstance(error, RuntimeError | TypeError | ValueError):
+                error.add_note(
+                    "The call is guided by the KAD processor that is attached to its model, or given as `kad`. With "
+                    "`kad=False` it is decoded without one."
+                )
             raise
 
-    generate.__kad_original__ = original  # type: ignore[attr-defined]
-    generate.__kad_wrapper__ = generate  # type: ignore[attr-defined]
     return generate
+
+
+def _wrap_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def run(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.pop("kad", None)
+        attachment = attachment_for(self, wanted)
+        attached = None if attachment is None else attachment.processor
+        refuse_continuous_batching(kwargs.get("logits_processor"), attached)
+        with unguided(self) if wanted is False else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return run
+
+
+# The methods of `GenerationMixin` that are wrapped.
+_WRAPPERS = {
+    "generate": _wrap_generate,
+    "generate_batch": _wrap_continuous_batching,
+    "init_continuous_batching": _wrap_continuous_batching,
+}
 
 
 def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, given: CallArguments) -> Any:

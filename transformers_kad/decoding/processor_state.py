@@ -8,6 +8,7 @@ from typing import Any
 
 from ..records.statistics import KADStatistics
 from ..records.trace import KADTrace
+from .call_arguments import as_id_list
 from .open_call import OpenCall
 from .proxy_models import ProxyModels
 from .proxy_text import ProxyPrompt
@@ -104,6 +105,13 @@ class ProcessorState:
             self._reset_at_close = True
         else:
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
+
+    @property
+    def proxy_ends(self) -> dict[int, int | None]:
+        """The ids that end the proxy's turns, each with the base's id of the same token, None where it has none."""
+        ends = as_id_list(self.models.proxy.model.generation_config.eos_token_id)
+        alignment = self.settings.vocabulary_alignment
+        return {end: end if alignment is None else alignment.base_id(end) for end in ends}
 
     @property
     def proxy_prompt(self) -> ProxyPrompt | None:

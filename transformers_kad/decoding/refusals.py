@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..models.adapters import check_speculative_base
+from ..models.base_model import has_cross_attention, reads_both_directions, takes_tokens_back
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
 from .call_arguments import CallArguments
@@ -44,6 +45,10 @@ WARPERS: dict[str, Any] = {
     "watermarking_config": None,
 }
 DEFAULT_TOP_K = 50  # of `generate`, where nobody names another
+
+# The values of `cache_implementation` from whose caches refused draft tokens can be taken back. "hybrid", which
+# configurations on the Hub have, is a dynamic cache today.
+CACHES_FOR_DRAFTS = (None, "dynamic", "hybrid", "offloaded")
 
 
 def is_speculative(state: ProcessorState, arguments: dict[str, Any]) -> bool:
@@ -83,6 +88,61 @@ def refuse_call(state: ProcessorState, given: CallArguments, speculative: bool) 
     _refuse_inputs(state, given, speculative)
     if speculative:
         _refuse_speculative(state, given)
+
+
+def can_be_drafted(state: ProcessorState, given: CallArguments) -> bool:
+    """Whether a call that does not ask for drafts can be decoded with them. `given` holds the processor already."""
+    arguments, model = given.arguments, given.model
+    cache = arguments.get("past_key_values")
+    texts = ("inputs", "input_ids", "attention_mask")
+    has_more_than_text = any(torch.is_tensor(value) for name, value in arguments.items() if name not in texts)
+    if (
+        state.settings.lazy
+        or arguments.get("custom_generate") is not None
+        or arguments.get("inputs_embeds") is not None
+        or given.get("cache_implementation") not in CACHES_FOR_DRAFTS
+        or reads_both_directions(model)
+        or (has_more_than_text and (has_cross_attention(model) or state.settings.compile))
+    ):
+        return False
+    if cache is not None:
+        rows = 1 if given.input_ids is None else len(given.input_ids)
+        # The cache is the caller's, and rows that end their texts leave it.
+        if state.settings.compile or rows > 1 or not isinstance(cache, Cache) or not takes_tokens_back(cache):
+            return False
+    try:
+        _refuse_speculative(state, given)
+    except ValueError:
+        return False
+    return True
+
+
+def refuse_base(state: ProcessorState, base: PreTrainedModel) -> None:
+    """Raise `ValueError` for a base that no call can guide with this processor."""
+    _refuse_models(state, CallArguments(base, {}))
+
+
+def refuse_continuous_batching(processors: object, attached: object) -> None:
+    """Raise `ValueError` if continuous batching, which takes no processors, is to be guided.
+
+    Args:
+        processors: `logits_processor` of a call of `generate_batch`, which ignores it.
+        attached: the processor that is attached to the model, None for a call without it.
+    """
+    given = processors if isinstance(processors, list | tuple) else [processors]
+    found = [processor for processor in given if getattr(processor, "is_kad_processor", False)]
+    if found:
+        raise ValueError(
+            "`generate_batch` (continuous batching) ignores `logits_processor`, so that the base would decode without "
+            f"the proxy, got {found[0]!r:.200}: pass the prompts to `generate`, as one batch padded on the left, or "
+            "take `transformers_kad.integrations.continuous_batching`."
+        )
+    if attached is not None:
+        raise ValueError(
+            "Continuous batching takes no processor, so that the base would decode without the proxy, and this model "
+            f"has {attached!r:.200} attached: pass the prompts to `generate`, as one batch padded on the left, take "
+            "`transformers_kad.integrations.continuous_batching`, or pass `kad=False` to decode without it."
+        )
 
 
 def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
@@ -155,6 +215,9 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
                 f"`{name}={given.get(name)!r}` asks for another way of decoding, which drafts of a proxy can't be "
                 f"combined with: leave out `{name}`, or `assistant_model` (or `custom_generate`)."
             )
+    for name in ("output_attentions", "output_hidden_states"):
+        if given.get(name):
+            raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
     ids = given.input_ids
     sequences = (1 if ids is None else ids.shape[0]) * given.get("num_return_sequences", 1)
     check_speculative_base(given.model, sequences)

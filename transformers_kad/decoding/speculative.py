@@ -68,14 +68,11 @@ def kad_generate(
 
     Raises:
         ValueError: no KAD processor in `logits_processor`, a cache that can't be rolled back, or for a batch
-            not row by row, outputs that this loop does not collect, logits that are NaN, +inf or all -inf, or scores
-            from which no token can be chosen after the processors behind KAD.
+            not row by row, logits that are NaN, +inf or all -inf, or scores from which no token can be chosen after
+            the processors behind KAD.
     """
     # The one long function of the loop, so that the three steps of a round can be read in their order.
     at, call = _find_call(logits_processor)
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name):
-            raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
     readers = _make_readers(model, call, input_ids, generation_config, stopping_criteria, model_kwargs)
     base, generator, reference = readers
     automatic, stopwatch = None, None

@@ -48,7 +48,7 @@ class BaseModel(CachedModel):
         self._rows_left = False
         # Images, for instance, which the first forward reads as a whole, not in chunks.
         self.has_more_than_text = bool(further_inputs(model_kwargs))
-        if self.has_more_than_text and any(text_setting(model.config, name) for name in CROSS_ATTENTION):
+        if self.has_more_than_text and has_cross_attention(model):
             raise ValueError(
                 f"Speculative decoding needs images among the tokens of the text, and {describe(model)} attends to "
                 "images in layers of their own. Leave out `assistant_model` to decode token by token."
@@ -114,6 +114,21 @@ class BaseModel(CachedModel):
         return logits
 
 
+def has_cross_attention(model: PreTrainedModel) -> bool:
+    """Whether a model attends to images in layers of their own, beside the text."""
+    return any(text_setting(model.config, name) for name in CROSS_ATTENTION)
+
+
+def reads_both_directions(model: PreTrainedModel) -> bool:
+    """Whether a model's configuration says that a token attends to those behind it as well."""
+    return getattr(model.config, "is_decoder", True) is False
+
+
+def takes_tokens_back(cache: Cache) -> bool:
+    """Whether refused draft tokens can be taken back from a cache that a call brought or asked for."""
+    return not any(isinstance(layer, StaticLayer | BaseQuantizedLayer) for layer in layers_of(cache))
+
+
 def _held_tokens(cache: Cache) -> int:
     """How many tokens a cache holds."""
     if any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache)):
@@ -136,7 +151,7 @@ def _checked_cache(
             "Speculative decoding needs `input_ids`, got `inputs_embeds`. Leave out `assistant_model` to "
             "decode token by token."
         )
-    if getattr(model.config, "is_decoder", True) is False:
+    if reads_both_directions(model):
         raise ValueError(
             f"Speculative decoding needs a base that reads from left to right, and {describe(model)} reads in "
             "both directions, so that a draft would change what it says before it. Load it with `is_decoder=True` "
@@ -144,7 +159,7 @@ def _checked_cache(
         )
     if not isinstance(cache, Cache):
         return None  # perhaps the model makes one of its own
-    if any(isinstance(layer, StaticLayer | BaseQuantizedLayer) for layer in layers_of(cache)):
+    if not takes_tokens_back(cache):
         raise ValueError(
             f"Speculative decoding can't take tokens back from a static or quantized cache, got {cache!r}. Leave "
             "out `cache_implementation`, or leave out `assistant_model` to decode token by token."

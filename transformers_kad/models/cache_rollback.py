@@ -213,3 +213,17 @@ def gather_columns(cache: Cache, columns: torch.Tensor) -> None:
         index = columns.to(layer.keys.device)[:, None, :, None]
         layer.keys = layer.keys.gather(2, index.expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3]))
         layer.values = layer.values.gather(2, index.expand(-1, layer.values.shape[1], -1, layer.values.shape[3]))
+
+
+def join_rows(cache: Cache, other: Cache, columns: int) -> None:
+    """Put the rows of another cache of full attention behind those of the first, both padded on the left."""
+    for layer, more in zip(layers_of(cache), layers_of(other), strict=True):
+        if isinstance(layer, DummyLayer) or layer.get_seq_length() == 0:
+            continue
+        layer.keys = torch.cat([_padded(layer.keys, columns), _padded(more.keys, columns)])
+        layer.values = torch.cat([_padded(layer.values, columns), _padded(more.values, columns)])
+
+
+def _padded(states: torch.Tensor, columns: int) -> torch.Tensor:
+    """States `(B, heads, n, size)` with zeros before them, `(B, heads, columns, size)`."""
+    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))

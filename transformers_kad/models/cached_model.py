@@ -9,7 +9,7 @@ import torch
 
 from ..utils.transfers import send
 from .activated_lora import first_difference, tokens_before_activation
-from .cache_rollback import FROM_COPIES, Rollback, drop_columns, gather_columns, has_columns
+from .cache_rollback import FROM_COPIES, Rollback, drop_columns, gather_columns, has_columns, join_rows
 from .cached_forwards import CachedForwards, in_mode_of_cache
 from .fingerprint import fingerprint
 from .model_errors import describe
@@ -307,6 +307,33 @@ class CachedModel(CachedForwards):
             self._round = so_far
             so_far.without_last_column(missing)
         return logits
+
+    @in_mode_of_cache
+    def join(self, other: "CachedModel") -> bool:
+        """Between forwards, put the rows of another reader of the same model behind the own ones.
+
+        Both read texts padded on the left, which all end in the last column. The padding of the shorter ones grows.
+
+        Returns:
+            Whether that was possible, as it is where all layers have full attention. Otherwise nothing has changed.
+        """
+        if self._texts is None or self._cache is None or other._texts is None or other._cache is None:
+            return False
+        if self._rollback is not Rollback.BEHIND_MASK or self._tokens_before_activation is not None:
+            return False
+        columns = max(self._texts.columns, other._texts.columns)
+        join_rows(self._cache, other._cache, columns)
+        self._texts = self._texts.padded_to(columns).join(other._texts.padded_to(columns))
+        return True
+
+    @in_mode_of_cache
+    def drop_padding(self, columns: int) -> None:
+        """Between forwards, keep only the last `columns` of all rows; before them is nothing but padding."""
+        if self._cache is not None and self._rollback is Rollback.BEHIND_MASK:
+            self._close_holes(columns)
+        elif self._texts is not None:
+            self._cache = None
+            self._texts = self._texts.without_first(self._texts.columns - columns)
 
     def _close_holes(self, length: int) -> None:
         """Rebuild the cache with so many columns, as many as its longest text has tokens."""

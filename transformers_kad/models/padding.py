@@ -40,6 +40,21 @@ class PaddedTexts(NamedTuple):
         """The texts without their first columns, in which there are no tokens."""
         return PaddedTexts(self.ids[:, columns:], None if self.mask is None else self.mask[:, columns:], self.lengths)
 
+    def padded_to(self, columns: int) -> "PaddedTexts":
+        """The texts with so many columns, of which the new ones are padding on the left."""
+        new = columns - self.columns
+        if new == 0:
+            return self
+        ids, mask = (torch.nn.functional.pad(values, (new, 0)) for values in (self.ids, self.full_mask))
+        return PaddedTexts(ids, mask, self.lengths)
+
+    def join(self, other: "PaddedTexts") -> "PaddedTexts":
+        """The texts with the rows of others, which have as many columns, behind their own."""
+        mask = None
+        if self.mask is not None or other.mask is not None:
+            mask = torch.cat([self.full_mask, other.full_mask])
+        return PaddedTexts(torch.cat([self.ids, other.ids]), mask)
+
     def select_rows(self, rows: Sequence[int]) -> "PaddedTexts":
         """Some of the rows, in this order."""
         index = send(rows, self.ids.device)

@@ -140,7 +140,7 @@ COPIES = {
     "generate": ("--base", PAIR / "base", "--proxy", PAIR / "proxy", "--prompt", "Ada has 1 hat."),
 }
 # These are run as copies by tests of their own.
-ELSEWHERE = {"align_dpo", "align_sft", "train_tiny_pair"}
+ELSEWHERE = {"align_dpo", "align_sft", "serve", "train_tiny_pair"}
 
 
 def test_every_recipe_is_run_as_a_copy():
