@@ -17,6 +17,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from ..models.adapters import check_speculative_base
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
+from ..models.offloading import check_weights
 from .call_arguments import CallArguments
 from .processor_state import ProcessorState
 
@@ -90,6 +91,7 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
     model, proxy = given.model, state.models.proxy.model
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only base, got the encoder-decoder model {type(model).__name__}.")
+    check_weights(model, "base")
     if given.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation="paged"` would drop the KAD processor; leave it out.')
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
