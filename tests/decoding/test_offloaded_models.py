@@ -76,8 +76,9 @@ def test_a_model_whose_weights_are_nowhere_is_refused(tmp_path, role, speculativ
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter")  # peft loads the adapter twice
 @pytest.mark.parametrize("offload_first", [False, True])
-def test_a_proxy_with_an_adapter_that_is_switched_off(base, tmp_path, offload_first):
+def test_a_proxy_with_an_adapter_that_is_switched_off(base, tmp_path, monkeypatch, offload_first):
     """Its weights on the disk. Where the model was offloaded first, peft has to be told where they go."""
+    monkeypatch.chdir(tmp_path)  # where peft writes weights for accelerate to load
     model = tiny_model(seed=2)
     torch.manual_seed(0)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)

@@ -50,8 +50,8 @@ def check_weights(model: PreTrainedModel, role: str) -> None:
             advice = "Load the model with a `device_map` that names devices that compute, 'cpu' or 'disk'."
             if loaded and adapter_configs(model):
                 advice = (
-                    "Put the adapter on the model before it is offloaded, or load the adapter with "
-                    "`PeftModel.from_pretrained(model, adapter, device_map=..., offload_dir=...)`."
+                    "Put the adapter on the model before the model is offloaded, by accelerate's `cpu_offload` or "
+                    "`disk_offload`."
                 )
             raise ValueError(
                 f"The weight {name!r} of the {role} {describe(model)} has no values: it is on the meta device, and "
