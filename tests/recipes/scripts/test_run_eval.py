@@ -169,7 +169,7 @@ def test_a_killed_node_ends_the_run_which_the_same_command_goes_on_with(tmp_path
     kill(nodes[1])
     errors, statuses = finish(nodes)
     assert statuses[0] != 0
-    assert "error: Another process of this run has ended before the run was complete." in errors[0]
+    assert "error: Another process of this run has ended before the run was complete" in errors[0]
     left = sum(len(path.read_bytes().splitlines()) for path in output.glob("results*.jsonl"))
     assert 0 < left < 160
 
@@ -187,8 +187,9 @@ def test_nodes_that_share_no_folder_end_at_the_start(tmp_path):
     errors, statuses = finish(start_nodes(free_port(), *outputs, arguments=("--method", "base", "--limit", "8")))
     assert 0 not in statuses
     for error in errors:
-        assert "error: The processes of a run must write into one folder." in error
-        assert "Traceback" not in error.partition("ChildFailedError")[0].partition("torch/distributed")[0]
+        before, found, _ = error.partition("error: The processes of a run must write into one folder.")
+        assert found
+        assert "Traceback" not in before  # behind it, the launcher shows one of its own
     assert not list(tmp_path.glob("*/results*.jsonl"))
 
 
