@@ -177,7 +177,7 @@ def test_a_killed_node_ends_the_run_which_the_same_command_goes_on_with(tmp_path
     assert statuses == [0, 0], errors
     assert "batches are already done" in errors[0]
     assert json.loads((output / "summary.json").read_text())["environment"]["processes"] == 2
-    run(tmp_path / "one", *arguments)
+    assert run_eval.main([*arguments, "--output", str(tmp_path / "one")]) == 0
     assert results(output) == results(tmp_path / "one")
 
 
