@@ -91,7 +91,7 @@ class KADCandidateGenerator(CandidateGenerator):
             vocabulary_alignment=vocabulary_alignment,
             chunk_size=chunk_size,
         )
-        self._device = self.reader.model.model.device
+        self._device = self.reader.model.device
         self.stopwatch: Stopwatch | None = None
         self.eos_token_ids = frozenset(eos_token_ids)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)

@@ -18,6 +18,7 @@ from ..models.adapters import check_speculative_base
 from ..models.base_model import has_cross_attention, reads_both_directions, takes_tokens_back
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
+from ..models.offloading import check_weights
 from .call_arguments import CallArguments
 from .processor_state import ProcessorState
 
@@ -150,6 +151,7 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
     model, proxy = given.model, state.models.proxy.model
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only base, got the encoder-decoder model {type(model).__name__}.")
+    check_weights(model, "base")
     if given.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation="paged"` would drop the KAD processor; leave it out.')
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):

@@ -27,6 +27,7 @@ from .fingerprint import fingerprint
 from .forward_inputs import ForwardInputs
 from .model_errors import ContextLengthError, describe
 from .model_settings import context_length, longrope_switch, text_setting
+from .offloading import check_weights, execution_device
 from .padding import PaddedTexts
 from .recurrent_states import reads_one_by_one
 
@@ -98,6 +99,11 @@ class CachedForwards:
         self.reset()
 
     @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return execution_device(self.model)
+
+    @property
     def cached_length(self) -> int:
         """How many tokens of each text the cache holds."""
         return 0 if self._texts is None or self._cache is None else self._texts.columns
@@ -128,12 +134,14 @@ class CachedForwards:
             state: the model's `fingerprint`, where it is known already.
 
         Raises:
-            ValueError: the model is in training mode, or its adapters can't serve (any longer).
+            ValueError: the model is in training mode, has weights without values, or its adapters can't serve (any
+                longer).
         """
         if self.model.training:
             raise ValueError(
                 f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
             )
+        check_weights(self.model, self.role)
         check_adapters(self.model, self.role, without_adapter=self.without_adapter)
         self._switch = AdapterSwitch(self.model) if self.without_adapter else None
         self.state = fingerprint(self.model) if state is None else state

@@ -87,7 +87,7 @@ class RunningTexts:
     def _grow(self, tokens: list[int]) -> torch.Tensor:
         """Read one more token of each row: logits `(rows, V)`."""
         assert self._texts is not None
-        self._texts = self._texts.extend(torch.tensor(tokens, device=self.model.device)[:, None], None)
+        self._texts = self._texts.extend(torch.tensor(tokens, device=self._reader.device)[:, None], None)
         self._lengths = [length + 1 for length in self._lengths]
         self.forwards += 1
         return self._reader.logits(self._texts.ids, self._texts.mask, continues=True)[:, -1]
@@ -96,9 +96,9 @@ class RunningTexts:
         """Read texts that join: logits `(names, V)`."""
         lengths = [len(text) for text in texts]
         longest = max(lengths)
-        ids = torch.tensor([[0] * (longest - len(text)) + [*text] for text in texts], device=self.model.device)
-        before = longest - torch.tensor(lengths, device=self.model.device)
-        mask = (torch.arange(longest, device=self.model.device) >= before[:, None]).long()
+        ids = torch.tensor([[0] * (longest - len(text)) + [*text] for text in texts], device=self._reader.device)
+        before = longest - torch.tensor(lengths, device=self._reader.device)
+        mask = (torch.arange(longest, device=self._reader.device) >= before[:, None]).long()
         reader, new = self._new_reader(), PaddedTexts(ids, mask)
         logits = reader.logits(ids, mask)[:, -1]
         self.forwards += 1
