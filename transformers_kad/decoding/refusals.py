@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationMixin
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers import GenerationMixin, MaxTimeCriteria
 
 from ..models.adapters import check_speculative_base
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
 from .call_arguments import CallArguments
+from .parallel import is_sharded, tensor_parallel_group
 from .processor_state import ProcessorState
 
 # Settings that ask for another way of decoding than sampling or taking the likeliest token, or for another target.
@@ -103,11 +102,26 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
             "The proxy's adapter was put into the base model itself, so that the two are one: load the model that the "
             "adapter belongs to a second time."
         )
-    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(proxy):
-        raise ValueError(
-            "The proxy is sharded over processes (FSDP or DeepSpeed ZeRO-3), whose finished ranks skip the "
-            "processors; give every process a whole proxy."
-        )
+    for cached in state.models:
+        if is_sharded(cached.model):
+            raise ValueError(
+                f"The {cached.role} is sharded over processes (FSDP or DeepSpeed ZeRO-3), which do not all ask it at "
+                "the same time; give every process a whole one."
+            )
+
+    if any(tensor_parallel_group(model) is not None for model in (model, *(cached.model for cached in state.models))):
+        _refuse_time_limits(given)
+
+
+def _refuse_time_limits(given: CallArguments) -> None:
+    """Raise for limits that the ranks of tensor parallelism would reach at different tokens."""
+    limits = [given.get("max_time"), *(c.max_time for c in given.stopping_criteria if isinstance(c, MaxTimeCriteria))]
+    for limit in limits:
+        if limit is not None:
+            raise ValueError(
+                f"`max_time={limit!r}` is not available with tensor parallelism, whose processes each go by their own "
+                "clock, and would end at different tokens: limit the text with `max_new_tokens`."
+            )
 
 
 def _refuse_inputs(state: ProcessorState, given: CallArguments, speculative: bool) -> None:
@@ -165,7 +179,12 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
 
 
 def _refuse_compiled(state: ProcessorState, given: CallArguments) -> None:
-    """Raise for inputs of the prompts that compiled forwards would not read."""
+    """Raise for inputs of the prompts that compiled forwards would not read, and for sharded weights."""
+    if is_sharded(given.model):
+        raise ValueError(
+            "`compile=True` is not available for a base that is sharded by FSDP or DeepSpeed ZeRO-3: leave out "
+            "`compile`."
+        )
     if given.arguments.get("position_ids") is not None:
         raise ValueError("`compile=True` counts positions itself, got `position_ids`: leave out one of them.")
     further = {} if state.proxy_prompt is None else state.proxy_prompt.further_inputs
