@@ -34,7 +34,7 @@ from transformers.distributed import DistributedConfig
 from transformers.generation import BaseStreamer
 
 from transformers_kad import KADLogitsProcessor
-from transformers_kad.decoding.parallel import TensorParallelRanks
+from transformers_kad.decoding.parallel import RanksInStep
 
 SEED = 11  # of rank 0; the other rank has another one
 DRAFT = 3
@@ -277,10 +277,10 @@ def errors_of(calls: Calls, path: str, rank: int) -> dict[str, Any]:
     for name, (inputs, call) in failing.items():
         message = message_of(lambda: calls(path, inputs, **GREEDY, **call))  # noqa: B023 (called at once)
         found[name] = [message, calls(path, prompts(1), **GREEDY)["tokens"] == expected]
-    share, TensorParallelRanks._share_random_states = TensorParallelRanks._share_random_states, lambda *_: None
+    share, RanksInStep._share_random_states = RanksInStep._share_random_states, lambda *_: None
     torch.manual_seed(seed_of(rank))
     found["random states that are not shared"] = [message_of(lambda: calls(path, prompts(1), **SAMPLED)), True]
-    TensorParallelRanks._share_random_states = share
+    RanksInStep._share_random_states = share
     return found
 
 

@@ -23,7 +23,7 @@ THRESHOLD = FALSE_ALARM / P_VALUES
 
 SECONDS = 240  # after which a deadlock is a failure, on a machine that has other things to do
 
-DIFFERENT = "RuntimeError: Rank 1 of the tensor parallel group has decided otherwise"
+DIFFERENT = "RuntimeError: Rank 1 of the processes that share a model has decided otherwise"
 
 
 def launch(kind: str, folder: Path) -> list[dict[str, Any]]:
@@ -109,8 +109,8 @@ def test_the_streamer_of_the_first_rank_gets_the_text_and_nobody_waits_for_the_o
 @pytest.mark.slow
 def test_an_error_of_one_rank_is_an_error_of_all_and_the_next_call_is_right(tensor_parallel):
     first, other = (seen["errors"] for seen in tensor_parallel)
-    told = "RuntimeError: The call ended with an error on rank {} of the tensor parallel group"
-    refused = "ValueError: `max_time=60.0` is not available with tensor parallelism"
+    told = "RuntimeError: The call ended with an error on rank {} of the processes that share a model"
+    refused = "ValueError: `max_time=60.0` is not available where processes share a model"
     expected = {
         "a processor of rank 1": (told.format(1), "ArithmeticError: of a processor"),
         "the streamer of rank 0": ("BrokenPipeError: of a streamer", told.format(0)),

@@ -107,3 +107,5 @@ def test_the_rows_of_an_embedding_are_known_while_deepspeed_keeps_it_empty() -> 
     weight.ds_shape = torch.Size([50, 16])
     model.get_input_embeddings().weight = weight
     assert readable_ids(model) == 50
+    model.set_input_embeddings(torch.nn.Identity())  # as in all but the first process of a pipeline
+    assert readable_ids(model) == 50

@@ -13,7 +13,7 @@ from ..models.text_reader import TextReader
 from ..models.vocabulary import VocabularyAlignment
 from ..utils.transfers import send
 from .draft_length import Stopwatch
-from .parallel import tensor_parallel_group
+from .parallel import sharing_group
 from .proxy_text import TextMap
 from .verification import draw
 
@@ -114,7 +114,7 @@ class KADCandidateGenerator(CandidateGenerator):
 
         Processes that share the proxy could not run the step if one of them failed while it emits what is before it.
         """
-        return not self.is_synchronous or tensor_parallel_group(self.reader.model.model) is not None
+        return not self.is_synchronous or sharing_group(self.reader.model.model) is not None
 
     def time_steps(self) -> Stopwatch:
         """From now on, measure how long the proxy's steps take."""

@@ -35,7 +35,7 @@ class OpenCall:
         prompt_inputs: further inputs of the prompts that the proxy gets too, see `CachedModel.use_prompt_inputs`.
         prompt_mask: attention mask of the proxy's prompts.
         ended_rows: knows which rows have ended, token by token; None where that is not told row by row, as in beams.
-        ranks: the processes that compute the call together by tensor parallelism, or this one alone.
+        ranks: the processes that compute the call together, since they share a model, or this one alone.
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
         finished: whether the call has returned, so that the caches are as it left them.

@@ -1,8 +1,8 @@
 """Calls that several processes compute together, because the models are sharded over them.
 
-Tensor parallelism: all processes of a group (the *ranks*) make the same call, and each of them draws and decides by
-itself. They have to decide alike: a rank that takes another token, or ends earlier, computes something else than the
-others expect of it, and they get wrong numbers or wait for it. `TensorParallelRanks` gives all of them the random
+Tensor and pipeline parallelism: all processes of a group (the *ranks*) make the same call, and each of them draws and
+decides by itself. They have to decide alike: a rank that takes another token, or ends earlier, computes something else
+than the others expect of it, and they get wrong numbers or wait for it. `RanksInStep` gives all of them the random
 numbers of the first rank, and lets them compare what they have decided.
 
 FSDP and DeepSpeed ZeRO-3: every process makes a call of its own, with texts of its own, and every forward needs a part
@@ -54,8 +54,8 @@ class OneProcess:
         """The call has returned this."""
 
 
-class TensorParallelRanks(OneProcess):
-    """The processes that compute one call together by tensor parallelism.
+class RanksInStep(OneProcess):
+    """The processes that compute one call together, since they share a model of it.
 
     They *meet* before they need each other: in speculative decoding at the beginning of every round, token by token
     before every forward of a sharded model, and at the beginning and the end of the call. A rank that raises an error
@@ -94,7 +94,7 @@ class TensorParallelRanks(OneProcess):
     def meet_before_forwards(self) -> None:
         """From now on, meet before every forward of a model that the ranks share."""
         for model in dict.fromkeys(self._models):
-            if tensor_parallel_group(model) is not None:
+            if sharing_group(model) is not None:
                 self._hooks.append(model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
                 self._hooks.append(model.register_forward_hook(self._after_forward))
 
@@ -147,13 +147,14 @@ class TensorParallelRanks(OneProcess):
         self._can_meet = not (failed or differing)
         if failed:
             raise RuntimeError(
-                f"The call ended with an error on rank {failed[0]} of the tensor parallel group, which raises it."
+                f"The call ended with an error on rank {failed[0]} of the processes that share a model, which raises "
+                "it."
             )
         if differing:
             raise RuntimeError(
-                f"Rank {differing[0]} of the tensor parallel group has decided otherwise than rank 0. All ranks must "
-                "make the same call, with the same prompts and settings, on devices that compute the same numbers, "
-                "and processors and stopping criteria must not depend on the process that runs them."
+                f"Rank {differing[0]} of the processes that share a model has decided otherwise than rank 0. All of "
+                "them must make the same call, with the same prompts and settings, on devices that compute the same "
+                "numbers, and processors and stopping criteria must not depend on the process that runs them."
             )
         return of_all[0][2]
 
@@ -196,15 +197,15 @@ class TensorParallelRanks(OneProcess):
 
 @contextmanager
 def ranks_in_step(models: Sequence[PreTrainedModel], given: CallArguments) -> Iterator[OneProcess]:
-    """The ranks that share one of the models of a call by tensor parallelism, or this process alone.
+    """The processes that share one of the models of a call, or this process alone.
 
     In several groups, the largest counts.
     """
-    groups = [group for model in models if (group := tensor_parallel_group(model)) is not None]
+    groups = [group for model in models if (group := sharing_group(model)) is not None]
     if not groups:
         yield OneProcess()
         return
-    ranks = TensorParallelRanks(max(groups, key=dist.get_world_size), models, _device_of(given))
+    ranks = RanksInStep(max(groups, key=dist.get_world_size), models, _device_of(given))
     try:
         yield ranks
     except BaseException:
@@ -284,13 +285,25 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return is_fsdp_managed_module(model) or any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def tensor_parallel_group(model: PreTrainedModel) -> "dist.ProcessGroup | None":
-    """The processes over which transformers has sharded a model by tensor parallelism; None for other models."""
-    mesh = getattr(model, "_device_mesh", None)
-    if mesh is None or "tp" not in (mesh.mesh_dim_names or ()) or mesh["tp"].size() == 1:
-        return None
-    group: dist.ProcessGroup = mesh["tp"].get_group()
+def sharing_group(model: PreTrainedModel) -> "dist.ProcessGroup | None":
+    """The processes that compute every forward of a model together; None for one that transformers loaded whole."""
+    group: dist.ProcessGroup | None = None
+    for dimension in ("tp", "pp"):
+        if _size_of(model, dimension) > 1:
+            group = model._device_mesh[dimension].get_group()
+            break
     return group
+
+
+def is_pipelined(model: PreTrainedModel) -> bool:
+    """Whether transformers has spread the layers of a model over processes, by pipeline parallelism."""
+    return _size_of(model, "pp") > 1
+
+
+def _size_of(model: PreTrainedModel, dimension: str) -> int:
+    """The number of processes in a dimension of the mesh that a model was loaded with; 1 without this dimension."""
+    mesh = getattr(model, "_device_mesh", None)
+    return 1 if mesh is None or dimension not in (mesh.mesh_dim_names or ()) else int(mesh[dimension].size())
 
 
 def _device_of(given: CallArguments) -> torch.device:

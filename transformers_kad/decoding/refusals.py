@@ -16,7 +16,7 @@ from ..models.adapters import check_speculative_base
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
 from .call_arguments import CallArguments
-from .parallel import is_sharded, tensor_parallel_group
+from .parallel import is_pipelined, is_sharded, sharing_group
 from .processor_state import ProcessorState
 
 # Settings that ask for another way of decoding than sampling or taking the likeliest token, or for another target.
@@ -108,19 +108,23 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
                 f"The {cached.role} is sharded over processes (FSDP or DeepSpeed ZeRO-3), which do not all ask it at "
                 "the same time; give every process a whole one."
             )
-
-    if any(tensor_parallel_group(model) is not None for model in (model, *(cached.model for cached in state.models))):
+        if is_pipelined(cached.model):
+            raise ValueError(
+                f"The {cached.role} is spread over processes by pipeline parallelism (`pp_size` above 1): load it "
+                "whole, or with tensor parallelism (`tp_size`)."
+            )
+    if any(sharing_group(shared) is not None for shared in (model, *(cached.model for cached in state.models))):
         _refuse_time_limits(given)
 
 
 def _refuse_time_limits(given: CallArguments) -> None:
-    """Raise for limits that the ranks of tensor parallelism would reach at different tokens."""
+    """Raise for limits that processes which share a model would reach at different tokens."""
     limits = [given.get("max_time"), *(c.max_time for c in given.stopping_criteria if isinstance(c, MaxTimeCriteria))]
     for limit in limits:
         if limit is not None:
             raise ValueError(
-                f"`max_time={limit!r}` is not available with tensor parallelism, whose processes each go by their own "
-                "clock, and would end at different tokens: limit the text with `max_new_tokens`."
+                f"`max_time={limit!r}` is not available where processes share a model, since each goes by its own "
+                "clock and would end at another token: limit the text with `max_new_tokens`."
             )
 
 
@@ -169,6 +173,11 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
                 f"`{name}={given.get(name)!r}` asks for another way of decoding, which drafts of a proxy can't be "
                 f"combined with: leave out `{name}`, or `assistant_model` (or `custom_generate`)."
             )
+    if is_pipelined(given.model):
+        raise ValueError(
+            "Drafts are not available for a base that is spread over processes by pipeline parallelism (`pp_size` "
+            "above 1): leave out `assistant_model`, or load the base with tensor parallelism (`tp_size`)."
+        )
     ids = given.input_ids
     sequences = (1 if ids is None else ids.shape[0]) * given.get("num_return_sequences", 1)
     check_speculative_base(given.model, sequences)

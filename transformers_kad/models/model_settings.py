@@ -57,7 +57,9 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 def readable_ids(model: PreTrainedModel) -> int:
     """The number of ids that a model can read: the rows of its embedding."""
-    weight = model.get_input_embeddings().weight
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:  # in pipeline parallelism only the first process has it
+        return int(text_setting(model.config, "vocab_size"))
     # Under DeepSpeed ZeRO-3 a weight is empty while no forward needs it, and `ds_shape` is the shape that it has then.
     rows: int = getattr(weight, "ds_shape", weight.shape)[0]
     return rows
