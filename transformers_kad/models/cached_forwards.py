@@ -26,7 +26,7 @@ from .cache_rollback import (
 from .fingerprint import fingerprint
 from .forward_inputs import ForwardInputs
 from .model_errors import ContextLengthError, describe
-from .model_settings import context_length, longrope_switch, text_setting
+from .model_settings import context_length, longrope_switch, readable_ids, text_setting
 from .offloading import check_weights, execution_device
 from .padding import PaddedTexts
 from .recurrent_states import reads_one_by_one
@@ -83,7 +83,7 @@ class CachedForwards:
         self.without_adapter = without_adapter
         self.forwards = 0
         self.context_length = context_length(model)
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = readable_ids(model)
         self._inputs = ForwardInputs(model, for_base=self.counts_given_positions_only)
         self.accepted_inputs = self._inputs.accepted
         self._switch = AdapterSwitch(model) if without_adapter else None
