@@ -96,7 +96,7 @@ def build(arguments: BenchmarkArguments, size: str) -> tuple[dict[str, CachedMod
 
 def time_steps(cached: CachedModel, context: int, steps: int, synchronize: Callable[[], None]) -> float:
     """The time of a step in seconds."""
-    ids = torch.arange(context + steps, device=cached.model.device)[None] % 1000
+    ids = torch.arange(context + steps, device=cached.device)[None] % 1000
     cached.reset()
     cached.logits(ids[:, :context])
     synchronize()

@@ -32,24 +32,30 @@ Answers are JSON Lines, a record for each line of the input:
 
 If a line fails, the others are answered nevertheless, and the exit status is 1.
 
+Several processes, each with a copy of the models, divide the lines of --input among themselves. --output is in the
+order of the input:
+
+    torchrun --nproc_per_node 8 recipes/generate.py --config my_proxy --input prompts.txt --output answers.jsonl
+
 Decoding is greedy and speculative by default. If the base is larger than one device, use --device_map auto or
 --quantization.
 """
 
+import hashlib
 import io
-import json
+import os
 import random
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers_kad import KADConfig, KADStatistics
 from transformers_kad.integrations.loading.messages import silence_libraries
-from transformers_kad.integrations.loading.prompts import Prompt, check_template_arguments, encode, normalize_prompt
+from transformers_kad.integrations.loading.prompts import Prompt, encode
 from transformers_kad.recipes.arguments import (
     ModelArguments,
     RuleArguments,
@@ -58,10 +64,18 @@ from transformers_kad.recipes.arguments import (
 )
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.pair import Pair
-from transformers_kad.recipes.resumable import JsonLinesStore, json_line
+from transformers_kad.recipes.processes import Processes, assign_own_devices
+from transformers_kad.recipes.prompt_lines import (
+    UNREADABLE,
+    Line,
+    check_answered,
+    check_usable,
+    read_file,
+    read_prompts,
+)
+from transformers_kad.recipes.resumable import JsonLinesPart, JsonLinesStore, json_line
 from transformers_kad.records.statistics import add_up
 from transformers_kad.utils.sources import shown_name
-from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
 # These imports follow transformers_kad, which suppresses the messages of torchao.
@@ -191,87 +205,6 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
     return [{"role": "system", "content": system}, *chat]
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of the input.
-
-    Attributes:
-        number: from 1.
-        prompt: text or messages; None if the line has no usable prompt.
-        row: the JSON object, or the text of a malformed line; None for plain text.
-        template: arguments of the chat template in the row.
-        error: why the line can't be used; None if it can.
-    """
-
-    number: int
-    prompt: Prompt | None
-    row: dict[str, Any] | str | None = None
-    template: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-    def record(self) -> dict[str, Any]:
-        """The fields of the output record that describe the line."""
-        row = {} if self.row is None else {"row": self.row}
-        return {"line": self.number, "prompt": self.prompt, **row}
-
-
-def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
-    """Parse the lines of a file, except empty ones. A line that can't be used has an `error`."""
-    for number, line in enumerate(lines, start=1):
-        text = line.removeprefix("\ufeff").rstrip("\r\n")
-        if not text.strip():
-            continue
-        row: dict[str, Any] | str | None = text
-        try:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"the line is not UTF-8 from character {error.start} on: {text[:80]!r}") from error
-            if text.lstrip().startswith("{"):
-                try:
-                    row = parse_json_object(text)
-                except ValueError as error:
-                    raise ValueError(
-                        f"the line begins like JSON, but is not a JSON object: {text[:80]!r} ({error})"
-                    ) from error
-                yield Line(number, prompt_of(row), row, template_of(row))
-            else:
-                yield Line(number, text)
-        except ValueError as error:
-            yield Line(number, None, row, error=str(error))
-
-
-def prompt_of(row: Mapping[str, Any]) -> Prompt:
-    """The prompt of a JSON object: its `messages`, or else its `prompt`, which is text or messages.
-
-    Raises:
-        ValueError: it has neither, or the prompt is malformed.
-    """
-    name = "prompt" if row.get("messages") is None else "messages"
-    if row.get(name) is None:
-        raise ValueError(f'"prompt" or "messages" is needed, got the fields {", ".join(map(repr, row)) or "none"}')
-    if name == "messages" and isinstance(row[name], str):
-        raise ValueError(f'"messages" must be a list of messages, got {row[name][:80]!r}')
-    try:
-        return normalize_prompt(row[name])
-    except ValueError as error:
-        raise ValueError(f'"{name}" can\'t be used: {error}') from error
-
-
-def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the chat template in a JSON object: its `tools` and its `chat_template_kwargs`.
-
-    Raises:
-        ValueError: they are malformed.
-    """
-    more = {} if row.get("chat_template_kwargs") is None else row["chat_template_kwargs"]
-    if not isinstance(more, dict):
-        raise ValueError(f'"chat_template_kwargs" must be an object, got {more!r:.80}')
-    template = {**({} if row.get("tools") is None else {"tools": row["tools"]}), **more}
-    check_template_arguments(template)
-    return template
-
-
 def seed_of(seed: int, line: int) -> int:
     """The seed of a line, so that an answer does not depend on earlier ones."""
     return random.Random(f"{seed} {line}").getrandbits(32)
@@ -313,25 +246,6 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
         print(f"Trace: {page}", file=sys.stderr)
 
 
-def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> Iterator[Line]:
-    """Yield the lines, after comparing answered ones with their records.
-
-    Raises:
-        ValueError: a line has changed since it was answered.
-    """
-    for line in lines:
-        if line.number in done:
-            record = done[line.number]
-            name = "row" if "row" in record else "prompt"
-            before, now = record.get(name), line.record().get(name)
-            if json.dumps(before) != json.dumps(now):  # as JSON, since NaN is not equal to itself
-                raise ValueError(
-                    f"The input changed since it was answered: line {line.number} was {str(before)!r} and is "
-                    f"{str(now)!r}. Choose another --output."
-                )
-        yield line
-
-
 def answered(store: JsonLinesStore) -> dict[int, dict[str, Any]]:
     """The records of an earlier run, by the number of their line.
 
@@ -344,20 +258,43 @@ def answered(store: JsonLinesStore) -> dict[int, dict[str, Any]]:
     return {record["line"]: record for record in store.records}
 
 
+def lines_left(lines: Iterable[Line], store: JsonLinesStore) -> Iterator[Line]:
+    """The lines that the store has no records of; says how many it has.
+
+    Raises:
+        ValueError: a record has no line number, or its line has changed.
+    """
+    done = answered(store)
+    if store.torn is not None:
+        print(f"An incomplete last line was removed and is answered again: {store.torn!r}", file=sys.stderr)
+    if done:
+        print(f"{len(done)} lines are already done, {count_failed(store)} of them failed.", file=sys.stderr)
+    return (line for line in check_answered(lines, done) if line.number not in done)
+
+
+def count_failed(store: JsonLinesStore) -> int:
+    """How many of the records that a store held when it was opened are of lines that failed."""
+    return sum("error" in record for record in store.records)
+
+
 def run_lines(
     generator: Generator, arguments: PromptArguments, lines: Iterable[Line], store: JsonLinesStore | None
 ) -> int:
     """Answer one prompt for each line. Returns the number of failed lines, including earlier runs."""
-    done = answered(store) if store else {}
-    failed = sum("error" in record for record in done.values())
-    if store and store.torn is not None:
-        print(f"An incomplete last line was removed and is answered again: {store.torn!r}", file=sys.stderr)
-    if done:
-        print(f"{len(done)} lines are already done, {failed} of them failed.", file=sys.stderr)
-    started, calls = time.perf_counter(), list[KADStatistics]()
-    for line in check_answered(lines, done):
-        if line.number in done:
-            continue
+    if store is None:
+        return answer_lines(generator, arguments, lines, None)
+    return answer_lines(generator, arguments, lines_left(lines, store), store) + count_failed(store)
+
+
+def answer_lines(
+    generator: Generator,
+    arguments: PromptArguments,
+    lines: Iterable[Line],
+    store: JsonLinesStore | JsonLinesPart | None,
+) -> int:
+    """Answer one prompt for each line, and record the answers. Returns how many lines failed."""
+    failed, started, calls = 0, time.perf_counter(), list[KADStatistics]()
+    for line in lines:
         record = line.record()
         try:
             if line.prompt is None:
@@ -400,6 +337,8 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
         raise ValueError(f"--output is for the answers to --input, got --prompt {prompts.prompt!r}.")
     if prompts.trace is not None and Path(prompts.trace).is_dir():
         raise ValueError(f"--trace must be a file, got the folder {prompts.trace!r}.")
+    processes = Processes()
+    refuse_several(processes.number, prompts)
     config = rule.to_config()
     models.complete(config, rule.config)
     if prompts.input is None:
@@ -410,49 +349,79 @@ def run(models: ModelArguments, rule: RuleArguments, prompts: PromptArguments, s
             sys.stdin.reconfigure(encoding="utf-8", errors=UNREADABLE)
         lines: Iterable[Line] = read_prompts(sys.stdin)
     else:  # the whole file is checked before models are loaded
-        lines = check_usable(list(read_prompts(read_file(prompts.input))), prompts.input)
-    with ExitStack() as stack:
-        store = None
-        if prompts.output is not None:
-            decides = {**asdict(config), **asdict(models), **asdict(sampling)}
-            decides |= {name: value for name, value in asdict(prompts).items() if name != "output"}
-            store = stack.enter_context(JsonLinesStore(prompts.output, decides))
+        lines = list(read_prompts(read_file(prompts.input)))
+        check_usable(lines, prompts.input, shown=processes.is_main)
+    settings = {**asdict(config), **asdict(models), **asdict(sampling)}
+    settings |= {name: value for name, value in asdict(prompts).items() if name != "output"}
+    assign_own_devices(models, processes.state)
+
+    def make_generator() -> Generator:
         generator = Generator(models, config, sampling)
         generator.check_template(prompts.template, prompts)
-        return 1 if run_lines(generator, prompts, lines, store) else 0
+        return generator
+
+    if processes.number > 1:
+        return run_processes(processes, make_generator, prompts, list(lines), settings)
+    with ExitStack() as stack:
+        store = None if prompts.output is None else stack.enter_context(JsonLinesStore(prompts.output, settings))
+        failed = run_lines(make_generator(), prompts, lines, store)
+        if store is not None:
+            store.complete()  # an earlier run of several processes may have left answers that are not in order
+        return 1 if failed else 0
 
 
-UNREADABLE = "surrogateescape"  # turns invalid UTF-8 into lone surrogates, which `read_prompts` reports
+def run_processes(
+    processes: Processes,
+    make_generator: Callable[[], Generator],
+    arguments: PromptArguments,
+    lines: Sequence[Line],
+    settings: Mapping[str, Any],
+) -> int:
+    """Answer a part of the lines in every process of the run. Returns the exit status, which is the same in all."""
+    output, by_number = Path(arguments.output or ""), {line.number: line for line in lines}
+    processes.check_equal({**settings, "the input": hashlib.sha256(repr(lines).encode()).hexdigest()[:12]})
+    processes.check_shared(Path(os.path.realpath(output)).parent)
+    with ExitStack() as stack:
+        main_store = processes.run(lambda: JsonLinesStore(output, settings) if processes.is_main else None)
+        if main_store is not None:
+            stack.enter_context(main_store)
+
+        def find_left() -> tuple[list[int], int]:
+            assert main_store is not None
+            return [line.number for line in lines_left(lines, main_store)], count_failed(main_store)
+
+        left, failed_before = processes.run_in_main(find_left)
+        generator = processes.run(make_generator)
+        with nullcontext(main_store) if main_store is not None else JsonLinesPart(output, processes.index) as store:
+            own = [by_number[number] for number in processes.share(left)]
+            failed = answer_lines(generator, arguments, own, store)
+        failed_now = processes.gather(failed)
+
+        def complete() -> None:
+            assert main_store is not None
+            main_store.complete()
+            missing = len(by_number.keys() - answered(main_store).keys())
+            if missing:
+                raise ValueError(
+                    f"{missing} of {len(lines)} answers are missing in {arguments.output!r}, although all processes "
+                    "have recorded theirs. Start the same command again: it finds files that a network file system "
+                    "has shown late, and answers the rest."
+                )
+
+        processes.run_in_main(complete)
+    return 1 if failed_before + sum(failed_now) else 0
 
 
-def read_file(path: str) -> list[str]:
-    """The lines of a text file.
-
-    Raises:
-        ValueError: the file can't be read.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8", errors=UNREADABLE).split("\n")
-    except OSError as error:
-        raise ValueError(f"--input {path!r} can't be read: {error}") from error
-
-
-def check_usable(lines: list[Line], path: str) -> list[Line]:
-    """Return the lines, and print how many can't be used.
-
-    Raises:
-        ValueError: none of them can be used.
-    """
-    bad = [line for line in lines if line.error is not None]
-    if bad and len(bad) == len(lines):
-        raise ValueError(f"No line of --input {path!r} can be used. Line {bad[0].number}: {bad[0].error}.")
-    if bad:
-        print(
-            f"{len(bad)} of {len(lines)} lines can't be used, and are recorded as failed. Line {bad[0].number}: "
-            f"{bad[0].error}.",
-            file=sys.stderr,
+def refuse_several(processes: int, arguments: PromptArguments) -> None:
+    """Raise `ValueError` if several processes have nothing to divide, or no file for their answers."""
+    output = arguments.output and Path(arguments.output)
+    is_stream = not output or (output.exists() and not output.is_file())
+    if processes > 1 and (arguments.input in (None, "-") or is_stream):
+        raise ValueError(
+            f"{processes} processes divide the lines of a file among themselves and write the answers into a file: "
+            f"pass both as --input and --output, got {arguments.input!r} and {arguments.output!r}, or start "
+            "generate.py without torchrun."
         )
-    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,9 +13,10 @@ Any pair on public tasks, each model a Hub id or a folder:
     python recipes/run_eval.py --base allenai/OLMo-2-1124-13B --proxy allenai/OLMo-2-0425-1B-Instruct \
         --task gsm8k math500 --method base proxy kad-primal:budget=0.8 kad-dual:threshold=0.3,0.4 --output results
 
-Several GPUs, each with a copy of the models: `torchrun --nproc_per_node 8 recipes/run_eval.py ...`. The results do not
-depend on the number of processes. The same command continues an interrupted run, and a finished --output can be
-extended by more methods, tasks or samples.
+Several GPUs, each with a copy of the models: `torchrun --nproc_per_node 8 recipes/run_eval.py ...`, or also with
+`--nnodes 2 ...` on several machines that share the folder of --output. The results do not depend on the number of
+processes. The same command continues an interrupted run, and a finished --output can be extended by more methods,
+tasks or samples.
 
 Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_qa, tiny.
 

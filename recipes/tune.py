@@ -38,7 +38,12 @@ from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.environment import describe_environment
 from transformers_kad.recipes.evaluation.accuracy_plots import plot_accuracy_parameter, plot_accuracy_speed
-from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, make_decoder
+from transformers_kad.recipes.evaluation.arguments import (
+    DEFAULT_BATCH_SIZE,
+    EvaluationArguments,
+    EvaluationSampling,
+    make_decoder,
+)
 from transformers_kad.recipes.evaluation.figures import points_of
 from transformers_kad.recipes.evaluation.results import ResultsFolder
 from transformers_kad.recipes.evaluation.session import log
@@ -183,7 +188,17 @@ def run(
         folder.prepare()
         study = open_study(folder.path, tuning.aim, sampling.seed)
         lengths = (tuning.draft_lengths[0], tuning.draft_lengths[1]) if tuning.draft_lengths else None
-        Tuner(decoder, workload, folder, tuning.rules, tuning.aim, lengths, progress=log).run(study, tuning.trials)
+        tuner = Tuner(
+            decoder,
+            workload,
+            folder,
+            tuning.rules,
+            tuning.aim,
+            lengths,
+            questions_between_tests=evaluation.batch_size or DEFAULT_BATCH_SIZE,
+            progress=log,
+        )
+        tuner.run(study, tuning.trials)
         folder.merge()
     result = describe(study, len(workload.instances)) | {"environment": describe_environment(decoder.pair.device)}
     path = folder.path / "tuning.json"

@@ -26,6 +26,7 @@ from lm_eval._cli import HarnessCLI
 from sybil import Document
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
+from torch.distributed.run import parse_args as torchrun_arguments
 
 import transformers_kad
 from transformers_kad import RULES, make_rule
@@ -157,9 +158,10 @@ def understand(words):
             assert page.endswith(".html")
         case ["python", "-m", module, *rest] | ["accelerate", "launch", "-m", module, *rest]:
             call_harness(module, rest)
-        case ["torchrun", "--nproc_per_node", processes, script, *rest]:
-            assert int(processes) > 1
-            call_recipe(script, rest)
+        case ["torchrun", *rest]:
+            launch = torchrun_arguments(rest)
+            assert int(launch.nproc_per_node) > 1
+            call_recipe(launch.training_script, launch.training_script_args)
         case ["python", script, *rest] if re.fullmatch(r"(?:recipes|tests)/\w+\.py", script):
             call_recipe(script, rest)
         case _:

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from transformers.generation import BaseStreamer
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 from transformers_kad import KADLogitsProcessor, kad_generate
-from transformers_kad.decoding import refusals
+from transformers_kad.decoding import parallel, refusals
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -155,8 +156,57 @@ def test_an_adapter_inside_the_base_is_refused():
 
 
 def test_a_sharded_proxy_is_refused(base, proxy, monkeypatch):
-    monkeypatch.setattr(refusals, "is_fsdp_managed_module", lambda model: model is proxy)
+    monkeypatch.setattr(proxy, "_is_fsdp_managed_module", True, raising=False)
     refused(base, "sharded", logits_processor=[KADLogitsProcessor(proxy)])
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_zero3_is_told_by_the_parameters_of_the_proxy(speculative):
+    """A base in shards and a whole proxy are fine, whatever DeepSpeed does to models that are loaded now."""
+    base, proxy = tiny_model(seed=1), tiny_model(seed=2)
+    call = {"logits_processor": [KADLogitsProcessor(proxy)]} | ({"assistant_model": proxy} if speculative else {})
+    expected = base.generate(PROMPT, **GREEDY, **call)
+    base.lm_head.weight.ds_id = 0  # as DeepSpeed marks a parameter that it has partitioned
+    assert torch.equal(base.generate(PROMPT, **GREEDY, **call), expected)
+    proxy.lm_head.weight.ds_id = 1
+    refused(base, "The proxy is sharded.*ZeRO-3", **call)
+
+
+def test_zero3_that_is_enabled_refuses_nothing_by_itself(base, proxy, monkeypatch):
+    """`is_deepspeed_zero3_enabled` speaks of the models that are loaded from now on."""
+    kad = KADLogitsProcessor(proxy)
+    expected = base.generate(PROMPT, **GREEDY, logits_processor=[kad])
+    monkeypatch.setattr("transformers.generation.utils.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("transformers.integrations.is_deepspeed_zero3_enabled", lambda: True)
+    assert torch.equal(base.generate(PROMPT, **GREEDY, logits_processor=[kad]), expected)
+
+
+def test_a_sharded_base_is_refused_with_compiled_forwards(proxy):
+    base = tiny_model(seed=1)
+    base.lm_head.weight.ds_id = 0
+    kad = KADLogitsProcessor(proxy, compile=True)
+    refused(base, "`compile=True`.*ZeRO-3", logits_processor=[kad], assistant_model=proxy)
+
+
+class PipelineMesh:
+    """The mesh of a model that transformers has spread over two processes."""
+
+    mesh_dim_names = ("pp", "tp")
+
+    def __getitem__(self, dimension):
+        return SimpleNamespace(size=lambda: 2 if dimension == "pp" else 1)
+
+
+def test_pipelines_are_refused_with_drafts_and_as_proxies(base, proxy, monkeypatch):
+    kad = KADLogitsProcessor(proxy)
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy, "_device_mesh", PipelineMesh())
+        patch.setattr(parallel, "sharing_group", lambda model: None)  # there are no processes here
+        refused(base, r"The proxy is spread over processes.*`pp_size`", logits_processor=[kad])
+    monkeypatch.setattr(base, "_device_mesh", PipelineMesh())
+    monkeypatch.setattr(parallel, "sharing_group", lambda model: None)
+    monkeypatch.setattr(refusals, "sharing_group", lambda model: None)
+    refused(base, r"Drafts.*pipeline parallelism.*`tp_size`", logits_processor=[kad], assistant_model=proxy)
 
 
 def test_synced_gpus_in_speculative_mode_are_refused(base, proxy):

@@ -11,7 +11,13 @@ from transformers import CodeGenConfig, CodeGenForCausalLM, LlamaConfig, LlavaCo
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
 from transformers_kad.models.cached_model import CachedModel
-from transformers_kad.models.model_settings import context_length, placeholder_ids, text_setting, vocabulary_size
+from transformers_kad.models.model_settings import (
+    context_length,
+    placeholder_ids,
+    readable_ids,
+    text_setting,
+    vocabulary_size,
+)
 
 # What is read of configurations.
 ASKED = ("eos_token_id", "max_position_embeddings", "pad_token_id", "tie_word_embeddings", "vocab_size")
@@ -92,3 +98,14 @@ def test_models_whose_configurations_lack_settings_serve_on_both_paths(kind: str
             text = torch.cat([text, rule(*probs).argmax(-1, keepdim=True)], dim=1)
     assert torch.equal(ids, text)
     assert torch.equal(drafted, text)
+
+
+def test_the_rows_of_an_embedding_are_known_while_deepspeed_keeps_it_empty() -> None:
+    model = tiny_model()
+    assert readable_ids(model) == 50
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_shape = torch.Size([50, 16])
+    model.get_input_embeddings().weight = weight
+    assert readable_ids(model) == 50
+    model.set_input_embeddings(torch.nn.Identity())  # as in all but the first process of a pipeline
+    assert readable_ids(model) == 50

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from transformers_kad.recipes.resumable import JsonLinesStore
+from transformers_kad.recipes.resumable import JsonLinesPart, JsonLinesStore
 
 SETTINGS = {"seed": 0, "rule": "dual", "sizes": (1, 2)}
 
@@ -192,3 +192,76 @@ def test_a_pipe_gets_every_record(tmp_path):
     reader.join(timeout=10)
     assert got == ['{"line": 1}\n{"line": 2}\n']
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+# --- Several processes --------------------------------------------------------------------------------------------
+
+
+def write(path, main, parts, *, complete=True):
+    """A run of several processes: the lines that the main one has written, and those of others by their index."""
+    with JsonLinesStore(path, SETTINGS) as store:
+        for line in main:
+            store.append({"line": line})
+        for process, written in parts.items():
+            with JsonLinesPart(path, process) as part:
+                for line in written:
+                    part.append({"line": line})
+        if complete:
+            store.complete()
+
+
+def test_the_records_of_all_processes_are_put_in_order(tmp_path):
+    path = tmp_path / "results[1].jsonl"
+    write(path, [1, 4, 11], {1: [2, 10], 12: [3]})
+    assert lines(path) == [{"line": line} for line in (1, 2, 3, 4, 10, 11)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, f"{path.name}.settings.json"]
+
+
+def test_a_stopped_run_of_several_processes_is_gone_on_with(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write(path, [1], {1: [2, 5], 2: [3]}, complete=False)
+    part = Path(f"{path}.part1")
+    part.write_text(part.read_text() + '{"line": 8')
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert sorted(record["line"] for record in store.records) == [1, 2, 3, 5]
+        assert store.torn == '{"line": 8'
+        store.append({"line": 4})
+        store.complete()
+    assert lines(path) == [{"line": line} for line in (1, 2, 3, 4, 5)]
+
+
+def test_a_stop_before_a_part_is_removed_repeats_no_record(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write(path, [1], {1: [2, 3]}, complete=False)
+    part = Path(f"{path}.part1")
+    content = part.read_bytes()
+    with JsonLinesStore(path, SETTINGS):
+        part.write_bytes(content)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == [{"line": 1}, {"line": 2}, {"line": 3}]
+
+
+def test_a_part_alone_holds_results_of_its_settings(tmp_path):
+    """The main process may have been stopped before its first answer."""
+    path = tmp_path / "results.jsonl"
+    write(path, [], {1: [2]}, complete=False)
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        JsonLinesStore(path, {**SETTINGS, "seed": 1})
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert store.records == [{"line": 2}]
+
+
+def test_a_file_in_order_is_left_as_it_is(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write(path, [1, 2], {}, complete=False)
+    before = path.stat().st_ino
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 3})
+        store.complete()
+    assert path.stat().st_ino == before
+
+
+def test_a_device_has_nothing_to_complete():
+    with JsonLinesStore(os.devnull, SETTINGS) as store:
+        store.append({"line": 1})
+        store.complete()

@@ -13,6 +13,7 @@ from ..models.text_reader import TextReader
 from ..models.vocabulary import VocabularyAlignment
 from ..utils.transfers import send
 from .draft_length import Stopwatch
+from .parallel import sharing_group
 from .proxy_text import TextMap
 from .verification import draw
 
@@ -91,8 +92,9 @@ class KADCandidateGenerator(CandidateGenerator):
             vocabulary_alignment=vocabulary_alignment,
             chunk_size=chunk_size,
         )
-        self._device = self.reader.model.model.device
+        self._device = self.reader.model.device
         self.stopwatch: Stopwatch | None = None
+        self._bonus: torch.Tensor | None = None  # what `next_logits` returns, if it is known already
         self.eos_token_ids = frozenset(eos_token_ids)
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.long, device=self._device)
 
@@ -105,6 +107,14 @@ class KADCandidateGenerator(CandidateGenerator):
     def is_synchronous(self) -> bool:
         """Whether values can be read without waiting for the device, as on the CPU."""
         return bool(self._device.type == "cpu")
+
+    @property
+    def bonus_at_once(self) -> bool:
+        """Whether every draft ends with the proxy's step for the bonus position, be it needed or not.
+
+        Processes that share the proxy could not run the step if one of them failed while it emits what is before it.
+        """
+        return not self.is_synchronous or sharing_group(self.reader.model.model) is not None
 
     def time_steps(self) -> Stopwatch:
         """From now on, measure how long the proxy's steps take."""
@@ -152,6 +162,7 @@ class KADCandidateGenerator(CandidateGenerator):
         draft_limits = self._draft_limits(tokens, lengths, base_limits)
         limits = send(draft_limits, self._device)  # now, so that nobody waits for it behind the proxy's steps
         self._next: tuple[torch.Tensor | None, torch.Tensor | None] = tokens, None
+        self._bonus = None
         ids, probs, logits = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
         ended = [False] * len(lengths)
         for _ in range(max(draft_limits)):
@@ -169,6 +180,8 @@ class KADCandidateGenerator(CandidateGenerator):
                     break
         if not self.is_synchronous:
             logits.append(self.next_logits())
+        elif self.bonus_at_once:
+            self._bonus = self.next_logits()
         none = torch.empty(len(lengths), 0, dtype=torch.long, device=self._device)
         drafted = torch.stack(ids, dim=1) if ids else none
         nothing = none.new_empty(*none.shape, self.reader.vocabulary, dtype=torch.float32)
@@ -182,6 +195,8 @@ class KADCandidateGenerator(CandidateGenerator):
 
     def next_logits(self) -> torch.Tensor:
         """The proxy's logits, tempered, behind all that was read and drafted: `(B, V)` float32."""
+        if self._bonus is not None:
+            return self._bonus
         with nullcontext() if self.stopwatch is None else self.stopwatch.running():
             return self.reader.read(*self._next)[:, -1]
 

@@ -42,6 +42,7 @@ from .call_warnings import warn_about_call
 from .ended_rows import EndedRows
 from .lazy import LazyStep
 from .open_call import OpenCall
+from .parallel import OneProcess, forwards_in_step, ranks_in_step
 from .processor_state import ProcessorState
 from .proxy_text import ProxyText, without_placeholders
 from .refusals import is_kad_generate, is_speculative, refuse_call, refuse_continuous_batching
@@ -152,10 +153,19 @@ _WRAPPERS = {
 
 
 def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, given: CallArguments) -> Any:
+    """Run the original `generate` with an open call, in step with the processes that its models are sharded over."""
+    models = [given.model, *(cached.model for cached in state.models)]
+    with forwards_in_step(given), ranks_in_step(models, given) as ranks:
+        return _open_and_run(original, state, given, ranks)
+
+
+def _open_and_run(original: Callable[..., Any], state: ProcessorState, given: CallArguments, ranks: OneProcess) -> Any:
     """Run the original `generate` with an open call, and keep its statistics and trace."""
     speculative = is_speculative(state, given.arguments)
     refuse_call(state, given, speculative)
     call = _describe_call(state, given, speculative)
+    call.ranks = ranks
+    ranks.begin(given)
     warn_about_call(state, given, call)
     if speculative:
         arguments = _with_loop(given)
@@ -168,9 +178,12 @@ def _generate_with_kad(original: Callable[..., Any], state: ProcessorState, give
     )
     try:  # the call is opened inside, so that no interrupt leaves it open
         state.open(call)
+        if not speculative:
+            ranks.meet_before_forwards()
         forwards = call.models.proxy_forwards
         result = original(given.model, **arguments)
         step.finish()
+        ranks.end(result)
         _keep_records(state, call, given, result, call.models.proxy_forwards - forwards)
         call.finished = True
     finally:

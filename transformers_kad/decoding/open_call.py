@@ -9,6 +9,7 @@ from ..records.recorders import BatchRecorder, StepRecorder
 from ..records.statistics import KADStatistics, add_up
 from ..records.trace import KADTrace
 from .ended_rows import EndedRows
+from .parallel import OneProcess
 from .proxy_models import ProxyModels
 from .proxy_text import TextMap
 from .settings import DecodingSettings
@@ -34,6 +35,7 @@ class OpenCall:
         prompt_inputs: further inputs of the prompts that the proxy gets too, see `CachedModel.use_prompt_inputs`.
         prompt_mask: attention mask of the proxy's prompts.
         ended_rows: knows which rows have ended, token by token; None where that is not told row by row, as in beams.
+        ranks: the processes that compute the call together, since they share a model, or this one alone.
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
         finished: whether the call has returned, so that the caches are as it left them.
@@ -55,6 +57,7 @@ class OpenCall:
     prompt_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     prompt_mask: torch.Tensor | None = None
     ended_rows: EndedRows | None = None
+    ranks: OneProcess = field(default_factory=OneProcess)
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
     finished: bool = False

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import Cache, GenerationMixin, PreTrainedModel
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers import Cache, GenerationMixin, MaxTimeCriteria, PreTrainedModel
 
 from ..models.adapters import check_speculative_base
 from ..models.base_model import has_cross_attention, reads_both_directions, takes_tokens_back
 from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import how_to_compile
+from ..models.offloading import check_weights
 from .call_arguments import CallArguments
+from .parallel import is_pipelined, is_sharded, sharing_group
 from .processor_state import ProcessorState
 
 # Settings that ask for another way of decoding than sampling or taking the likeliest token, or for another target.
@@ -150,6 +150,7 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
     model, proxy = given.model, state.models.proxy.model
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"KAD needs a decoder-only base, got the encoder-decoder model {type(model).__name__}.")
+    check_weights(model, "base")
     if given.get("cache_implementation") == "paged":
         raise ValueError('`cache_implementation="paged"` would drop the KAD processor; leave it out.')
     for name in ("prompt_lookup_num_tokens", "assistant_early_exit"):
@@ -163,11 +164,30 @@ def _refuse_models(state: ProcessorState, given: CallArguments) -> None:
             "The proxy's adapter was put into the base model itself, so that the two are one: load the model that the "
             "adapter belongs to a second time."
         )
-    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(proxy):
-        raise ValueError(
-            "The proxy is sharded over processes (FSDP or DeepSpeed ZeRO-3), whose finished ranks skip the "
-            "processors; give every process a whole proxy."
-        )
+    for cached in state.models:
+        if is_sharded(cached.model):
+            raise ValueError(
+                f"The {cached.role} is sharded over processes (FSDP or DeepSpeed ZeRO-3), which do not all ask it at "
+                "the same time; give every process a whole one."
+            )
+        if is_pipelined(cached.model):
+            raise ValueError(
+                f"The {cached.role} is spread over processes by pipeline parallelism (`pp_size` above 1): load it "
+                "whole, or with tensor parallelism (`tp_size`)."
+            )
+    if any(sharing_group(shared) is not None for shared in (model, *(cached.model for cached in state.models))):
+        _refuse_time_limits(given)
+
+
+def _refuse_time_limits(given: CallArguments) -> None:
+    """Raise for limits that processes which share a model would reach at different tokens."""
+    limits = [given.get("max_time"), *(c.max_time for c in given.stopping_criteria if isinstance(c, MaxTimeCriteria))]
+    for limit in limits:
+        if limit is not None:
+            raise ValueError(
+                f"`max_time={limit!r}` is not available where processes share a model, since each goes by its own "
+                "clock and would end at another token: limit the text with `max_new_tokens`."
+            )
 
 
 def _refuse_inputs(state: ProcessorState, given: CallArguments, speculative: bool) -> None:
@@ -218,6 +238,11 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if given.get(name):
             raise ValueError(f"`{name}=True` is not available in speculative decoding; leave out `assistant_model`.")
+    if is_pipelined(given.model):
+        raise ValueError(
+            "Drafts are not available for a base that is spread over processes by pipeline parallelism (`pp_size` "
+            "above 1): leave out `assistant_model`, or load the base with tensor parallelism (`tp_size`)."
+        )
     ids = given.input_ids
     sequences = (1 if ids is None else ids.shape[0]) * given.get("num_return_sequences", 1)
     check_speculative_base(given.model, sequences)
@@ -228,7 +253,12 @@ def _refuse_speculative(state: ProcessorState, given: CallArguments) -> None:
 
 
 def _refuse_compiled(state: ProcessorState, given: CallArguments) -> None:
-    """Raise for inputs of the prompts that compiled forwards would not read."""
+    """Raise for inputs of the prompts that compiled forwards would not read, and for sharded weights."""
+    if is_sharded(given.model):
+        raise ValueError(
+            "`compile=True` is not available for a base that is sharded by FSDP or DeepSpeed ZeRO-3: leave out "
+            "`compile`."
+        )
     if given.arguments.get("position_ids") is not None:
         raise ValueError("`compile=True` counts positions itself, got `position_ids`: leave out one of them.")
     further = {} if state.proxy_prompt is None else state.proxy_prompt.further_inputs

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def kad_generate(
     base, generator, reference = readers
     automatic, stopwatch = None, None
     if call.settings.num_assistant_tokens == "auto":
-        automatic, stopwatch = DraftLength(bonus_at_once=not generator.is_synchronous), generator.time_steps()
+        automatic, stopwatch = DraftLength(bonus_at_once=generator.bonus_at_once), generator.time_steps()
     before, after = logits_processor[:at], logits_processor[at + 1 :]
     settings = RoundSettings(
         model,
@@ -98,16 +99,19 @@ def kad_generate(
 
     forwards_before = base.model.forwards
     active, last, in_step = list(range(len(rows))), None, growth.in_step
+    length, decided = generator.num_assistant_tokens, list[int]()
     while active:
         began = time.perf_counter()
         if automatic is not None:
-            generator.num_assistant_tokens = automatic.choose(len(active), in_step=in_step)
+            length = automatic.choose(len(active), in_step=in_step)
+        generator.num_assistant_tokens = call.ranks.begin_round(decided, length)
 
         # 1. The proxy drafts, and the base reads the draft.
         draft = generator.draft(last, [texts.lengths[row] for row in active], base.own_tokens_left(last))
         new, drafted = draft.behind(last), draft.ids.shape[1]
         base_logits = base.read(*new, logits_to_keep=drafted + 1).to(input_ids.device)
         reference_logits = None if reference is None else reference.read(*new, logits_to_keep=drafted + 1)
+        call.ranks.end_forwards()
 
         in_step = growth.in_step or readers.need_rows_in_step
 
@@ -131,6 +135,7 @@ def kad_generate(
                 automatic.timed(len(active), drafted, proxy_seconds / steps, rest)
             for row, chances, ratios, count in zip(active, round_.chances, round_.ratios, emitted, strict=True):
                 automatic.accepted(row, chances[:count], ratios[:count])
+        decided = [*chain(*round_.drafted), *emitted, *(rows[row].last_token for row in active)]
         active = [active[place] for place in staying]
         last = torch.tensor([[rows[row].last_token] for row in active], device="cpu")
 

@@ -94,6 +94,7 @@ class SpeculativeRound:
 
     Attributes:
         base_logits: as above, on the base's device.
+        drafted: of each row the ids that were drafted, filled up to the longest draft; known after `decide`.
         lengths: of each row, the number of tokens drafted; known after `decide`.
         accepted: of each row, how many of them were accepted.
         chances: of each row and each position that was looked at, Σ min(q, r): the probability with which a token
@@ -122,7 +123,7 @@ class SpeculativeRound:
         self.accepted = [0] * len(rows)
         self.chances = [list[float]() for _ in rows]
         self.ratios = [list[float]() for _ in rows]
-        self._drafted: list[list[int]] = []
+        self.drafted: list[list[int]] = []
         self._parts: list[_Part] = []
         with_drafts = list[torch.Tensor]()
         if settings.look_at_text:
@@ -166,7 +167,7 @@ class SpeculativeRound:
         for row in self._going_on:
             count = decision.accepted[row]
             self.accepted[row] += count
-            tokens[row] = self._drafted[row][begin : begin + count]
+            tokens[row] = self.drafted[row][begin : begin + count]
             if begin + count < end:
                 tokens[row].append(decision.next_tokens[row])
             if row in decision.faults:
@@ -275,7 +276,7 @@ class SpeculativeRound:
         values = fetch(wanted)
         counts, following = values["counts"], values["following"]
         if begin == 0:
-            self.lengths, self._drafted = values["lengths"], values["drafted"]
+            self.lengths, self.drafted = values["lengths"], values["drafted"]
         for name, by_row in (("chances", self.chances), ("ratios", self.ratios)):
             for own, of_part in zip(by_row, values.get(name, ()), strict=False):
                 own.extend(of_part)

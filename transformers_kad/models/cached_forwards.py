@@ -27,7 +27,8 @@ from .cache_rollback import (
 from .fingerprint import fingerprint
 from .forward_inputs import ForwardInputs
 from .model_errors import ContextLengthError, describe
-from .model_settings import context_length, longrope_switch, text_setting
+from .model_settings import context_length, longrope_switch, readable_ids, text_setting
+from .offloading import check_weights, execution_device
 from .padding import PaddedTexts
 from .recurrent_states import reads_one_by_one
 
@@ -83,7 +84,7 @@ class CachedForwards:
         self.without_adapter = without_adapter
         self.forwards = 0
         self.context_length = context_length(model)
-        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = readable_ids(model)
         self._inputs = ForwardInputs(model, for_base=self.counts_given_positions_only)
         self.accepted_inputs = self._inputs.accepted
         self._switch = AdapterSwitch(model) if without_adapter else None
@@ -97,6 +98,11 @@ class CachedForwards:
         self._reads_one_by_one = reads_one_by_one(model, None)
         self.state: Hashable = None
         self.reset()
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        return execution_device(self.model)
 
     @property
     def cached_length(self) -> int:
@@ -134,12 +140,14 @@ class CachedForwards:
             state: the model's `fingerprint`, where it is known already.
 
         Raises:
-            ValueError: the model is in training mode, or its adapters can't serve (any longer).
+            ValueError: the model is in training mode, has weights without values, or its adapters can't serve (any
+                longer).
         """
         if self.model.training:
             raise ValueError(
                 f"The {self.role} {describe(self.model)} is in training mode, where dropout is active; call `.eval()`."
             )
+        check_weights(self.model, self.role)
         check_adapters(self.model, self.role, without_adapter=self.without_adapter)
         self._switch = AdapterSwitch(self.model) if self.without_adapter else None
         self.state = fingerprint(self.model) if state is None else state

@@ -77,7 +77,7 @@ class CachedModel(CachedForwards):
                 lengths = lengths.masked_fill(ended.to(lengths.device), 0)
             self.check_length(int(lengths.max()))
         # Copies: the tensors may be the caller's own, to be written to later.
-        ids = self._readable(input_ids.to(self.model.device).clone())
+        ids = self._readable(input_ids.to(self.device).clone())
         texts = PaddedTexts(ids, None if attention_mask is None else (attention_mask != 0).to(ids))
         self._begin_round()
         behind_prompt = 0 if prompt_length is None else length - prompt_length

@@ -76,8 +76,10 @@ def _checksums(tensors: list[torch.Tensor]) -> Hashable:
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that hold the data of one that may be a wrapper of others, as quantized and distributed ones are."""
     if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if torch.is_tensor(part):  # the mesh of a distributed tensor is among them
+                yield from _plain(part)
     else:
         yield tensor.detach()
 

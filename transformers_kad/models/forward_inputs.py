@@ -13,6 +13,7 @@ from .attention_masks import looking_waits, prepare_masks
 from .cache_rollback import Rollback
 from .model_errors import describe
 from .model_settings import context_length
+from .offloading import execution_device
 from .padding import PaddedTexts
 
 # What `generate` passes for every token of the text, and continues behind the prompt.
@@ -69,7 +70,7 @@ class ForwardInputs:
                 are counted on from the last one, and tokens after it have the last type, as in `generate`.
             attention_mask: of the prompts, `(B, P)`; None without padding.
         """
-        device = self._below.device
+        device = execution_device(self._below)
         self._given = {name: value.to(device) for name, value in inputs.items() if name in self.accepted}
         self._given_columns = max((value.shape[-1] for value in self._given.values()), default=0)
         self._columns_have_moved = False
@@ -115,7 +116,7 @@ class ForwardInputs:
     def select_rows(self, rows: list[int], before: int) -> None:
         """Of the rows of a batch, so many `before`, keep only some, in this order."""
         if self._given:
-            index = send(rows, self._below.device)
+            index = send(rows, execution_device(self._below))
             self._given = {name: repeat_rows(value, before)[..., index, :] for name, value in self._given.items()}
 
     def drop_prompt_columns(self, columns: int) -> None:

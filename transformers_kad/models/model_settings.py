@@ -52,4 +52,14 @@ def placeholder_ids(model: PreTrainedModel) -> list[int]:
 def vocabulary_size(model: PreTrainedModel) -> int:
     """The number of ids that a model can say: by its configuration, or else the number that it can read."""
     size = text_setting(model.config, "vocab_size")
-    return size if isinstance(size, int) else model.get_input_embeddings().weight.shape[0]
+    return size if isinstance(size, int) else readable_ids(model)
+
+
+def readable_ids(model: PreTrainedModel) -> int:
+    """The number of ids that a model can read: the rows of its embedding."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if weight is None:  # in pipeline parallelism only the first process has it
+        return int(text_setting(model.config, "vocab_size"))
+    # Under DeepSpeed ZeRO-3 a weight is empty while no forward needs it, and `ds_shape` is the shape that it has then.
+    rows: int = getattr(weight, "ds_shape", weight.shape)[0]
+    return rows

@@ -75,7 +75,7 @@ class RunningTexts:
         sizes = []
         for length in (1, 2):
             reader = self._new_reader()
-            reader.logits(torch.zeros(1, length, dtype=torch.long, device=self.model.device))
+            reader.logits(torch.zeros(1, length, dtype=torch.long, device=reader.device))
             sizes.append(reader.cache_bytes)
         per_token = sizes[1] - sizes[0]
         return max(sizes[0] - per_token, 0), per_token
@@ -147,7 +147,7 @@ class RunningTexts:
 
     def _grow(self, batch: _Batch, texts: Mapping[Any, Sequence[int]]) -> dict[Hashable, torch.Tensor]:
         """Read the last token of each row."""
-        tokens = torch.tensor([[texts[key][-1]] for key in batch.keys], device=self.model.device)
+        tokens = torch.tensor([[texts[key][-1]] for key in batch.keys], device=batch.reader.device)
         batch.lengths = [len(texts[key]) for key in batch.keys]
         batch.reader.check_length(max(batch.lengths))
         self.forwards += 1
@@ -192,8 +192,8 @@ class RunningTexts:
         """The logits behind whole texts, `(texts, V)`."""
         rows = [list(text) for text in texts]
         columns = max(map(len, rows))
-        ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=self.model.device)
-        mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows], device=self.model.device)
+        ids = torch.tensor([[0] * (columns - len(row)) + row for row in rows], device=reader.device)
+        mask = torch.tensor([[0] * (columns - len(row)) + [1] * len(row) for row in rows], device=reader.device)
         self.forwards += 1
         # The last token counts as one behind the prompt, so that it can be taken back and read again.
         return reader.logits(ids, mask, chunk_size=PROMPT_CHUNK, prompt_length=columns - 1)[:, -1]

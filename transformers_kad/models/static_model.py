@@ -16,6 +16,7 @@ from .compiled_steps import CompiledSteps
 from .fingerprint import fingerprint
 from .forward_inputs import ForwardInputs
 from .model_errors import describe
+from .offloading import is_offloaded
 from .padding import PaddedTexts, match_rows
 from .static_cache import RowCache, TextStore, has_attention_only, has_windows, static_layers
 from .static_masks import ColumnMasks
@@ -57,7 +58,7 @@ class StaticCacheModel(CachedModel):
             takes_positions="position_ids" in self.accepted_inputs,
             last_position=self._inputs.last_position,
         )
-        self._compiled = CompiledSteps(self._forward_rows, model.device)
+        self._compiled = CompiledSteps(self._forward_rows, self.device)
 
     @property
     def capacity(self) -> int:
@@ -126,6 +127,11 @@ class StaticCacheModel(CachedModel):
         self._make_room(tokens, rows)
 
     def _check_model(self, rows: int) -> None:
+        if is_offloaded(self.model):
+            raise ValueError(
+                f"`compile=True` needs weights that stay where they are, and those of the {self.role} "
+                f"{describe(self.model)} are offloaded: leave out `compile`."
+            )
         takes_masks = self._forward_rows.takes_masks
         # By this attribute transformers says that a model makes masks for static caches.
         is_static = takes_masks or getattr(model_below(self.model), "_can_compile_fullgraph", False)
@@ -150,7 +156,7 @@ class StaticCacheModel(CachedModel):
             return
         with torch.inference_mode(False):  # later calls write to it, in whatever mode
             if store is None:
-                layers, device = len(static_layers(self.model)), self.model.device
+                layers, device = len(static_layers(self.model)), self.device
                 self._store = TextStore(layers, rows=rows, capacity=capacity, device=device)
             else:
                 self._store = store.resized(max(rows, store.rows), max(capacity, store.capacity))
@@ -191,7 +197,7 @@ class StaticCacheModel(CachedModel):
 
     def _place_rows(self) -> None:
         first = list(range(len(self._rows)))
-        self._index = None if self._rows == first else send(self._rows, self.model.device)
+        self._index = None if self._rows == first else send(self._rows, self.device)
 
     @in_mode_of_cache
     def logits(
@@ -206,7 +212,7 @@ class StaticCacheModel(CachedModel):
         ended: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `CachedModel.logits`. What the cache has of the texts already is found by comparing them."""
-        ids = self._readable(input_ids.to(self.model.device).clone())
+        ids = self._readable(input_ids.to(self.device).clone())
         lengths = [ids.shape[1]] * len(ids)
         if attention_mask is not None:
             ids, lengths = _from_the_left(ids, attention_mask.to(ids.device) != 0)
@@ -277,7 +283,7 @@ class StaticCacheModel(CachedModel):
     @in_mode_of_cache
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None = None, *, logits_to_keep: int = 1) -> torch.Tensor:
         """See `CachedModel.extend`."""
-        ids = self._readable(send(ids, self.model.device))
+        ids = self._readable(send(ids, self.device))
         try:
             if mask is None:
                 logits = self._read_compiled(ids, [ids.shape[1]] * len(ids))[:, -logits_to_keep:]

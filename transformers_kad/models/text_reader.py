@@ -78,7 +78,7 @@ class TextReader:
         self, tokens: torch.Tensor | None, drafted: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, list[int]]:
         """Ids and mask of the next columns, `(B, n')` both, and how many of them each of the base's tokens takes."""
-        alignment, mask, device = self.vocabulary_alignment, None, self.model.model.device
+        alignment, mask, device = self.vocabulary_alignment, None, self.model.device
         widths = [1] * (0 if tokens is None else tokens.shape[1])
         own_counts = [[1] * len(self._lengths) for _ in widths]
         if alignment is not None and tokens is not None and widths:

@@ -1,5 +1,6 @@
 """JSON Lines files that a run appends its results to, and that a later run continues."""
 
+import glob
 import json
 import os
 import stat
@@ -24,13 +25,17 @@ class JsonLinesStore:
     incomplete last line, that line is removed and its result is computed again. A device or a pipe holds no earlier
     results and is only written to.
 
+    If several processes share the work, the main process has this store, and every other one appends to a part file
+    beside it (`JsonLinesPart`). The store takes over the records of part files when it is opened and in `complete`.
+
     Args:
         path: the file, or a link to it; its folder is created if it is missing.
         settings: the settings that determine the results, as JSON values. A missing setting counts as None.
+        order: the field that tells records apart, and by which `complete` sorts them.
 
     Attributes:
         records: the records that the file held when it was opened.
-        torn: the beginning of an incomplete last line that was removed from the file; None if there was none.
+        torn: the beginning of an incomplete last line that was removed from a file; None if there was none.
 
     Raises:
         ValueError: the file was made with other settings (the message shows the difference) or has no settings file,
@@ -47,8 +52,8 @@ class JsonLinesStore:
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, order: str = "line") -> None:
+        self.path, self.order = Path(path), order
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
         self.records, self.torn = list[dict[str, Any]](), None
@@ -62,6 +67,7 @@ class JsonLinesStore:
             lock(self._file, self.path)
             self._check_settings(json.loads(json.dumps(settings)))
             self.records, self.torn = read_json_lines(self.path)
+            self._take_over_parts()
         except BaseException:
             self._file.close()
             raise
@@ -80,10 +86,40 @@ class JsonLinesStore:
         """
         append_json_lines(self._file, [record])
 
+    def complete(self) -> None:
+        """At the end of a run, take over the records of all part files, and sort the file if it is not in order.
+
+        Raises:
+            OSError: the file could not be written.
+        """
+        if not self.path.is_file():
+            return
+        self.records, _ = read_json_lines(self.path)
+        self._take_over_parts()
+        in_order = sorted(self.records, key=lambda record: record[self.order])
+        if in_order != self.records:
+            write_whole(self.path, "".join(map(json_line, in_order)))
+            self.records = in_order
+
+    def _take_over_parts(self) -> None:
+        """Append the records of all part files, and remove these files."""
+        for part in self._parts():
+            records, torn = read_json_lines(part)
+            self.torn = torn or self.torn
+            known = {record.get(self.order) for record in self.records}  # a stop may come before the part is removed
+            new = [record for record in records if record.get(self.order) not in known]
+            append_json_lines(self._file, new)
+            self.records += new
+            part.unlink()
+
+    def _parts(self) -> list[Path]:
+        """The part files of all processes."""
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.part[0-9]*"))
+
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """Write the settings beside the results, or compare them with those of the results that are there."""
         settings_file = self.path.with_name(self.path.name + ".settings.json")
-        holds_results = self.path.stat().st_size > 0
+        holds_results = self.path.stat().st_size > 0 or bool(self._parts())
         if settings_file.exists() and holds_results:
             try:
                 found = parse_json_object(settings_file.read_bytes())
@@ -102,6 +138,33 @@ class JsonLinesStore:
             )
         else:
             write_whole(settings_file, json.dumps(settings, indent=2) + "\n")
+
+
+class JsonLinesPart:
+    """The file that a process other than the main one appends its results to, beside the file of a `JsonLinesStore`.
+
+    Args:
+        path: the file of the store, which the main process has opened before.
+        process: the index of this process.
+    """
+
+    def __init__(self, path: str | Path, process: int) -> None:
+        self.path = Path(f"{os.path.realpath(path)}.part{process}")
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> "JsonLinesPart":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """See `JsonLinesStore.append`."""
+        append_json_lines(self._file, [record])
+
+    def close(self) -> None:
+        """Close the file, so that the store can take over its records."""
+        self._file.close()
 
 
 def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> None:
@@ -169,7 +232,9 @@ def lock(file: IO[str], path: Path) -> None:
         ) from error
 
 
-def describe_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The differences between two settings, for an error message."""
+def describe_differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], there: str = "there", here: str = "here"
+) -> str:
+    """The differences between two settings, for an error message that calls their places `there` and `here`."""
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key} is {found.get(key)!r} there and {wanted.get(key)!r} here" for key in keys)
+    return "; ".join(f"{key} is {found.get(key)!r} {there} and {wanted.get(key)!r} {here}" for key in keys)

@@ -58,6 +58,17 @@ def test_every_method_answers_the_same_again(pair, name, speculative):
     assert all(answer.error is None and 1 <= answer.tokens <= 12 and answer.seconds > 0 for answer in first)
 
 
+@pytest.mark.parametrize("name", [*PLAIN_METHODS, "kad-dual", "implicit-reward"])
+def test_a_batch_with_drafts_is_answered_as_its_prompts_are_alone(pair, name):
+    decoder = Decoder(pair, {"do_sample": False}, aligned=str(PAIR / "proxy"))
+    together = decoder.answer(method(name), QUESTIONS, 0, 40)
+    alone = [decoder.answer(method(name), [question], 0, 40)[0] for question in QUESTIONS]
+    assert texts(together) == texts(alone)
+    if method(name).config is not None:
+        assert [one.statistics.accepted for one in together] == [one.statistics.accepted for one in alone]
+        assert len({one.seconds for one in together}) == 1  # one call answered all of them
+
+
 @pytest.mark.parametrize("name", ["base", "ensemble"])
 def test_another_seed_gives_other_answers(decoder, name):
     assert texts(decoder.answer(method(name), QUESTIONS, 7, 30)) != texts(

@@ -10,7 +10,6 @@ from transformers_kad.recipes.evaluation.arguments import (
     EvaluationArguments,
     EvaluationSampling,
     MethodArguments,
-    assign_devices,
     make_decoder,
 )
 
@@ -47,19 +46,14 @@ def test_methods_share_the_parameters_of_the_command_line():
     assert [method.label for method in chosen.methods()] == ["kad-dual threshold=0.25", "nudging threshold=0.9"]
 
 
-@pytest.mark.parametrize(
-    ("process", "processes", "gpus", "expected"),
-    [(0, 1, 4, (None, "auto")), (1, 2, 0, (None, "auto")), (1, 2, 2, ([1], "cuda:1")), (1, 2, 5, ([2, 3], "cuda:2"))],
-)
-def test_each_process_gets_its_own_gpus(process, processes, gpus, expected):
-    models = ModelArguments()
-    assign_devices(models, process, processes, gpus)
-    assert (models.gpus, models.device) == expected
-
-
-def test_more_processes_than_gpus_are_refused():
-    with pytest.raises(ValueError, match="3 processes on one machine need a GPU each, but it has 2"):
-        assign_devices(ModelArguments(), 0, 3, 2)
+def test_with_drafts_each_instance_is_answered_alone_unless_a_batch_size_is_given():
+    drafts, none = EvaluationSampling(), EvaluationSampling(speculative=False)
+    sizes = [
+        EvaluationArguments(limit=1, batch_size=size).workloads(sampling)[0].batch_size
+        for size in (None, 8)
+        for sampling in (drafts, none)
+    ]
+    assert sizes == [1, 16, 8, 8]
 
 
 def test_greedy_samples_and_a_missing_pair_are_refused(tmp_path):

@@ -3,15 +3,18 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from thread_processes import launch
 
 from transformers_kad.recipes.evaluation.decoding import Answer
 from transformers_kad.recipes.evaluation.methods import Method, parse_methods
 from transformers_kad.recipes.evaluation.results import ResultsFolder
 from transformers_kad.recipes.evaluation.runner import Workload, answer_batch, run_evaluation
 from transformers_kad.recipes.evaluation.tasks import get_task
+from transformers_kad.recipes.processes import Processes
 from transformers_kad.records.statistics import SequenceStatistics
 
 TASK = get_task("tiny")
@@ -57,19 +60,21 @@ def workload(**settings):
     return Workload(TASK, INSTANCES, 48, **{"batch_size": 4, **settings})
 
 
-def processes(index, number):
-    return SimpleNamespace(
-        process_index=index, num_processes=number, is_main_process=index == 0, wait_for_everyone=lambda: None
-    )
-
-
-def run(path, decoder, *, state=None, methods=METHODS, report=None, **settings):
+def run(path, decoder, *, processes=None, methods=METHODS, report=None, **settings):
     said = []
-    with ResultsFolder(path, state.process_index if state else 0) as folder:
-        run_evaluation(
-            decoder, [workload(**settings)], methods, folder, state=state or processes(0, 1), log=said.append
-        )
+    with ResultsFolder(path, processes.index if processes else 0) as folder:
+        run_evaluation(decoder, [workload(**settings)], methods, folder, processes=processes, log=said.append)
     return said
+
+
+class FirstOf(Processes):
+    """The first of some processes, of which the others do nothing."""
+
+    def __init__(self, number):
+        self.index, self.number = 0, number
+
+    def gather(self, value):
+        return [value] * self.number
 
 
 def records(path):
@@ -99,23 +104,47 @@ def test_batches_have_seeds_of_their_own_that_nothing_else_decides(tmp_path):
 def test_processes_share_the_batches_and_leave_what_one_would_have(tmp_path):
     alone = FakeDecoder()
     run(tmp_path / "one", alone)
-    # Without real processes, the second one runs between the first one's start and its end.
     decoders, path = (FakeDecoder(), FakeDecoder()), tmp_path / "two"
-    done = []
-
-    def second():
-        if not done:
-            done.append(True)
-            return
-        if len(done) == 1:
-            done.append(True)
-            state = SimpleNamespace(**{**vars(processes(1, 2))})
-            run(path, decoders[1], state=state)
-
-    run(path, decoders[0], state=SimpleNamespace(**{**vars(processes(0, 2)), "wait_for_everyone": second}))
+    launch(2, lambda processes: run(path, decoders[processes.index], processes=processes))
     assert len(decoders[0].asked) == len(decoders[1].asked) == 3
     assert sorted(decoders[0].asked + decoders[1].asked) == sorted(alone.asked)
     assert (path / "results.jsonl").read_text() == (tmp_path / "one" / "results.jsonl").read_text()
+
+
+def test_processes_that_share_no_folder_answer_nothing(tmp_path):
+    decoders = (FakeDecoder(), FakeDecoder())
+    errors = launch(2, lambda p: run(tmp_path / str(p.index), decoders[p.index], processes=p))
+    assert all("must write into one folder" in str(error) for error in errors)
+    assert decoders[0].asked == decoders[1].asked == []
+
+
+def test_processes_with_different_questions_answer_nothing(tmp_path):
+    decoders = (FakeDecoder(), FakeDecoder())
+
+    def run_with(processes):
+        run(tmp_path, decoders[processes.index], processes=processes, seed=processes.index)
+
+    errors = launch(2, run_with)
+    assert all("seed of 'tiny' is 0 in process 0 and 1 in process 1" in str(error) for error in errors)
+    assert decoders[0].asked == decoders[1].asked == []
+
+
+def test_a_folder_that_holds_other_results_ends_all_processes(tmp_path):
+    run(tmp_path, FakeDecoder())
+    errors = launch(2, lambda processes: run(tmp_path, FakeDecoder(), processes=processes, seed=1))
+    assert all("seed is 0 there and 1 here" in str(error) for error in errors)
+
+
+def test_answers_that_are_missing_at_the_end_are_an_error_in_all_processes(tmp_path, monkeypatch):
+    """As where a network file system does not show the main process the file of another one."""
+    listed = Path.glob
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [p for p in listed(path, pattern) if ".1." not in p.name])
+    errors = launch(2, lambda processes: run(tmp_path, FakeDecoder(), processes=processes))
+    assert all("3 of 6 batches are missing" in str(error) for error in errors)
+    monkeypatch.undo()
+    again = FakeDecoder()
+    assert run(tmp_path, again) == ["6 of 6 batches are already done."]
+    assert again.asked == []
 
 
 @pytest.mark.parametrize("stop", [1, 2, 6])
@@ -133,27 +162,26 @@ def test_a_stopped_run_goes_on_and_repeats_nothing(tmp_path, stop):
 
 @pytest.mark.parametrize("stop", [1, 2, 9])
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_stop_loses_no_answer_of_a_speculative_run(tmp_path, stop, number):
+def test_a_stop_loses_no_answer_that_is_made_alone(tmp_path, stop, number):
     """They are made one at a time, and each is on the disk before the next one is begun."""
     undisturbed = FakeDecoder(speculative=True)
-    run(tmp_path / "whole", undisturbed)
+    run(tmp_path / "whole", undisturbed, batch_size=1)
     assert [len(questions) for _, questions, _ in undisturbed.asked] == [1] * 20
     first, path = FakeDecoder(fail=[stop], speculative=True), tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        run(path, first, state=processes(0, number))
+        run(path, first, processes=FirstOf(number), batch_size=1)
     kept = [json.loads(line) for part in path.glob("results.0.jsonl") for line in part.read_text().splitlines()]
     assert len(kept) == stop - 1
     second = FakeDecoder(speculative=True)
-    run(path, second)
+    run(path, second, batch_size=1)
     assert sorted(first.asked[:-1] + second.asked) == sorted(undisturbed.asked)
     assert (path / "results.jsonl").read_text() == (tmp_path / "whole" / "results.jsonl").read_text()
 
 
-def test_the_answers_of_a_speculative_run_do_not_depend_on_the_batch_size(tmp_path):
-    for size in (1, 7):
-        run(tmp_path / str(size), FakeDecoder(speculative=True), batch_size=size)
-    assert records(tmp_path / "1") == records(tmp_path / "7")
-    run(tmp_path / "1", FakeDecoder(speculative=True), batch_size=7, num_samples=2)  # and so it may change
+def test_a_speculative_run_answers_batches_of_the_size_that_is_asked_for(tmp_path):
+    decoder = FakeDecoder(speculative=True)
+    run(tmp_path, decoder, batch_size=7)
+    assert [len(questions) for _, questions, _ in decoder.asked] == [7, 3] * 2
 
 
 def test_more_methods_and_samples_are_added_to_what_is_there(tmp_path):
@@ -181,7 +209,7 @@ def test_what_decides_the_results_is_held_against_those_that_are_there(tmp_path,
     decoder = FakeDecoder()
     with pytest.raises(ValueError, match=re.escape(difference)), ResultsFolder(tmp_path) as folder:
         asked = replace(workload(), **changed)
-        run_evaluation(decoder, [asked], METHODS, folder, state=processes(0, 1), log=lambda line: None)
+        run_evaluation(decoder, [asked], METHODS, folder, log=lambda line: None)
     assert decoder.asked == []
 
 
@@ -198,9 +226,7 @@ def test_failed_answers_are_tried_again_when_that_is_asked_for(tmp_path):
     again = FakeDecoder()
     assert run(tmp_path, again, methods=METHODS[:1]) == ["3 of 3 batches are already done."]
     with ResultsFolder(tmp_path) as folder:
-        run_evaluation(
-            again, [workload()], METHODS[:1], folder, state=processes(0, 1), log=lambda _: None, retry_failed=True
-        )
+        run_evaluation(again, [workload()], METHODS[:1], folder, log=lambda _: None, retry_failed=True)
     assert len(again.asked) == 1
     assert all(record["error"] is None for record in records(tmp_path))
 

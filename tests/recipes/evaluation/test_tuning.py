@@ -61,6 +61,7 @@ def search(
     asked=WORKLOAD,
     draft_lengths=None,
     said=None,
+    between=None,
 ):
     decoder = decoder or Landscape(asked.instances)
     said = [] if said is None else said
@@ -73,7 +74,7 @@ def search(
     )
     with ResultsFolder(path) as folder:
         folder.prepare()
-        Tuner(decoder, asked, folder, methods, goal, draft_lengths, progress=said.append).run(study, trials)
+        Tuner(decoder, asked, folder, methods, goal, draft_lengths, between, said.append).run(study, trials)
         folder.merge()
     return study, decoder
 
@@ -134,9 +135,9 @@ def test_a_setting_that_is_much_worse_is_given_up(tmp_path):
     assert sum("pruned, another setting is more accurate (" in line for line in said) == len(pruned)
 
 
-def test_drafts_change_the_size_of_a_batch_and_not_the_questions_after_which_a_trial_may_be_given_up(tmp_path):
+def test_a_trial_may_be_given_up_after_some_questions_whatever_the_size_of_a_batch(tmp_path):
     decoder = Landscape(LARGE.instances, speculative=True)
-    study, _ = search(tmp_path, Goal(speed=False), 20, decoder, asked=LARGE)
+    study, _ = search(tmp_path, Goal(speed=False), 20, decoder, asked=replace(LARGE, batch_size=1), between=4)
     pruned = {method_of(t.params).label for t in study.trials if t.state == optuna.trial.TrialState.PRUNED}
     assert pruned
     assert all(len(questions) == 1 for _, questions, _ in decoder.asked)

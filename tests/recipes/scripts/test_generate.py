@@ -658,3 +658,46 @@ def test_records_that_are_of_no_line_are_refused(tmp_path, no_models):
         pytest.raises(ValueError, match=r"answers\.jsonl.*\[1\]"),
     ):
         generate.run_lines(no_models, generate.PromptArguments(), generate.read_prompts(["So"]), store)
+
+
+# --- Several processes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [[], ["--input", "-"], ["--input", "a"], ["--input", "a", "--output", os.devnull]])
+def test_several_processes_need_a_file_to_divide_and_one_for_the_answers(place):
+    (arguments,) = generate.parse_arguments((generate.PromptArguments,), None, place)
+    generate.refuse_several(1, arguments)
+    with pytest.raises(ValueError, match=r"^2 processes divide the lines of a file") as error:
+        generate.refuse_several(2, arguments)
+    assert f"got {arguments.input!r} and {arguments.output!r}" in str(error.value)
+
+
+@pytest.mark.slow
+def test_two_processes_divide_the_lines_and_leave_the_file_of_one(tmp_path, prompts):
+    """The run goes on with what two other processes have left, one of which was stopped in a line."""
+    prompts.write_text(prompts.read_text() + '{"prompt": 5}\n')
+    sampling = ["--do_sample", "--seed", "3", "--max_new_tokens", "30", "--input", str(prompts)]
+    whole, divided = tmp_path / "whole.jsonl", tmp_path / "divided.jsonl"
+    assert generate.main([*MODELS, *sampling, "--output", str(whole)]) == 1  # since the last line can't be used
+    expected = whole.read_text().splitlines(keepends=True)
+    shutil.copy(f"{whole}.settings.json", f"{divided}.settings.json")
+    divided.write_text(expected[0])
+    Path(f"{divided}.part1").write_text(expected[3] + expected[5][:20])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    run = subprocess.run(
+        [*launcher, str(SCRIPT), *MODELS, *sampling, "--output", str(divided)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert run.returncode == 1, run.stderr
+    assert divided.read_text() == whole.read_text()
+    assert run.stderr.count("2 lines are already done, 0 of them failed.") == 1
+    assert run.stderr.count("An incomplete last line was removed") == 1
+    assert sorted(re.findall(r"^(\d) prompts;", run.stderr, re.MULTILINE)) == ["3", "3"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("divided")) == [
+        "divided.jsonl",
+        "divided.jsonl.settings.json",
+    ]

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
@@ -113,6 +114,83 @@ def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, t
     assert "batches are already done" in finished.stderr
     assert "An incomplete last line was removed" in finished.stderr
     assert results(tmp_path) == results(undisturbed)
+
+
+def start_nodes(port, *outputs, arguments):
+    """A launcher with one process for each node, all of them on this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(outputs)), "--nproc_per_node", "1"]
+    launch += ["--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [
+        subprocess.Popen(
+            [*launch, "--node_rank", str(rank), *command(output, *arguments)[1:]],
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, output in enumerate(outputs)
+    ]
+
+
+def finish(nodes):
+    """What the nodes wrote to standard error, and their exit statuses."""
+    try:
+        errors = [node.communicate(timeout=120)[1] for node in nodes]
+    finally:
+        for node in nodes:
+            kill(node)
+    return errors, [node.returncode for node in nodes]
+
+
+def kill(process):
+    """Kill a process with its children, unless it has ended."""
+    if process.poll() is None:
+        for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            one.kill()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_killed_node_ends_the_run_which_the_same_command_goes_on_with(tmp_path):
+    """Two nodes, with drafts in batches; the results are those of one process."""
+    arguments = ("--method", "kad-dual", "--limit", "80", "--num_samples", "2", "--batch_size", "8")
+    output = tmp_path / "nodes"
+    nodes = start_nodes(free_port(), output, output, arguments=arguments)
+    deadline = time.monotonic() + 120
+    while not (output / "results.1.jsonl").exists():
+        assert all(node.poll() is None for node in nodes), "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    kill(nodes[1])
+    errors, statuses = finish(nodes)
+    assert statuses[0] != 0
+    assert "error: Another process of this run has ended before the run was complete" in errors[0]
+    left = sum(len(path.read_bytes().splitlines()) for path in output.glob("results*.jsonl"))
+    assert 0 < left < 160
+
+    errors, statuses = finish(start_nodes(free_port(), output, output, arguments=arguments))
+    assert statuses == [0, 0], errors
+    assert "batches are already done" in errors[0]
+    assert json.loads((output / "summary.json").read_text())["environment"]["processes"] == 2
+    assert run_eval.main([*arguments, "--output", str(tmp_path / "one")]) == 0
+    assert results(output) == results(tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_nodes_that_share_no_folder_end_at_the_start(tmp_path):
+    outputs = (tmp_path / "a", tmp_path / "b")
+    errors, statuses = finish(start_nodes(free_port(), *outputs, arguments=("--method", "base", "--limit", "8")))
+    assert 0 not in statuses
+    for error in errors:
+        before, found, _ = error.partition("error: The processes of a run must write into one folder.")
+        assert found
+        assert "Traceback" not in before  # behind it, the launcher shows one of its own
+    assert not list(tmp_path.glob("*/results*.jsonl"))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ...models.cached_model import CachedModel
+from ...models.offloading import execution_device
 from ...models.static_model import StaticCacheModel
 from .bounds import Shape
 
@@ -231,7 +232,7 @@ class ForwardTimer:
 
     def _meter(self, name: str) -> ForwardMeter:
         model = self._models[name]
-        return ForwardMeter({name: model}, clock_of(model.device))
+        return ForwardMeter({name: model}, clock_of(execution_device(model)))
 
 
 def time_compiled_forwards(compiled: StaticCacheModel, *, rows: int, held: int) -> list[float]:
@@ -239,7 +240,7 @@ def time_compiled_forwards(compiled: StaticCacheModel, *, rows: int, held: int) 
 
     Forward passes that were compiled before are not compiled again.
     """
-    clock = clock_of(compiled.model.device)
+    clock = clock_of(compiled.device)
     ids, mask = _random_texts(compiled.model, rows, held)
     new, _ = _random_texts(compiled.model, rows, compiled.width)
     compiled.reserve(held + compiled.width, rows)
@@ -257,7 +258,7 @@ def time_compiled_forwards(compiled: StaticCacheModel, *, rows: int, held: int) 
 def _random_texts(model: PreTrainedModel, rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random ids and a mask, `(rows, length)`. Every other row begins with padding, as in real batches."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = torch.randint(vocabulary, (rows, length), device=model.device)
+    ids = torch.randint(vocabulary, (rows, length), device=execution_device(model))
     mask = torch.ones_like(ids)
     mask[1::2, 0] = 0
     return ids, mask

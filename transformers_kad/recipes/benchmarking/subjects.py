@@ -13,6 +13,7 @@ from ...integrations.loading.devices import pick_device
 from ...integrations.loading.models import clear_generation_config
 from ...integrations.loading.prompts import Prompt, encode
 from ...logits_process import KADLogitsProcessor
+from ...models.offloading import execution_device
 from ...rules.registry import RULES
 from ...utils.sources import check_source
 from ..arguments import ModelArguments
@@ -47,8 +48,8 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """The device of the base."""
-        return self.base.device
+        """The device that the base computes on."""
+        return execution_device(self.base)
 
     @property
     def vocabulary(self) -> int:
@@ -187,7 +188,7 @@ def threshold_that_defers(base: PreTrainedModel, mass: float, *, tokens: int = 6
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.get_input_embeddings().weight.shape[0], (1, tokens), generator=generator)
     with torch.no_grad():
-        probs = (base(input_ids=ids.to(base.device)).logits[0].float() / temperature).softmax(-1)
+        probs = (base(input_ids=ids.to(execution_device(base))).logits[0].float() / temperature).softmax(-1)
     values = probs.flatten().sort().values
     place = int(torch.searchsorted(values.cpu().double().cumsum(0), mass * len(probs)))
     return float(values[min(place, len(values) - 1)])

@@ -1,6 +1,5 @@
 """The command-line arguments of the evaluation recipes."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +10,13 @@ from accelerate import PartialState
 from ...configuration import KADConfig
 from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
 from ..pair import Pair
+from ..processes import assign_own_devices
 from .decoding import Decoder
 from .methods import Method, parse_methods
 from .runner import Workload
 from .tasks import TASKS, get_task
+
+DEFAULT_BATCH_SIZE = 16  # token by token
 
 
 @dataclass
@@ -41,11 +43,11 @@ class EvaluationArguments:
     )
     few_shot: int = field(default=0, metadata={"help": "Number of solved examples before every question."})
     num_samples: int = field(default=1, metadata={"help": "Number of sampled answers to each instance."})
-    batch_size: int = field(
-        default=16,
+    batch_size: int | None = field(
+        default=None,
         metadata={
-            "help": "Instances in a batch, with --no_speculative. Each batch has one seed and one process, and is "
-            "resumed as a whole. Speculative runs answer and record one instance at a time."
+            "help": "Instances in a batch. Each batch has one seed, is answered by one process, and is resumed as a "
+            f"whole. Default: 1 in speculative decoding, {DEFAULT_BATCH_SIZE} with --no_speculative."
         },
     )
     pair: Path | None = field(
@@ -91,7 +93,7 @@ class EvaluationArguments:
                     sampling.max_new_tokens or task.max_new_tokens,
                     examples,
                     num_samples=self.num_samples,
-                    batch_size=self.batch_size,
+                    batch_size=self.batch_size or (1 if sampling.speculative else DEFAULT_BATCH_SIZE),
                     seed=sampling.seed,
                     positions=positions,
                 )
@@ -162,8 +164,7 @@ def make_decoder(
     uses_pair = models.complete_with_pair(config, evaluation.pair or default_pair)
     if uses_pair and evaluation.pair is None:
         torch.set_num_threads(1)  # more threads are slower for models this small
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", state.num_processes))
-    assign_devices(models, state.local_process_index, local_processes, torch.cuda.device_count())
+    assign_own_devices(models, state)
     flags: dict[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
     return Decoder(
         Pair(models),
@@ -174,29 +175,3 @@ def make_decoder(
         proxy_chat=flags[evaluation.proxy_chat],
         template_arguments=evaluation.template,
     )
-
-
-def assign_devices(models: ModelArguments, process: int, processes: int, gpus: int) -> None:
-    """Assign a GPU to this process, or several of them if the base is distributed over devices.
-
-    Args:
-        models: changed in place, unless the command line names a device.
-        process: index of this process on this machine.
-        processes: number of processes on this machine.
-        gpus: number of GPUs of this machine.
-
-    Raises:
-        ValueError: there are more processes than GPUs.
-
-    >>> models = ModelArguments(device_map="auto")
-    >>> assign_devices(models, process=1, processes=2, gpus=4)
-    >>> models.gpus, models.device
-    ([2, 3], 'cuda:2')
-    """
-    if processes == 1 or gpus == 0 or models.device != "auto":
-        return
-    each = gpus // processes
-    if each == 0:
-        raise ValueError(f"{processes} processes on one machine need a GPU each, but it has {gpus}. Start fewer.")
-    models.gpus = list(range(process * each, (process + 1) * each))
-    models.device = f"cuda:{models.gpus[0]}"

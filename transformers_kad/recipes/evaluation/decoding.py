@@ -69,8 +69,7 @@ class Decoder:
     Args:
         pair: base and proxy.
         settings: arguments of `generate` for sampling.
-        speculative: rules draft with the proxy. Every method then answers one prompt at a time, so that speeds are
-            comparable. Otherwise all methods decode whole batches token by token.
+        speculative: rules draft with the proxy. Otherwise all methods decode token by token.
         aligned: Hub id or folder of the aligned large model, for the method "aligned".
         chat: whether to apply the base's chat template to prompts; None to apply it if there is one.
         proxy_chat: the same for the proxy's own prompt; "same" if the proxy gets the base's prompt.
@@ -139,13 +138,13 @@ class Decoder:
 
         Equal prompts and seeds give equal answers, independently of earlier calls. If a batch fails (a prompt is too
         long, or logits are NaN), or if a long prompt would shorten the answers to the others, its prompts are answered
-        one by one.
+        one by one. So are those of the method "assisted", since transformers drafts for one prompt at a time.
         """
         self.prepare(method)
         if method.config is not None:
             self._processor_of(method.config).reset()
         set_seed(seed)
-        if not self.speculative:
+        if len(prompts) > 1 and method.name != "assisted":
             try:
                 return self._decode(method, prompts, max_new_tokens)
             except Exception as error:

@@ -169,17 +169,29 @@ class ResultsFolder:
         path = self.path / RESULTS
         return _read_records(path)[0] if path.exists() else []
 
+    def batches(self) -> set[tuple[str, str]]:
+        """The configuration and the name of every merged batch.
+
+        Raises:
+            ValueError: as for `read`.
+        """
+        return {(record["config"], record["batch"]) for record in self.read()}
+
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the records of a batch to the disk before returning."""
+        """Write the records of a batch to the file of this process, and to the disk before returning."""
         if self._file is None:
             self._file = (self.path / f"results.{self.process}.jsonl").open("a", encoding="utf-8")
         append_json_lines(self._file, records)
 
-    def merge(self, *, retry_failed: bool = False) -> Repairs:
-        """Merge the files of all processes into `results.jsonl`, in an order that does not depend on the processes."""
+    def close_part(self) -> None:
+        """Close the file of this process, so that the main process can merge it."""
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def merge(self, *, retry_failed: bool = False) -> Repairs:
+        """Merge the files of all processes into `results.jsonl`, in an order that does not depend on the processes."""
+        self.close_part()
         merged: dict[tuple[str, str], list[dict[str, Any]]] = {}
         torn, incomplete, retried = [], [], []
         parts = sorted(path for path in self.path.glob("results.*.jsonl") if path.name.split(".")[1].isdigit())

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
-
 from ..environment import describe_environment
+from ..processes import Processes
 from ..progress import Progress
 from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
-from .results import Repairs, ResultsFolder, config_hash
+from .results import RESULTS, Repairs, ResultsFolder, config_hash
 from .task import Instance, Task
 
 
@@ -28,8 +27,7 @@ class Workload:
         max_new_tokens: the maximum length of an answer in tokens.
         num_samples: the number of answers to each instance.
         batch_size: the number of instances in a batch. Each batch has its own seed, is answered by one process, and is
-            repeated as a whole when a run is continued, so another batch size gives other samples. Speculative
-            decoding answers one instance at a time, see `one_by_one`.
+            repeated as a whole when a run is continued, so another batch size gives other samples.
         seed: seed of the sampling.
         positions: record the deferral mass at every position, which does not change the answers.
     """
@@ -42,14 +40,6 @@ class Workload:
     batch_size: int = 16
     seed: int = 0
     positions: bool = False
-
-    def one_by_one(self, decoder: Decoder) -> "Workload":
-        """The same workload, with a batch size of 1 if the decoder is speculative.
-
-        Such a decoder answers one instance at a time. Each answer then has its own seed and is recorded immediately,
-        so that an interrupt loses none.
-        """
-        return replace(self, batch_size=1) if decoder.speculative else self
 
     def config(self, method: Method, decoder: Decoder) -> dict[str, Any]:
         """All settings that determine the results of a method, as JSON values, in `shared` and `own`."""
@@ -105,58 +95,97 @@ def run_evaluation(
     methods: Sequence[Method],
     folder: ResultsFolder,
     *,
-    state: PartialState | None = None,
+    processes: Processes | None = None,
     log: Callable[[str], None] = print,
     retry_failed: bool = False,
 ) -> None:
     """Answer every instance by every method, except those that the folder already has.
 
     The remaining batches are distributed over the processes in turn, and each process records a batch when it is
-    finished. With speculative decoding a batch is one answer. At the end the main process merges all files.
+    finished. At the end the main process merges the files of all processes.
 
     Args:
         decoder: the models.
         workloads: the tasks.
         methods: the methods.
-        folder: the results folder.
-        state: the processes. Default: those of the current launch.
-        log: called by the first process with messages for the user.
+        folder: the results folder, which all processes share.
+        processes: the processes. Default: those of the current launch.
+        log: called by the main process with messages for the user.
         retry_failed: answer batches again in which an answer failed.
 
     Raises:
-        ValueError: the folder holds results of other settings, or a method can't be used with the models.
+        ValueError: the folder holds results of other settings or is not shared by all processes, the processes have
+            different settings, or a method can't be used with the models.
+        ConnectionError: another process has ended before the run was complete.
     """
-    state = state or PartialState()
-    for method in methods:
-        decoder.prepare(method)
-    workloads = [workload.one_by_one(decoder) for workload in workloads]
+    processes = processes or Processes()
+
+    def load_models() -> None:
+        for method in methods:
+            decoder.prepare(method)
+
+    processes.run(load_models)
     configs = {(w.task.name, m.label): w.config(m, decoder) for w in workloads for m in methods}
-    if state.is_main_process:
+    names = {key: config_hash(config) for key, config in configs.items()}
+    batches = {
+        (names[w.task.name, m.label], batch.key): batch for w in workloads for m in methods for batch in w.batches(m)
+    }
+    processes.check_equal({"the number of batches": len(batches), **_settings(configs)})
+
+    def prepare_folder() -> set[tuple[str, str]]:
         _log_repairs(folder.prepare(retry_failed=retry_failed), log)
         folder.describe(list(configs.values()))
-    state.wait_for_everyone()
-    done = {(record["config"], record["batch"]) for record in folder.read()}
-    batches = [batch for w in workloads for m in methods for batch in w.batches(m)]
-    names = {key: config_hash(config) for key, config in configs.items()}
-    left = [b for b in batches if (names[b.workload.task.name, b.method.label], b.key) not in done]
-    if state.is_main_process and len(left) < len(batches):
+        return folder.batches()
+
+    processes.check_shared(folder.path)
+    done = processes.run_in_main(prepare_folder)
+    left = [key for key in batches if key not in done]
+    if processes.is_main and len(left) < len(batches):
         log(f"{len(batches) - len(left)} of {len(batches)} batches are already done.")
-    state.wait_for_everyone()  # no process writes while another one reads
-    mine = left[state.process_index :: state.num_processes]
-    total = sum(len(batch.instances) for batch in mine)
-    with Progress(total, "answers", shown=state.is_main_process) as progress:
+    _answer_batches(decoder, {key: batches[key] for key in processes.share(left)}, folder, shown=processes.is_main)
+    processes.run(folder.close_part)
+    processes.run_in_main(lambda: _merge(folder, batches.keys()))
+
+
+def _settings(configs: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
+    """All settings of a run by name, to compare those of different processes."""
+    settings: dict[str, Any] = {}
+    for (task, method), config in configs.items():
+        settings |= {f"{name} of {task!r}": value for name, value in config["shared"].items()}
+        settings |= {f"{name} of {method!r}": value for name, value in config["own"].items()}
+    return settings
+
+
+def _answer_batches(
+    decoder: Decoder, batches: Mapping[tuple[str, str], "Batch"], folder: ResultsFolder, *, shown: bool
+) -> None:
+    """Answer and record the batches of this process. The keys are a batch's configuration and name."""
+    total = sum(len(batch.instances) for batch in batches.values())
+    with Progress(total, "answers", shown=shown) as progress:
         warm, tally = set[str](), _RunningScore()
-        for batch in mine:
+        for (config, _), batch in batches.items():
             if batch.method.label not in warm:
                 warm.add(batch.method.label)
                 warm_up(decoder, batch)
-            records = answer_batch(decoder, batch, names[batch.workload.task.name, batch.method.label])
+            records = answer_batch(decoder, batch, config)
             folder.append(records)
             progress.update(len(records), tally.note(batch, records))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        folder.merge()
-    state.wait_for_everyone()
+
+
+def _merge(folder: ResultsFolder, batches: Set[tuple[str, str]]) -> None:
+    """Merge the files of all processes.
+
+    Raises:
+        ValueError: batches are missing.
+    """
+    folder.merge()
+    missing = len(batches - folder.batches())
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(batches)} batches are missing in {str(folder.path / RESULTS)!r}, although all "
+            "processes have recorded theirs. Start the same command again: it finds files that a network file system "
+            "has shown late, and answers the rest."
+        )
 
 
 def answer_batch(decoder: Decoder, batch: Batch, config: str) -> list[dict[str, Any]]:

@@ -1,27 +1,18 @@
 """Runs an evaluation, from the command-line arguments to the report."""
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import PartialState
-
 from ..arguments import ModelArguments
+from ..processes import Processes
 from .arguments import EvaluationArguments, EvaluationSampling, MethodArguments, make_decoder
+from .decoding import Decoder
 from .figures import plot_report
+from .methods import Method
 from .report import make_report, to_markdown, write_report
 from .results import ResultsFolder
-from .runner import run_evaluation
-
-
-def distributed_state() -> PartialState:
-    """The state of this process and of the other processes of the run.
-
-    The timeout is long, since processes wait for each other only at the end, and one may have much more to do.
-    """
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=30))
+from .runner import Workload, run_evaluation
 
 
 def log(line: str) -> None:
@@ -44,16 +35,24 @@ def evaluate(
     Returns:
         The report, see `make_report`; None in all processes but the main one.
     """
-    state = distributed_state()
-    methods = chosen.methods()
-    workloads = evaluation.workloads(sampling, positions=positions)
-    decoder = make_decoder(models, evaluation, sampling, state, config=chosen.config, default_pair=default_pair)
-    with ResultsFolder(evaluation.output, state.process_index) as folder:
-        run_evaluation(decoder, workloads, methods, folder, state=state, log=log, retry_failed=retry_failed)
-        if not state.is_main_process:
+    processes = Processes()
+
+    def load() -> tuple[list[Method], list[Workload], Decoder]:
+        return (
+            chosen.methods(),
+            evaluation.workloads(sampling, positions=positions),
+            make_decoder(
+                models, evaluation, sampling, processes.state, config=chosen.config, default_pair=default_pair
+            ),
+        )
+
+    methods, workloads, decoder = processes.run(load)
+    with ResultsFolder(evaluation.output, processes.index) as folder:
+        run_evaluation(decoder, workloads, methods, folder, processes=processes, log=log, retry_failed=retry_failed)
+        if not processes.is_main:
             return None
         dtype = str(decoder.pair.base.dtype).removeprefix("torch.")
-        report = make_report(folder, device=decoder.pair.device, dtype=dtype, processes=state.num_processes)
+        report = make_report(folder, device=decoder.pair.device, dtype=dtype, processes=processes.number)
     print(to_markdown(report))
     for path in (*write_report(report, folder.path), *plot_report(report, folder)):
         log(f"Written: {path}")

@@ -119,9 +119,9 @@ class Tuner:
     search can be continued.
 
     A trial is pruned if another setting is more accurate on the questions so far by the paired sign-flip test, and at
-    least as fast if speed is maximized. The test is made after every batch and against every other setting, so each
-    test gets an equal share of `ERROR_RATE` (Bonferroni): whatever the number of batches and settings, a setting that
-    is as good as all that were tried before is pruned with a probability of at most `ERROR_RATE`. The shares count
+    least as fast if speed is maximized. The test is made several times and against every other setting, so each test
+    gets an equal share of `ERROR_RATE` (Bonferroni): whatever the number of tests and settings, a setting that is as
+    good as all that were tried before is pruned with a probability of at most `ERROR_RATE`. The shares count
     pruned settings as well, since they might have been compared with if their results had been luckier. Comparing with
     the most accurate setting alone would need fewer shares, but would be biased: that setting owes its rank to luck on
     the same questions, so settings that equal it look worse.
@@ -133,6 +133,8 @@ class Tuner:
         methods: names from `RULE_METHODS`.
         goal: the objective.
         draft_lengths: the shortest and the longest draft to try; None for the default draft length.
+        questions_between_tests: a trial is tested whenever it has answered so many more questions, rounded down to
+            whole batches; None to test it after every batch.
         progress: called after every trial with a line for the user.
     """
 
@@ -142,6 +144,7 @@ class Tuner:
     methods: Sequence[str]
     goal: Goal
     draft_lengths: tuple[int, int] | None = None
+    questions_between_tests: int | None = None
     progress: Callable[[str], None] = print
     _scores: dict[str, list[BatchScores]] = field(default_factory=dict)  # method label -> its batches so far
 
@@ -153,11 +156,11 @@ class Tuner:
         for record in self.folder.read():
             records.setdefault((record["config"], record["batch"]), []).append(record)
         self._done = {key: BatchScores.of(batch) for key, batch in records.items()}
-        self._batched = self.workload.one_by_one(self.decoder)
-        whole = math.ceil(len(self.workload.instances) / self._batched.batch_size)
-        samples, step = self.workload.num_samples, self.workload.batch_size // self._batched.batch_size
-        # The numbers of batches after which a trial may be pruned: every `batch_size` questions, if all questions so
-        # far have the same number of samples and some batches are left.
+        size, samples = self.workload.batch_size, self.workload.num_samples
+        whole = math.ceil(len(self.workload.instances) / size)
+        step = max((self.questions_between_tests or size) // size, 1)
+        # The numbers of batches after which a trial may be pruned, if all questions so far have the same number of
+        # samples and some batches are left.
         self._test_points = {*range(step, whole, step), *range(whole, whole * samples, whole)}
 
     @property
@@ -268,12 +271,12 @@ class Tuner:
             prune: called after every batch with the tokens/s so far; returns whether to stop.
             bar: counts the answers, and those that pruning makes unnecessary.
         """
-        config = self._batched.config(method, self.decoder)
+        config = self.workload.config(method, self.decoder)
         name = config_hash(config)
         scores = self._scores[method.label] = []
         right = answers = tokens = 0
         seconds, ready = 0.0, False
-        for batch in self._batched.batches(method):
+        for batch in self.workload.batches(method):
             if (name, batch.key) not in self._done:
                 if not ready:
                     self.decoder.prepare(method)
