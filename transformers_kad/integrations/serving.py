@@ -13,11 +13,11 @@ import json
 import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import aclosing
 from contextvars import ContextVar
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -44,52 +44,11 @@ from ..logits_process import KADLogitsProcessor
 from ..models.model_errors import ContextLengthError
 from ..models.model_settings import context_length
 from ..records.statistics import KADStatistics
-from ..rules.registry import unknown_name_message
 from .loading.configuration import OWN_SETTINGS
+from .requests import config_of_request
 
 MakeProcessor = Callable[[KADConfig], KADLogitsProcessor]
 RULES_AT_HAND = 8  # processors that are kept for the rules of requests
-
-
-def config_of_request(default: KADConfig, asked: object) -> KADConfig | None:
-    """The settings that guide a request, by the field `kad` of its body.
-
-    Args:
-        default: the server's settings.
-        asked: None or True for the server's settings, False for the base alone, or an object with any of `rule`,
-            `parameters`, `component_temperature`, `num_assistant_tokens` and `verification`, in place of the server's.
-            The server's parameters are kept for the same rule only.
-
-    Returns:
-        The settings; None for the base alone.
-
-    Raises:
-        ValueError: an unknown name, or a value out of range.
-        TypeError: something that is no object, or a parameter that the rule does not have.
-
-    >>> config_of_request(KADConfig(), {"rule": "primal", "parameters": {"budget": 0.9}}).make_rule()
-    PrimalDeferral(budget=0.9)
-    """
-    if asked is None or asked is True:
-        return default
-    if asked is False:
-        return None
-    if not isinstance(asked, Mapping):
-        raise TypeError(
-            '`kad` must be false or an object such as {"rule": "dual", "parameters": {"threshold": 0.4}}, got '
-            f"{asked!r:.200}."
-        )
-    known = ("rule", "parameters", *OWN_SETTINGS)
-    for name in asked:
-        if name not in known:
-            raise ValueError(unknown_name_message("field of `kad`:", name, known))
-    parameters = asked.get("parameters", {})
-    if not isinstance(parameters, Mapping):
-        raise TypeError(f"`parameters` of `kad` must be an object, got {parameters!r:.200}.")
-    rule = asked.get("rule", default.rule)
-    kept = default.parameters if rule == default.rule else {}
-    own = {name: asked[name] for name in OWN_SETTINGS if name in asked}
-    return replace(default, rule=rule, parameters={**kept, **parameters}, **own)
 
 
 class _Call:
@@ -307,7 +266,7 @@ class _Guidance:
         """A request with these fields of its body; the errors are those of `config_of_request`."""
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise TypeError(f"`seed` must be an integer, got {seed!r:.200}.")
-        config = config_of_request(self.config, asked)
+        config = config_of_request(self.config, asked, ("rule", "parameters", *OWN_SETTINGS))
         if config is None:
             return _Call(None, None, seed, keeps_cache=True)
         is_default = config == self.config

@@ -4,13 +4,14 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import BaseQuantizedLayer, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from ..utils.transfers import send
 from .activated_lora import activated, prompt_activation
 from .cache_rollback import Rollback, layers_of, may_be_recurrent, record_past, rollback_of
 from .cached_model import CachedModel
 from .forward_inputs import PER_TOKEN, further_inputs
+from .layers_by_version import BaseQuantizedLayer
 from .model_errors import describe
 from .model_settings import text_setting
 from .padding import PaddedTexts

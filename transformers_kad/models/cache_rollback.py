@@ -13,7 +13,6 @@ import torch
 from peft.tuners.shadow.layers import ShadowCache
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import (
-    DummyLayer,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -23,6 +22,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from .layers_by_version import DummyLayer
 from .padding import keep_ends
 
 
@@ -216,7 +216,7 @@ def gather_columns(cache: Cache, columns: torch.Tensor) -> None:
 
 
 def join_rows(cache: Cache, other: Cache, columns: int) -> None:
-    """Put the rows of another cache of full attention behind those of the first, both padded on the left."""
+    """Put the rows of another cache of full attention behind those of the first, all padded to so many columns."""
     for layer, more in zip(layers_of(cache), layers_of(other), strict=True):
         if isinstance(layer, DummyLayer) or layer.get_seq_length() == 0:
             continue
@@ -227,3 +227,15 @@ def join_rows(cache: Cache, other: Cache, columns: int) -> None:
 def _padded(states: torch.Tensor, columns: int) -> torch.Tensor:
     """States `(B, heads, n, size)` with zeros before them, `(B, heads, columns, size)`."""
     return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))
+
+
+def bytes_of(cache: Cache) -> int:
+    """The memory of all tensors in the layers of a cache, in bytes."""
+    total, waiting = 0, [value for layer in layers_of(cache) for value in vars(layer).values()]
+    while waiting:
+        value = waiting.pop()
+        if torch.is_tensor(value):
+            total += value.nbytes
+        elif isinstance(value, dict):
+            waiting += value.values()
+    return total

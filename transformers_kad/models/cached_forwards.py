@@ -15,6 +15,7 @@ from .adapters import check_adapters
 from .cache_rollback import (
     FROM_COPIES,
     Rollback,
+    bytes_of,
     can_drop,
     drop_columns,
     forget_past,
@@ -107,6 +108,11 @@ class CachedForwards:
     def cached_length(self) -> int:
         """How many tokens of each text the cache holds."""
         return 0 if self._texts is None or self._cache is None else self._texts.columns
+
+    @property
+    def cache_bytes(self) -> int:
+        """The memory of the cache, in bytes."""
+        return 0 if self._cache is None else bytes_of(self._cache)
 
     @property
     def reads_prompt_alone(self) -> bool:

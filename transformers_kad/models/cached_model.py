@@ -310,30 +310,24 @@ class CachedModel(CachedForwards):
 
     @in_mode_of_cache
     def join(self, other: "CachedModel") -> bool:
-        """Between forwards, put the rows of another reader of the same model behind the own ones.
+        """Between rounds: continue with the rows of another reader of the same model as well, behind the own rows.
 
-        Both read texts padded on the left, which all end in the last column. The padding of the shorter ones grows.
+        Afterwards the last token of each row can still be taken back.
 
         Returns:
-            Whether that was possible, as it is where all layers have full attention. Otherwise nothing has changed.
+            Whether the rows were joined, which takes caches of full attention. Otherwise nothing has changed.
         """
-        if self._texts is None or self._cache is None or other._texts is None or other._cache is None:
+        if self._cache is None or other._cache is None or self._rollback is not Rollback.BEHIND_MASK:
             return False
-        if self._rollback is not Rollback.BEHIND_MASK or self._tokens_before_activation is not None:
+        if self._tokens_before_activation is not None:
             return False
+        assert self._texts is not None and other._texts is not None
         columns = max(self._texts.columns, other._texts.columns)
         join_rows(self._cache, other._cache, columns)
         self._texts = self._texts.padded_to(columns).join(other._texts.padded_to(columns))
+        self._begin_round()
+        self._round.add(self._texts.ids[:, -1:], None, None)
         return True
-
-    @in_mode_of_cache
-    def drop_padding(self, columns: int) -> None:
-        """Between forwards, keep only the last `columns` of all rows; before them is nothing but padding."""
-        if self._cache is not None and self._rollback is Rollback.BEHIND_MASK:
-            self._close_holes(columns)
-        elif self._texts is not None:
-            self._cache = None
-            self._texts = self._texts.without_first(self._texts.columns - columns)
 
     def _close_holes(self, length: int) -> None:
         """Rebuild the cache with so many columns, as many as its longest text has tokens."""

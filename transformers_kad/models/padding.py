@@ -41,7 +41,7 @@ class PaddedTexts(NamedTuple):
         return PaddedTexts(self.ids[:, columns:], None if self.mask is None else self.mask[:, columns:], self.lengths)
 
     def padded_to(self, columns: int) -> "PaddedTexts":
-        """The texts with so many columns, of which the new ones are padding on the left."""
+        """The texts in so many columns, of which the new ones are padding on the left."""
         new = columns - self.columns
         if new == 0:
             return self

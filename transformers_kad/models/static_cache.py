@@ -4,9 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from transformers import Cache, PreTrainedModel, StaticCache
-from transformers.cache_utils import DummyLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from ..utils.transfers import send
+from .layers_by_version import DummyLayer
 
 
 class TextStore:
