@@ -175,3 +175,11 @@ def test_a_text_beyond_the_context_is_named():
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"The proxy LlamaForCausalLM .* is in training mode"):
         RunningTexts(tiny_model(seed=3).train())
+
+
+def test_a_draft_that_was_replaced_is_not_read_on():
+    model = tiny_model(seed=3)
+    running = RunningTexts(model, cache_bytes=LARGE)
+    running.logits({0: [1, 2, 3, 4, 5]}, {0: 3})  # 4 and 5 are drafted
+    texts = {0: [1, 2, 3, 9, 9, 7]}
+    torch.testing.assert_close(running.logits(texts), plain(model, texts), atol=1e-4, rtol=1e-4)
