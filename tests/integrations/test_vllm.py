@@ -179,15 +179,15 @@ def test_one_forward_of_the_proxy_reads_all_running_requests(use, pair_base):
     engine = FakeEngine(pair_base, processor, rows=8)
     texts = engine.run([Request(prompt, 12, sampling_params()) for prompt in prompts(8)])
     assert [len(text) for text in texts] == [12] * 8
-    (reader,) = processor._readers
+    (reader,) = processor._proxy.readers
     assert 12 <= reader.forwards <= engine.steps + 8  # of those that go on, and of those that joined
 
 
 def test_requests_without_guidance_are_not_read(use, pair_base):
     processor = use(threshold=0.6)
-    before = processor._readers[0].forwards
+    before = processor._proxy.readers[0].forwards
     FakeEngine(pair_base, processor).run(requests([False]))
-    assert processor._readers[0].forwards == before
+    assert processor._proxy.readers[0].forwards == before
 
 
 def test_moves_onto_rows_of_unguided_requests(use):
@@ -237,7 +237,7 @@ def test_settings_of_a_request_as_the_server_passes_them_on(use):
 
     def guidance(asked):
         KADBatchLogitsProcessor.validate_params(sampling_params(asked))
-        return vllm.guidance_of(processor.config, sampling_params(asked))
+        return vllm.guidance_of(processor._proxy.config, sampling_params(asked))
 
     assert guidance(None) == guidance(True) == guidance(1) == guidance("true") == guidance({})
     assert guidance(None).rule.threshold == 0.5

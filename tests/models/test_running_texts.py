@@ -78,6 +78,59 @@ def test_without_memory_nothing_is_cached():
         assert running.cached_rows == running.cached_bytes == 0
 
 
+def walk_with_drafts(generator, steps, running=5):
+    """Texts of some steps with a draft at the end of each, and how many positions are wanted of each.
+
+    The next step keeps the first tokens of a draft, none or all of them, and another token stands behind these.
+    """
+    texts, drafts, joined = {}, {}, 0
+    for _ in range(steps):
+        lengths = torch.randint(0, 5, (running,), generator=generator).tolist()
+        chance = torch.rand(running + 1, generator=generator).tolist()
+        if chance[-1] < 0.4:
+            lengths = [lengths[0]] * running
+        for key in [key for key, luck in zip(texts, chance, strict=False) if luck > 0.9]:
+            del texts[key]
+        for key, luck in zip(texts, chance, strict=False):
+            kept = round(luck / 0.9 * len(drafts[key])) if chance[-1] > 0.2 else len(drafts[key])
+            texts[key] = [*texts[key], *drafts[key][:kept], int(torch.randint(1, 50, (), generator=generator))]
+        while len(texts) < running and (not texts or torch.rand((), generator=generator) < 0.5):
+            texts[joined] = random_text(generator)
+            joined += 1
+        drafts = {
+            key: torch.randint(1, 50, (length,), generator=generator).tolist()
+            for key, length in zip(texts, lengths, strict=False)
+        }
+        yield {key: texts[key] + drafts[key] for key in texts}, {key: 1 + len(drafts[key]) for key in texts}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_logits_behind_drafts_are_those_of_a_plain_forward(name, share):
+    """Texts join with drafts and without, and refuse different numbers of tokens, whatever the memory."""
+    model = MODELS[name]()
+    whole = RunningTexts(model, cache_bytes=LARGE)
+    whole.logits({key: list(range(1, 41)) for key in range(5)})
+    ceiling = LARGE if share == 1 else int(whole.cached_bytes * share)
+    running, cached = RunningTexts(model, cache_bytes=ceiling), []
+    for texts, positions in walk_with_drafts(torch.Generator().manual_seed(6), 50):
+        with torch.no_grad():
+            wanted = [model(torch.tensor([text])).logits[0, -positions[key] :] for key, text in texts.items()]
+        torch.testing.assert_close(running.logits(texts, positions), torch.cat(wanted), atol=1e-4, rtol=1e-4)
+        assert running.cached_bytes <= ceiling
+        cached.append(running.cached_rows == len(texts))
+    assert all(cached) if share == 1 else 0 < sum(cached) < len(cached)
+
+
+def test_one_forward_reads_drafts_of_different_length():
+    running = RunningTexts(tiny_model(seed=3), cache_bytes=LARGE)
+    before = {0: [1, 2, 3], 1: [4, 5], 2: [6]}
+    running.logits(before)
+    running.logits({0: [*before[0], 7, 8, 9], 1: [*before[1], 7], 2: [*before[2], 7, 8]}, {0: 3, 1: 1, 2: 2})
+    running.logits({0: [*before[0], 7, 8, 5], 1: [*before[1], 7, 4, 4], 2: [*before[2], 7, 9]}, {0: 1, 1: 2, 2: 1})
+    assert running.forwards == 3
+
+
 def test_one_forward_reads_all_texts_that_go_on():
     running = RunningTexts(tiny_model(seed=3), cache_bytes=LARGE)
     texts = {key: [1 + key] * (3 + key) for key in range(8)}
@@ -122,3 +175,11 @@ def test_a_text_beyond_the_context_is_named():
 def test_a_model_in_training_mode_is_refused():
     with pytest.raises(ValueError, match=r"The proxy LlamaForCausalLM .* is in training mode"):
         RunningTexts(tiny_model(seed=3).train())
+
+
+def test_a_draft_that_was_replaced_is_not_read_on():
+    model = tiny_model(seed=3)
+    running = RunningTexts(model, cache_bytes=LARGE)
+    running.logits({0: [1, 2, 3, 4, 5]}, {0: 3})  # 4 and 5 are drafted
+    texts = {0: [1, 2, 3, 9, 9, 7]}
+    torch.testing.assert_close(running.logits(texts), plain(model, texts), atol=1e-4, rtol=1e-4)

@@ -1,4 +1,6 @@
-"""KAD in vLLM: a processor of the V1 engine, with the proxy beside the engine.
+"""KAD in vLLM: a processor for the V1 runner, with the proxy beside the engine.
+
+The processor for Model Runner V2 is in `vllm_v2.py`, and has settings, requests and the proxy in common with this one.
 
 vLLM loads the class by its name, and the class finds its settings by the environment variable `KAD_CONFIG`:
 
@@ -12,7 +14,7 @@ docs/vllm.md describes both, how vLLM and this library are installed together, a
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -106,14 +108,14 @@ def asked_of(sampling_params: "SamplingParams") -> object:
 
 
 @dataclass(frozen=True)
-class _Guidance:
+class Guidance:
     """What guides a request. Requests that are guided alike are computed together."""
 
     rule: Rule
     component_temperature: float
 
 
-def guidance_of(default: KADConfig, sampling_params: "SamplingParams") -> _Guidance | None:
+def guidance_of(default: KADConfig, sampling_params: "SamplingParams") -> Guidance | None:
     """What guides a request; None if it asks for the base alone.
 
     Raises:
@@ -133,37 +135,147 @@ def guidance_of(default: KADConfig, sampling_params: "SamplingParams") -> _Guida
             f"The rule {config.rule!r} needs the proxy before alignment, and this engine runs the rule "
             f"{default.rule!r}, which does not: ask for another rule, or name {config.rule!r} in {CONFIG_VARIABLE}."
         )
-    return _Guidance(rule, config.component_temperature)
+    return Guidance(rule, config.component_temperature)
 
 
-class _Request(Sequence[int]):
-    """A guided request and its tokens: the prompt, and behind it those that vLLM goes on to append to its list."""
+def check_request(sampling_params: "SamplingParams") -> None:
+    """Raise `ValueError` for a request whose `kad` can't be used. vLLM answers it with HTTP 400.
 
-    def __init__(self, guidance: _Guidance, prompt: list[int], output: list[int]) -> None:
+    vLLM calls this in the process that takes requests, where nothing but the environment tells the settings.
+    """
+    guidance_of(engine_config(os.environ.get(CONFIG_VARIABLE)), sampling_params)
+
+
+class GuidedRequest(Sequence[int]):
+    """A guided request and its tokens: the prompt, and behind it those in a list that goes on to change."""
+
+    def __init__(self, guidance: Guidance, prompt: list[int], output: list[int]) -> None:
         self.guidance = guidance
-        self._prompt = prompt
-        self._output = output
+        self.prompt = prompt
+        self.output = output
 
     def __len__(self) -> int:
-        return len(self._prompt) + len(self._output)
+        return len(self.prompt) + len(self.output)
 
     @overload
     def __getitem__(self, index: int) -> int: ...
     @overload
     def __getitem__(self, index: slice) -> list[int]: ...
     def __getitem__(self, index: int | slice) -> int | list[int]:
-        if index == -1:
-            return (self._output or self._prompt)[-1]
-        return (self._prompt + self._output)[index]
+        if isinstance(index, slice):
+            return (self.prompt + self.output)[index]
+        at = index if index >= 0 else len(self) + index
+        if not 0 <= at < len(self):
+            raise IndexError(f"The request has {len(self)} tokens, got the index {index}.")
+        return self.prompt[at] if at < len(self.prompt) else self.output[at - len(self.prompt)]
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._prompt
-        yield from self._output
+        yield from self.prompt
+        yield from self.output
 
     __hash__ = object.__hash__
 
     def __eq__(self, other: object) -> bool:
         return self is other
+
+
+class EngineProxy:
+    """The proxy beside an engine, and the reference where the rule needs it: they turn logits of the base into log r.
+
+    Raises:
+        ValueError: no settings or settings that can't be used, or a proxy that does not fit.
+    """
+
+    def __init__(self, vllm_config: "VllmConfig", device: torch.device) -> None:
+        if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
+            raise ValueError("KAD needs the tokens of all prompts, got `enable_prompt_embeds=True`: leave it out.")
+        folder = os.environ.get(CONFIG_VARIABLE)
+        config = engine_config(folder)
+        try:
+            self.config = with_models(config, base=vllm_config.model_config.model, proxy=None, source=folder)
+        except ValueError as error:
+            raise ValueError(f"No proxy is named by {CONFIG_VARIABLE}={folder!r}: set `proxy` there.") from error
+        rule = self.config.make_rule()
+        _refuse_memory(rule)
+        proxy = load_model(str(self.config.proxy), device=str(device), merge=not rule.needs_reference)
+        _check_tokenizers_of(vllm_config, str(self.config.proxy))
+        kad = KADLogitsProcessor(proxy, rule)
+        cache_bytes = cache_bytes_from(os.environ.get(CACHE_VARIABLE))
+        models = list(kad.state.models)
+        for cached in models:
+            _refuse_model(cached, vllm_config.model_config.max_model_len)
+        self.readers = [
+            RunningTexts(
+                cached.model,
+                cached.role,
+                without_adapter=cached.without_adapter,
+                cache_bytes=cache_bytes // len(models),
+            )
+            for cached in models
+        ]
+        logger.info(
+            "KAD guides all requests with %r, the proxy %s, and at most %.3g GiB for its caches.",
+            rule,
+            describe(proxy),
+            cache_bytes / 2**30,
+        )
+
+    def guide(self, logits: torch.Tensor, rows: Mapping[GuidedRequest, Sequence[int]]) -> None:
+        """Put log r in place of the base's logits `(n, V)`.
+
+        Args:
+            logits: written to.
+            rows: of each request the rows of `logits` at its last positions, in the order of its text.
+        """
+        index = torch.tensor([row for own in rows.values() for row in own], device=logits.device)
+        owners = [request for request, own in rows.items() for _ in own]
+        lengths = [len(request) - back for request, own in rows.items() for back in range(len(own) - 1, -1, -1)]
+        base_logits = logits[index]
+        _check_logits("base", None, base_logits, lengths)
+        of_models = [self._logits_of(reader, rows, owners, lengths, base_logits) for reader in self.readers]
+        base_logits = with_bans(base_logits)
+        for guidance in dict.fromkeys(request.guidance for request in rows):
+            alike = [at for at, request in enumerate(owners) if request.guidance == guidance]
+            target = compose(
+                guidance.rule,
+                *(
+                    tempered(of_model[alike], guidance.component_temperature)
+                    for of_model in (base_logits, *of_models[: 1 + guidance.rule.needs_reference])
+                ),
+            ).target_probs
+            logits[index[alike]] = target.log().to(logits)
+
+    @staticmethod
+    def _logits_of(
+        reader: RunningTexts,
+        rows: Mapping[GuidedRequest, Sequence[int]],
+        owners: Sequence[GuidedRequest],
+        lengths: Sequence[int],
+        base_logits: torch.Tensor,
+    ) -> torch.Tensor:
+        """The logits of the proxy or the reference for each row, in the base's vocabulary, `(n, V)` float32.
+
+        The reference reads only requests whose rule needs it; the other rows are not filled.
+        """
+        texts = {
+            request: request for request in rows if reader.role == "proxy" or request.guidance.rule.needs_reference
+        }
+        reading = [at for at, request in enumerate(owners) if request in texts]
+        result = torch.empty_like(base_logits, dtype=torch.float32)
+        if reading:
+            logits = reader.logits(texts, {request: len(rows[request]) for request in texts})
+            found = align_vocabulary(logits, base_logits.shape[-1])
+            _check_logits(reader.role, reader.model, found, [lengths[at] for at in reading])
+            result[reading] = found.to(result.device)
+        return result
+
+
+def _check_logits(role: str, model: PreTrainedModel | None, logits: torch.Tensor, lengths: Sequence[int]) -> None:
+    """Raise for logits that define no distribution, which ends the engine."""
+    unusable = is_unusable(logits).tolist()
+    if any(unusable):
+        row = unusable.index(True)
+        raise unusable_logits_error(role, model, lengths[row], row)
 
 
 class KADBatchLogitsProcessor(LogitsProcessor):
@@ -183,45 +295,17 @@ class KADBatchLogitsProcessor(LogitsProcessor):
 
     @classmethod
     def validate_params(cls, sampling_params: "SamplingParams") -> None:
-        """Raise `ValueError` for a request whose `kad` can't be used. vLLM answers it with HTTP 400.
-
-        vLLM calls this in the process that takes requests, where nothing but the environment tells the settings.
-        """
-        guidance_of(engine_config(os.environ.get(CONFIG_VARIABLE)), sampling_params)
+        """See `check_request`."""
+        check_request(sampling_params)
 
     def __init__(self, vllm_config: "VllmConfig", device: torch.device, is_pin_memory: bool) -> None:
-        _refuse_engine(vllm_config)
-        folder = os.environ.get(CONFIG_VARIABLE)
-        config = engine_config(folder)
-        try:
-            self.config = with_models(config, base=vllm_config.model_config.model, proxy=None, source=folder)
-        except ValueError as error:
-            raise ValueError(f"No proxy is named by {CONFIG_VARIABLE}={folder!r}: set `proxy` there.") from error
-        rule = self.config.make_rule()
-        _refuse_memory(rule)
-        proxy = load_model(str(self.config.proxy), device=str(device), merge=not rule.needs_reference)
-        _check_tokenizers_of(vllm_config, str(self.config.proxy))
-        kad = KADLogitsProcessor(proxy, rule)
-        cache_bytes = cache_bytes_from(os.environ.get(CACHE_VARIABLE))
-        models = list(kad.state.models)
-        for cached in models:
-            _refuse_model(cached, vllm_config.model_config.max_model_len)
-        self._readers = [
-            RunningTexts(
-                cached.model,
-                cached.role,
-                without_adapter=cached.without_adapter,
-                cache_bytes=cache_bytes // len(models),
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "In a V1 engine with speculative decoding, vLLM does not apply processors to the drafted tokens, so "
+                "that KAD could not guide them: leave out the speculative configuration."
             )
-            for cached in models
-        ]
-        self._requests: dict[int, _Request] = {}  # the guided ones, by their row
-        logger.info(
-            "KAD guides all requests with %r, the proxy %s, and at most %.3g GiB for its caches.",
-            rule,
-            describe(proxy),
-            cache_bytes / 2**30,
-        )
+        self._proxy = EngineProxy(vllm_config, device)
+        self._requests: dict[int, GuidedRequest] = {}  # the guided ones, by their row
 
     def is_argmax_invariant(self) -> bool:
         """Always False: the likeliest token of r need not be that of the base."""
@@ -235,11 +319,11 @@ class KADBatchLogitsProcessor(LogitsProcessor):
             self._requests.pop(row, None)
         for row, params, prompt, output in batch_update.added:
             self._requests.pop(row, None)
-            guidance = guidance_of(self.config, params)
+            guidance = guidance_of(self._proxy.config, params)
             if guidance is not None:
                 if prompt is None:
                     raise ValueError("KAD needs the tokens of a prompt, got a request with embeddings alone.")
-                self._requests[row] = _Request(guidance, prompt, output)
+                self._requests[row] = GuidedRequest(guidance, prompt, output)
         for source, target, direction in batch_update.moved:
             moved, other = self._requests.pop(source, None), self._requests.pop(target, None)
             if moved is not None:
@@ -249,64 +333,9 @@ class KADBatchLogitsProcessor(LogitsProcessor):
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Log r in place of the base's logits `(n, V)`, in the rows of guided requests."""
-        if not self._requests:
-            return logits
-        rows, requests = zip(*sorted(self._requests.items()), strict=True)
-        index = torch.tensor(rows, device=logits.device)
-        base_logits = logits[index]
-        self._check("base", None, base_logits, requests)
-        of_models = [self._logits_of(reader, requests, base_logits) for reader in self._readers]
-        base_logits = with_bans(base_logits)
-        for guidance in dict.fromkeys(request.guidance for request in requests):
-            alike = [at for at, request in enumerate(requests) if request.guidance == guidance]
-            target = compose(
-                guidance.rule,
-                *(
-                    tempered(of_model[alike], guidance.component_temperature)
-                    for of_model in (base_logits, *of_models[: 1 + guidance.rule.needs_reference])
-                ),
-            ).target_probs
-            logits[index[alike]] = target.log().to(logits)
+        if self._requests:
+            self._proxy.guide(logits, {request: [row] for row, request in sorted(self._requests.items())})
         return logits
-
-    def _logits_of(
-        self, reader: RunningTexts, requests: Sequence[_Request], base_logits: torch.Tensor
-    ) -> torch.Tensor:
-        """The logits of the proxy or the reference for each request, in the base's vocabulary, `(n, V)` float32.
-
-        The reference reads only requests whose rule needs it; the other rows are not filled.
-        """
-        reading = [
-            at
-            for at, request in enumerate(requests)
-            if reader.role == "proxy" or request.guidance.rule.needs_reference
-        ]
-        result = torch.empty_like(base_logits, dtype=torch.float32)
-        if reading:
-            texts = {requests[at]: requests[at] for at in reading}
-            found = align_vocabulary(reader.logits(texts), base_logits.shape[-1])
-            self._check(reader.role, reader.model, found, [requests[at] for at in reading])
-            result[reading] = found.to(result.device)
-        return result
-
-    @staticmethod
-    def _check(role: str, model: PreTrainedModel | None, logits: torch.Tensor, requests: Sequence[_Request]) -> None:
-        """Raise for logits that define no distribution, which ends the engine."""
-        unusable = is_unusable(logits).tolist()
-        if any(unusable):
-            row = unusable.index(True)
-            raise unusable_logits_error(role, model, len(requests[row]), row)
-
-
-def _refuse_engine(vllm_config: "VllmConfig") -> None:
-    """Raise `ValueError` for an engine in which the processor would not see every token."""
-    if vllm_config.speculative_config is not None:
-        raise ValueError(
-            "In a V1 engine with speculative decoding, vLLM does not apply processors to the drafted tokens, so that "
-            "KAD could not guide them: leave out the speculative configuration."
-        )
-    if getattr(vllm_config.model_config, "enable_prompt_embeds", False):
-        raise ValueError("KAD needs the tokens of all prompts, got `enable_prompt_embeds=True`: leave it out.")
 
 
 def _refuse_memory(rule: Rule) -> None:

@@ -97,7 +97,7 @@ class CachedModel(CachedForwards):
                 self.reset()
                 logits = self._forward(self._without_gaps(texts), logits_to_keep, chunk_size)
             if behind_prompt > 0:
-                self._round.add(ids[:, -behind_prompt:], None, None)
+                self._round.add(*texts.last(behind_prompt), None)
             return logits
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
@@ -310,9 +310,9 @@ class CachedModel(CachedForwards):
 
     @in_mode_of_cache
     def join(self, other: "CachedModel") -> bool:
-        """Between rounds: continue with the rows of another reader of the same model as well, behind the own rows.
+        """Continue with the rows of another reader of the same model as well, behind the own rows.
 
-        Afterwards the last token of each row can still be taken back.
+        Afterwards each row can still take back its last token, and what it has read in this round.
 
         Returns:
             Whether the rows were joined, which takes caches of full attention. Otherwise nothing has changed.
@@ -323,10 +323,11 @@ class CachedModel(CachedForwards):
             return False
         assert self._texts is not None and other._texts is not None
         columns = max(self._texts.columns, other._texts.columns)
+        width = max(self._round.width, other._round.width, 1)
         join_rows(self._cache, other._cache, columns)
         self._texts = self._texts.padded_to(columns).join(other._texts.padded_to(columns))
         self._begin_round()
-        self._round.add(self._texts.ids[:, -1:], None, None)
+        self._round.add(*self._texts.last(width), None)
         return True
 
     def _close_holes(self, length: int) -> None:

@@ -36,6 +36,11 @@ class PaddedTexts(NamedTuple):
         """The first columns of the texts."""
         return PaddedTexts(self.ids[:, :columns], None if self.mask is None else self.mask[:, :columns])
 
+    def last(self, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The ids of the last columns, and their mask on the CPU; None for one column, which holds tokens alone."""
+        mask = None if self.mask is None or columns == 1 else self.mask[:, -columns:].cpu()
+        return self.ids[:, -columns:], mask
+
     def without_first(self, columns: int) -> "PaddedTexts":
         """The texts without their first columns, in which there are no tokens."""
         return PaddedTexts(self.ids[:, columns:], None if self.mask is None else self.mask[:, columns:], self.lengths)

@@ -33,6 +33,11 @@ class Round:
         self._columns.append(tokens)
         self.has_longer_steps |= ids.shape[1] > 1
 
+    @property
+    def width(self) -> int:
+        """How many columns were read."""
+        return sum(columns.shape[1] for columns in self._columns)
+
     def without_last_column(self, missing: Sequence[int]) -> None:
         """Note that the rows b with `missing[b]` took back the last column."""
         self._columns[-1][:, -1] &= torch.tensor(missing, device="cpu") == 0
