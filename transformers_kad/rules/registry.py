@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from . import deferral, mixtures, paced
+from . import deferral, mixtures
 from .base import Rule
 
 RULES: dict[str, type[Rule]] = {
@@ -15,7 +15,6 @@ RULES: dict[str, type[Rule]] = {
     "nudging": deferral.NudgingDeferral,
     "confidence_bet": deferral.ConfidenceBetDeferral,
     "cascade": deferral.CascadeDeferral,
-    "paced": paced.PacedDeferral,
     "implicit_reward": mixtures.ImplicitReward,
     "ensemble": mixtures.Ensemble,
     "blend_in": mixtures.BlendIn,
