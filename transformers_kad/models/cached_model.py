@@ -97,7 +97,9 @@ class CachedModel(CachedForwards):
                 self.reset()
                 logits = self._forward(self._without_gaps(texts), logits_to_keep, chunk_size)
             if behind_prompt > 0:
-                self._round.add(*texts.last(behind_prompt), None)
+                # What continues a text has grown by tokens alone. Otherwise the mask tells, for which the host waits.
+                ids, mask = (ids[:, -behind_prompt:], None) if continues else texts.last(behind_prompt)
+                self._round.add(ids, mask, None)
             return logits
         except BaseException:
             self.reset()  # some layers of the cache may be ahead of others
