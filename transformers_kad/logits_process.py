@@ -166,7 +166,8 @@ class KADLogitsProcessor(LogitsProcessor):
         return cls(proxy, config.make_rule(), **{**config.settings, **kwargs})
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(proxy={describe(self.proxy)}, {self.state.settings!r})"
+        attached = "".join(sorted(f", attached to {describe(base)}" for base in self.state.attached_to))
+        return f"{type(self).__name__}(proxy={describe(self.proxy)}, {self.state.settings!r}{attached})"
 
     @property
     def proxy(self) -> PreTrainedModel:

@@ -136,6 +136,17 @@ def test_what_can_not_be_attached_is_refused(base, kad, proxy):
     assert attached_processor(base) is None
 
 
+def test_the_repr_of_a_processor_names_the_bases_that_it_is_attached_to(base, kad):
+    alone = repr(kad)
+    attach(base, kad)
+    assert repr(kad) == f"{alone[:-1]}, attached to LlamaForCausalLM (unnamed))"
+    other = copy.deepcopy(base)
+    other.generate(PROMPT, **GREEDY)
+    assert "attached to LlamaForCausalLM" in repr(attached_processor(other))
+    detach(base)
+    assert repr(kad) == alone
+
+
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda base: pickle.loads(pickle.dumps(base))])
 def test_a_copy_of_the_base_is_guided_by_a_processor_of_its_own(base, kad, make_copy):
     attach(base, kad)

@@ -71,6 +71,8 @@ def attach(base: PreTrainedModel, kad: LogitsProcessor, *, speculative: bool = T
     Calls that drafts can't serve, such as beams, static caches or a streamer for several sequences, are decoded token
     by token. Continuous batching (`generate_batch`) would decode without the proxy, and is refused.
 
+    The processor's `repr` names the bases that it is attached to, and `attached_processor(base)` returns it.
+
     A deep copy or a pickle of the base holds a copy of the processor and its proxy, and is guided by that one. What is
     attached is no part of the saved weights or of the configuration.
 
@@ -106,11 +108,14 @@ def attach(base: PreTrainedModel, kad: LogitsProcessor, *, speculative: bool = T
         )
     refuse_base(kad.state, model_below(base))
     vars(model_below(base))[_NAME] = Attachment(kad, speculative)
+    kad.state.attached_to.add(model_below(base))
 
 
 def detach(base: PreTrainedModel) -> None:
     """Undo `attach`: calls of `base.generate` are not guided any more. Without a processor it does nothing."""
-    vars(model_below(base)).pop(_NAME, None)
+    attachment = vars(model_below(base)).pop(_NAME, None)
+    if attachment is not None:
+        attachment.processor.state.attached_to.discard(model_below(base))
 
 
 def attached_processor(base: PreTrainedModel) -> LogitsProcessor | None:
@@ -136,6 +141,8 @@ def attachment_for(model: PreTrainedModel, wanted: object) -> Attachment | None:
         raise TypeError(
             f"`kad` must be a KADLogitsProcessor, or False for a call without the attached one, got {wanted!r:.200}."
         )
+    if attached is not None:
+        attached.processor.state.attached_to.add(model)  # it may be a copy of the base
     return None if wanted is False or any(other is model for other in _UNGUIDED.get()) else attached
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..records.statistics import KADStatistics
 from ..records.trace import KADTrace
 from .call_arguments import as_id_list
@@ -24,6 +26,7 @@ class ProcessorState:
         statistics: of the last finished call; None before the first, and where they could not be told.
         trace: of the last finished call, if it was asked for.
         warned: what was warned of already.
+        attached_to: the bases that the processor is attached to; of copies of a base, those that have been called.
     """
 
     def __init__(self, settings: DecodingSettings, models: ProxyModels) -> None:
@@ -32,6 +35,7 @@ class ProcessorState:
         self.statistics: KADStatistics | None = None
         self.trace: KADTrace | None = None
         self.warned: set[Hashable] = set()
+        self.attached_to: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
         self._claims: list[weakref.ref[OpenCall]] = []  # of calls, in order; the first that is not closed is open
         self._reset_at_close = False
         self._proxy_prompts: list[object] = []  # blocks of `using_proxy_prompt` that are open, in all threads
@@ -41,7 +45,7 @@ class ProcessorState:
         return {name: vars(self)[name] for name in ("settings", "models", "statistics", "trace", "warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _claims=[], _reset_at_close=False, _proxy_prompts=[])
+        vars(self).update(state, attached_to=weakref.WeakSet(), _claims=[], _reset_at_close=False, _proxy_prompts=[])
 
     @property
     def open_call(self) -> OpenCall | None:
