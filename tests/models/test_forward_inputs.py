@@ -130,7 +130,7 @@ def check_prepared_masks(masks, columns, window):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_inputs_and_the_logits_are_those_of_generate(name, padded, prepares, monkeypatch):
     """With masks of columns, as on the CPU, and with prepared ones, as on other devices."""
-    monkeypatch.setattr(forward_inputs, "looking_waits", lambda device: prepares)
+    monkeypatch.setattr(forward_inputs, "is_synchronous", lambda device: not prepares)
     model = make(name)
     prompt, mask = PROMPT, torch.ones_like(PROMPT)
     if padded:

@@ -11,7 +11,7 @@ from transformers.generation import CandidateGenerator
 from ..models.cached_model import CachedModel
 from ..models.text_reader import TextReader
 from ..models.vocabulary import VocabularyAlignment
-from ..utils.transfers import send
+from ..utils.transfers import is_synchronous, send
 from .draft_length import Stopwatch
 from .parallel import sharing_group
 from .proxy_text import TextMap
@@ -106,7 +106,7 @@ class KADCandidateGenerator(CandidateGenerator):
     @property
     def is_synchronous(self) -> bool:
         """Whether values can be read without waiting for the device, as on the CPU."""
-        return bool(self._device.type == "cpu")
+        return is_synchronous(self._device)
 
     @property
     def bonus_at_once(self) -> bool:

@@ -11,6 +11,7 @@ from ..models.text_reader import tempered
 from ..models.vocabulary import align_vocabulary
 from ..records.recorders import StepRecorder
 from ..rules.composition import compose, with_bans
+from ..utils.transfers import is_synchronous
 from .open_call import OpenCall
 
 
@@ -100,7 +101,7 @@ class EagerStep(TokenStep):
         call.models.crop(texts.ids.shape[1])
         unusable = torch.stack([is_unusable(of_model).to(scores.device) for of_model in (scores, *logits)])
         self._unchecked = unusable & ~call.ended(input_ids), input_ids.shape[1]
-        if scores.device.type == "cpu":
+        if is_synchronous(scores.device):
             self.finish()
         if isinstance(call.recorder, StepRecorder):
             call.recorder.record(input_ids, composition, self._parents(input_ids))

@@ -13,11 +13,6 @@ TAKING_PREPARED_MASKS = frozenset({"eager", "sdpa"})
 _TYPES_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")
 
 
-def looking_waits(device: torch.device) -> bool:
-    """Whether the host waits for a device when a model looks at the values of its mask. On the CPU it does not."""
-    return device.type != "cpu"
-
-
 def prepare_masks(model: Any, inputs: dict[str, Any], cache: object) -> None:
     """Replace the mask of columns `(B, S)` in the inputs of a forward by what the model would make of it.
 

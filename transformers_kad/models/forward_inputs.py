@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..utils.transfers import send
+from ..utils.transfers import is_synchronous, send
 from .adapters import model_below
-from .attention_masks import looking_waits, prepare_masks
+from .attention_masks import prepare_masks
 from .cache_rollback import Rollback
 from .model_errors import describe
 from .model_settings import context_length
@@ -156,7 +156,7 @@ class ForwardInputs:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = kept  # some models set their own
-        if looking_waits(texts.ids.device):
+        if not is_synchronous(texts.ids.device):
             prepare_masks(self._below, inputs, None if is_first else inputs.get(self.cache_name))
         return inputs
 

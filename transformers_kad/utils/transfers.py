@@ -8,6 +8,11 @@ import torch
 Integers: TypeAlias = Sequence[int] | Sequence[Sequence[int]]
 
 
+def is_synchronous(device: torch.device) -> bool:
+    """Whether the host can read values of a device without waiting for it, as on the CPU."""
+    return device.type == "cpu"
+
+
 def send(values: torch.Tensor | Integers, device: torch.device) -> torch.Tensor:
     """Values that the host knows as a tensor on a device, without waiting for what the device still has to do.
 
