@@ -42,6 +42,7 @@ from transformers_kad import (
     ExactDeferral,
     ImplicitReward,
     NudgingDeferral,
+    PacedDeferral,
     PrimalDeferral,
 )
 from transformers_kad.decoding.verification import count_accepted, draw, draw_next
@@ -50,7 +51,7 @@ from transformers_kad.recipes.benchmarking.bounds import quartiles
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.environment import describe_environment
 from transformers_kad.rules.base import Rule
-from transformers_kad.rules.composition import compose
+from transformers_kad.rules.composition import compose_positions
 from transformers_kad.utils.files import write_whole
 
 DISTRIBUTIONS = ("peaked", "flat", "equal")
@@ -87,6 +88,7 @@ def rules(vocabulary: int) -> list[Rule]:
         NudgingDeferral(0.4),
         ConfidenceBetDeferral(0.1),
         *(CascadeDeferral(variant, 0.1) for variant in ("diff", "opt", "token_v2", "token_v3")),
+        PacedDeferral(0.3),
         ImplicitReward(1.0),
         Ensemble(0.5),
         BlendIn(0.4),
@@ -118,7 +120,7 @@ class Round:
     base: torch.Tensor  # (B, n, V)
     draft: torch.Tensor  # (B, n - 1, V): the proxy's
     bonus: torch.Tensor  # (B, V): the proxy's
-    reference: torch.Tensor  # (B * n, V)
+    reference: torch.Tensor  # (B, n, V)
     draft_ids: torch.Tensor  # (B, n - 1)
 
     @classmethod
@@ -131,14 +133,14 @@ class Round:
         proxy = proxy.view(sequences, -1, vocabulary)
         drafted = proxy[:, :-1].contiguous()
         ids = draw(drafted.flatten(0, 1).softmax(-1), generator).view(drafted.shape[:2])
-        return cls(logits.view(proxy.shape), drafted, proxy[:, -1].contiguous(), reference, ids)
+        return cls(logits.view(proxy.shape), drafted, proxy[:, -1].contiguous(), reference.view(proxy.shape), ids)
 
     def step(self, rule: Rule) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The computations of `kad_generate`: the rule, verification, the next token, and the check of the logits."""
         draft_probs = self.draft.softmax(-1)
         proxy = torch.cat([self.draft, self.bonus[:, None]], dim=1)
         reference = self.reference if rule.needs_reference else None
-        composition = compose(rule, self.base.flatten(0, 1), proxy.flatten(0, 1), reference)
+        composition = compose_positions(rule, self.base, proxy, reference)
         target = composition.target_probs.view(self.base.shape)
         accepted = count_accepted(target, draft_probs, self.draft_ids)
         following = draw_next(target, draft_probs, accepted)
@@ -176,8 +178,8 @@ def measure_ratios(arguments: BenchmarkArguments) -> list[dict[str, Any]]:
 
 def rule_tasks(window: Round, rules: list[Rule]) -> dict[tuple[str, str], Callable[[], object]]:
     """The functions that are timed, by the name of the rule and the part."""
-    proxy = torch.cat([window.draft, window.bonus[:, None]], dim=1).flatten(0, 1)
-    p, q, q0 = (logits.softmax(-1) for logits in (window.base.flatten(0, 1), proxy, window.reference))
+    proxy = torch.cat([window.draft, window.bonus[:, None]], dim=1)
+    p, q, q0 = (logits.flatten(0, 1).softmax(-1) for logits in (window.base, proxy, window.reference))
     tasks: dict[tuple[str, str], Callable[[], object]] = {}
     for rule in rules:
         own = partial(rule.defer, p, q) if isinstance(rule, DeferralRule) else partial(rule, p, q, q0)

@@ -22,8 +22,8 @@ Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_q
 
 Methods: base, proxy, aligned (the model that --aligned names), assisted (assisted decoding of transformers), nudging,
 kad-primal, kad-dual, kad-exact, confidence-bet, cascade-diff, cascade-opt, cascade-token-v2, cascade-token-v3,
-implicit-reward, ensemble, blend-in, config (the rule of --config). With parameters: kad-dual:threshold=0.4. Several
-values make several methods: kad-dual:threshold=0.3,0.4:num_assistant_tokens=3,5.
+kad-paced, implicit-reward, ensemble, blend-in, config (the rule of --config). With parameters: kad-dual:threshold=0.4.
+Several values make several methods: kad-dual:threshold=0.3,0.4:num_assistant_tokens=3,5.
 
 The results folder gets results.jsonl (a line for each instance, method and sample), the tables as summary.json and
 summary.md, and plots as PNG and SVG.

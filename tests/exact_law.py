@@ -5,8 +5,10 @@ comparison worth something.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -92,6 +94,29 @@ def blend(p: np.ndarray, q: np.ndarray, deferred: set[int]) -> np.ndarray:
 
 def dual(threshold: float) -> PlainRule:
     return lambda p, q, _: blend(p, q, {v for v, p_v in enumerate(p) if p_v < threshold})
+
+
+@dataclass(frozen=True)
+class Paced:
+    """The dual rule with a multiplier for each text, which follows the mass that was deferred before."""
+
+    budget: float
+    threshold: float
+    step_size: float
+    smallest_threshold: float
+    largest_threshold: float
+
+    @property
+    def start(self) -> float:
+        return -math.log(self.threshold)
+
+    def __call__(self, p: np.ndarray, q: np.ndarray, _: np.ndarray | None, multiplier: float) -> np.ndarray:
+        return dual(math.exp(-multiplier))(p, q, None)
+
+    def after(self, multiplier: float, p: np.ndarray) -> float:
+        mass = sum(p_v for p_v in p if p_v < math.exp(-multiplier))
+        moved = multiplier + self.step_size * (mass - self.budget)
+        return min(max(moved, -math.log(self.largest_threshold)), -math.log(self.smallest_threshold))
 
 
 def primal(budget: float) -> PlainRule:

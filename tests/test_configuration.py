@@ -144,10 +144,10 @@ REFUSED = {
     **{
         name: (
             {"rule": name, "lazy": True},
-            rf"`lazy=True`.*\(dual, primal, exact, nudging\), got {rule.__name__}",
+            rf"`lazy=True`.*\(dual, primal, exact, nudging, paced\), got {rule.__name__}",
         )
         for name, rule in RULES.items()
-        if name not in ("dual", "primal", "exact", "nudging")
+        if name not in ("dual", "primal", "exact", "nudging", "paced")
     },
 }
 

@@ -17,7 +17,7 @@ from .logits_process import KADLogitsProcessor
 from .models.vocabulary import VocabularyAlignment, VocabularyReport, align_vocabularies
 from .records.statistics import KADStatistics, SequenceStatistics, TokenRecord
 from .records.trace import KADTrace
-from .rules.base import DeferralRule, mix
+from .rules.base import DeferralRule, StatefulDeferralRule, StatefulRule, mix
 from .rules.deferral import (
     CascadeDeferral,
     ConfidenceBetDeferral,
@@ -27,6 +27,7 @@ from .rules.deferral import (
     PrimalDeferral,
 )
 from .rules.mixtures import BlendIn, Ensemble, ImplicitReward
+from .rules.paced import PacedDeferral
 from .rules.registry import RULES, make_rule
 
 # `generate` must know of KAD before the first `base.generate` is looked up.
@@ -48,8 +49,11 @@ __all__ = [
     "KADStatistics",
     "KADTrace",
     "NudgingDeferral",
+    "PacedDeferral",
     "PrimalDeferral",
     "SequenceStatistics",
+    "StatefulDeferralRule",
+    "StatefulRule",
     "TokenRecord",
     "VocabularyAlignment",
     "VocabularyReport",

@@ -68,10 +68,10 @@ class KADLogitsProcessor(LogitsProcessor):
         lazy: token by token, draw from p first, and ask the proxy only where the token drawn is deferred; its cache
             then catches up in one forward. The distribution is the same, with fewer forwards of the proxy: on
             average D a token for one sequence; a batch asks where any row that goes on needs it. For rules whose
-            mask does not depend on q (`dual`, `primal`, `exact`, `nudging`), with `do_sample=True` and nothing after
-            KAD that changes scores: no warper (`top_k=0`, `temperature=1.0`, `top_p=1.0`), no processor. The scores
-            it returns, which `output_scores` shows, are 0 at the token drawn and -inf elsewhere, so that sampling
-            emits that one; the base's own are in `output_logits`.
+            mask does not depend on q (`dual`, `primal`, `exact`, `nudging`, `paced`), with `do_sample=True` and
+            nothing after KAD that changes scores: no warper (`top_k=0`, `temperature=1.0`, `top_p=1.0`), no processor.
+            The scores it returns, which `output_scores` shows, are 0 at the token drawn and -inf elsewhere, so that
+            sampling emits that one; the base's own are in `output_logits`.
         verification: how speculative decoding verifies a draft. "token" decides on one draft token after the other,
             "block" on the draft as a whole, which accepts at least as many tokens on average (Sun et al., ICLR 2025,
             arXiv 2403.10444). Both are exact. Where they are equal in law, in greedy decoding and with prompt

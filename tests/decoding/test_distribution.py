@@ -17,7 +17,7 @@ import exact_law
 import numpy as np
 import pytest
 import torch
-from exact_law import Law, PlainRule, Text
+from exact_law import Law, Paced, PlainRule, Text
 from tiny_models import tiny_model
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -29,7 +29,7 @@ from transformers_kad.rules.base import Rule
 from transformers_kad.rules.registry import make_rule
 
 FALSE_ALARM = 1e-6
-P_VALUES = 90
+P_VALUES = 91
 THRESHOLD = FALSE_ALARM / P_VALUES
 
 VOCABULARY = 4
@@ -84,13 +84,13 @@ class Setting:
             chosen["min_new_tokens"] = self.min_new_tokens
         return chosen
 
-    def law(self, rule: PlainRule, models: "Models", length: int, prompt: Text = PROMPT) -> Law:
+    def law(self, rule: PlainRule | Paced, models: "Models", length: int, prompt: Text = PROMPT) -> Law:
         """The exact law of the texts that follow the prompt."""
         base = logits_of(models.base, prompt, length)
         proxy = logits_of(models.proxy, self.proxy_prompt or prompt, length)
         reference = logits_of(models.reference, prompt, length)
 
-        def step(prefix: Text) -> np.ndarray:
+        def distributions(prefix: Text) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             scores = base[prefix].copy()
             scores[list(self.suppressed)] = -np.inf
             if len(prefix) < self.min_new_tokens:
@@ -102,8 +102,18 @@ class Setting:
                 exact_law.softmax(np.where(banned, -np.inf, logits[:VOCABULARY]) / self.component_temperature)
                 for logits in (scores, proxy[prefix], reference[prefix])
             )
+            return p, q, q0
+
+        @cache
+        def multiplier(prefix: Text) -> float:
+            if not prefix:
+                return rule.start
+            return rule.after(multiplier(prefix[:-1]), distributions(prefix[:-1])[0])
+
+        def step(prefix: Text) -> np.ndarray:
+            memory = (multiplier(prefix),) if isinstance(rule, Paced) else ()
             with np.errstate(divide="ignore", invalid="ignore"):
-                log_r = np.log(rule(p, q, q0))
+                log_r = np.log(rule(*distributions(prefix), *memory))
             if self.bias:
                 log_r = log_r + BIAS_AFTER[len(prompt + prefix) % 2]
             return exact_law.nucleus(exact_law.softmax(log_r / self.temperature), self.top_p)
@@ -223,7 +233,8 @@ def judge() -> Iterator[Callable[[float], None]]:
 
 # Token by token
 
-RULE_CASES: list[tuple[str, dict[str, Any], PlainRule]] = [
+PACE = {"budget": 0.4, "threshold": 0.4, "step_size": 2.0, "smallest_threshold": 0.1, "largest_threshold": 0.9}
+RULE_CASES: list[tuple[str, dict[str, Any], PlainRule | Paced]] = [
     ("dual", {"threshold": 0.4}, exact_law.dual(0.4)),
     ("primal", {"budget": 0.5}, exact_law.primal(0.5)),
     ("exact", {"budget": 0.6, "tolerance": 0.0}, exact_law.exact(0.6)),
@@ -233,6 +244,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], PlainRule]] = [
     ("cascade", {"variant": "opt", "alpha": 0.3}, exact_law.cascade("opt", 0.3)),
     ("cascade", {"variant": "token_v2", "alpha": 0.3}, exact_law.cascade("token_v2", 0.3)),
     ("cascade", {"variant": "token_v3", "alpha": 0.5}, exact_law.cascade("token_v3", 0.5)),
+    ("paced", PACE, Paced(**PACE)),
     ("implicit_reward", {"beta": 0.7}, exact_law.implicit_reward(0.7)),
     ("ensemble", {"weight": 0.3}, exact_law.ensemble(0.3)),
     ("blend_in", {"threshold": 0.7}, exact_law.blend_in(0.7)),
@@ -327,10 +339,13 @@ def test_padded_batch_speculative(
         judge(p_value)
 
 
-def p_values_of_padded_batch(samples: int, **of_kad: Any) -> list[float]:
+def p_values_of_padded_batch(
+    samples: int, rule: tuple[str, dict[str, Any], PlainRule | Paced] | None = None, **of_kad: Any
+) -> list[float]:
     """Of so many texts of each of two prompts of different lengths, which end at an end of sequence."""
     setting, chosen, short = Setting(eos=3, component_temperature=1.2), models(), (3, 2)
-    kad = make_kad(chosen, make_rule("dual", **SPECULATIVE["dual"]), setting, **of_kad)
+    name, parameters, plain = rule or ("dual", SPECULATIVE["dual"], PLAIN["dual"])
+    kad = make_kad(chosen, make_rule(name, **parameters), setting, **of_kad)
     prompts = torch.tensor([PROMPT, (0, 0, *short)])
     torch.manual_seed(4)
     arguments = setting.arguments(kad) | COMMON | {"pad_token_id": 0, "num_return_sequences": samples}
@@ -339,7 +354,7 @@ def p_values_of_padded_batch(samples: int, **of_kad: Any) -> list[float]:
     )
     texts = new_tokens(sequences, len(PROMPT), setting.eos)
     return [
-        exact_law.chi_square_p_value(rows, setting.law(exact_law.dual(0.4), chosen, 4, prompt))
+        exact_law.chi_square_p_value(rows, setting.law(plain, chosen, 4, prompt))
         for prompt, rows in ((PROMPT, texts[:samples]), (short, texts[samples:]))
     ]
 
@@ -458,7 +473,7 @@ def test_refuses_a_replacement_from_r(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_refuses_a_bonus_from_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    make_targets, compose = speculative_round.SpeculativeRound._make_targets, speculative_round.compose
+    make_targets, compose = speculative_round.SpeculativeRound._make_targets, speculative_round.compose_positions
     is_bonus = False
 
     def noting_the_bonus(self: Any, begin: int, end: int) -> Any:
@@ -470,7 +485,7 @@ def test_refuses_a_bonus_from_the_proxy(monkeypatch: pytest.MonkeyPatch) -> None
         return compose(Ensemble(0.0) if is_bonus else rule, *logits, **settings)
 
     monkeypatch.setattr(speculative_round.SpeculativeRound, "_make_targets", noting_the_bonus)
-    monkeypatch.setattr(speculative_round, "compose", with_wrong_bonus)
+    monkeypatch.setattr(speculative_round, "compose_positions", with_wrong_bonus)
     assert speculative_p_value("dual", 1, 500) < THRESHOLD
 
 

@@ -17,8 +17,18 @@ import exact_law
 import numpy as np
 import pytest
 import torch
-from exact_law import Law, PlainRule, Text
-from test_distribution import COMMON, PROMPT, STEPWISE_SAMPLES, VOCABULARY, Setting, logits_of, models, new_tokens
+from exact_law import Law, Paced, PlainRule, Text
+from test_distribution import (
+    COMMON,
+    PACE,
+    PROMPT,
+    STEPWISE_SAMPLES,
+    VOCABULARY,
+    Setting,
+    logits_of,
+    models,
+    new_tokens,
+)
 from test_logits_process import ProxyCalls, lora_proxy, pad_left
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
@@ -84,10 +94,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         probs.append(given)
         return draw(given)
 
-    def record_step(rule: DeferralRule, base_logits: torch.Tensor) -> lazy.BaseDraw:
+    def record_step(rule: DeferralRule, base_logits: torch.Tensor, state: Any) -> lazy.BaseDraw:
         nonlocal probs
         probs = []
-        seen.append(Step(draw_from_base(rule, base_logits), probs))
+        seen.append(Step(draw_from_base(rule, base_logits, state), probs))
         return seen[-1].drawn
 
     monkeypatch.setattr(lazy, "draw", record_draw)
@@ -225,6 +235,7 @@ RULE_CASES: list[tuple[str, dict[str, Any], PlainRule]] = [
     ("primal", {"budget": 0.5}, exact_law.primal(0.5)),
     ("exact", {"budget": 0.6, "tolerance": 0.0}, exact_law.exact(0.6)),
     ("nudging", {"threshold": 0.6}, exact_law.nudging(0.6)),
+    ("paced", PACE, Paced(**PACE)),
 ]
 
 
@@ -740,7 +751,7 @@ def test_settings_and_repr(proxy):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name not in {case[0] for case in RULE_CASES}])
 def test_rules_that_look_at_q_are_refused(proxy, name):
-    with pytest.raises(ValueError, match=rf"\(dual, primal, exact, nudging\), got {RULES[name].__name__}\("):
+    with pytest.raises(ValueError, match=rf"\(dual, primal, exact, nudging, paced\), got {RULES[name].__name__}\("):
         KADLogitsProcessor(proxy, name, lazy=True)
 
 

@@ -24,6 +24,7 @@ from transformers_kad import (
     ExactDeferral,
     ImplicitReward,
     NudgingDeferral,
+    PacedDeferral,
     PrimalDeferral,
     verify,
 )
@@ -181,7 +182,8 @@ def assert_same_law(found):
 
 
 def test_every_rule_is_among_the_chains_and_differs_from_both_models_there():
-    assert {type(rule) for rule in CHAIN_RULES} == set(RULES.values())
+    # r of a rule with a memory depends on more than the last token.
+    assert {type(rule) for rule in CHAIN_RULES} == set(RULES.values()) - {PacedDeferral}
     for rule in CHAIN_RULES:
         p, q, r = (table.tolist() for table in tables(rule))
         assert max(map(reference.total_variation, r, p)) > 0.3, rule

@@ -107,6 +107,7 @@ TARGETS = {
     "a padded batch": (4, {}, once_a_round),
     "a padded batch, sampled": (4, {"do_sample": True, "top_k": 0}, once_a_round),
     "primal": (4, {"rule": "primal", "budget": 0.8}, once_a_round),
+    "a rule with a memory": (4, {"rule": "paced"}, once_a_round),
     "block verification": (4, {"verification": "block", "do_sample": True, "top_k": 0}, once_a_round),
     "drafts of lengths chosen in the call": (4, {"draft": "auto"}, once_a_round),
     "static caches": (1, {"compile": True}, once_a_round),
@@ -127,6 +128,11 @@ TARGETS = {
     "prompt lookup of a batch": (4, {"drafter": "prompt_lookup"}, once_a_round),
     "token by token": (1, {"speculative": False}, lambda rounds, tokens: tokens),
     "token by token, a padded batch": (4, {"speculative": False}, lambda rounds, tokens: tokens),
+    "token by token, a rule with a memory": (
+        4,
+        {"speculative": False, "rule": "paced"},
+        lambda rounds, tokens: tokens,
+    ),
 }  # fmt: skip
 
 

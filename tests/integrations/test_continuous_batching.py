@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
 from transformers.generation.continuous_batching import cb_logits_processors, continuous_api, requests
 
-from transformers_kad import DualDeferral, KADLogitsProcessor, attach
+from transformers_kad import DualDeferral, KADLogitsProcessor, PacedDeferral, attach
 from transformers_kad.integrations import continuous_batching as module
 from transformers_kad.integrations.continuous_batching import (
     continuous_batching,
@@ -76,6 +76,17 @@ def test_texts_are_those_of_generate(base, name):
     kad = KADLogitsProcessor(PROXIES[name](), DualDeferral(0.5))
     texts, _ = decoded(base, kad)
     assert texts == [expected(base, kad, *request) for request in zip(prompts(), NEW, strict=True)]
+
+
+@pytest.mark.parametrize("config", [{}, {"num_blocks": 8}])
+def test_a_rule_with_a_memory_remembers_each_request(base, config):
+    """With room for few texts, requests are moved out of the batch and come back."""
+    kad = KADLogitsProcessor(tiny_model(hidden=16, seed=2), PacedDeferral(0.5, threshold=0.3, step_size=1.5))
+    texts, _ = decoded(base, kad, config=small(**config))
+    wanted = [expected(base, kad, *request) for request in zip(prompts(), NEW, strict=True)]
+    assert texts == wanted
+    forgetful = KADLogitsProcessor(kad.proxy, DualDeferral(0.3))
+    assert texts != [expected(base, forgetful, *request) for request in zip(prompts(), NEW, strict=True)]
 
 
 def test_another_rule_with_a_reference_and_a_temperature(base, proxy):

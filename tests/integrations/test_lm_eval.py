@@ -58,7 +58,7 @@ def models():
 
 
 def kad_lm(rule="dual", **arguments):
-    arguments = {"base": BASE, "proxy": PROXY, "device": "cpu", "batch_size": 4, **RULES[rule], **arguments}
+    arguments = {"base": BASE, "proxy": PROXY, "device": "cpu", "batch_size": 4, **RULES.get(rule, {}), **arguments}
     return KADLM(rule=rule, **arguments)
 
 
@@ -71,8 +71,8 @@ def requests(kind, arguments):
     return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
 
 
-def next_probs(rule, prefix, temperature=1.0, base=None, proxy=None):
-    """r after a prefix, from whole forwards without caches or padding."""
+def distributions(rule, prefix, temperature=1.0, base=None, proxy=None):
+    """What a rule is given after a prefix, from whole forwards without caches or padding."""
     base, proxy = base or models()[0], proxy or models()[1]
     ids = torch.tensor([prefix])
 
@@ -86,7 +86,12 @@ def next_probs(rule, prefix, temperature=1.0, base=None, proxy=None):
     off = proxy.disable_adapter() if rule.needs_reference else nullcontext()
     with off:
         q0 = probs(proxy) if rule.needs_reference else None
-    return rule(probs(base), probs(proxy), q0)
+    return probs(base), probs(proxy), q0
+
+
+def next_probs(rule, prefix, **models_and_temperature):
+    """r after a prefix."""
+    return rule(*distributions(rule, prefix, **models_and_temperature))
 
 
 def direct(rule, context, continuation, **models_and_temperature):
@@ -95,6 +100,17 @@ def direct(rule, context, continuation, **models_and_temperature):
     for at, token in enumerate(continuation):
         r = next_probs(rule, [*context, *continuation[:at]], **models_and_temperature)
         total += r[token].log().item()
+        greedy = greedy and int(r.argmax()) == token
+    return total, greedy
+
+
+def direct_with_memory(rule, context, continuation):
+    """The same for a rule with a memory, which begins with the continuation."""
+    total, greedy, state = 0.0, True, rule.initial_state(1)
+    for at, token in enumerate(continuation):
+        p, q, _ = distributions(rule, [*context, *continuation[:at]])
+        r, _, state = rule.step(p[None], q[None], state)
+        total += r[0, token].log().item()
         greedy = greedy and int(r.argmax()) == token
     return total, greedy
 
@@ -227,10 +243,23 @@ def test_one_forward_of_each_model_serves_all_choices_of_one_token(monkeypatch):
     assert_same(values, [direct(lm.kad.rule, *pair) for pair in choices])
 
 
+def test_a_rule_with_a_memory_follows_each_continuation_from_its_beginning(monkeypatch):
+    monkeypatch.setattr(lm_eval_model, "_LOGITS_AT_ONCE", 2000)  # several parts of a continuation
+    parameters = {"budget": 0.5, "threshold": 0.3, "step_size": 1.5}
+    lm = kad_lm("paced", **parameters)
+    context, continuation = pairs()[-1]
+    # Two requests with the same text, of which the continuation begins at different places.
+    some = [*pairs(), ([*context, *continuation[:3]], continuation[3:])]
+    values = score(lm, some)
+    assert_same(values, [direct_with_memory(make_rule("paced", **parameters), *pair) for pair in some])
+    forgetful = direct(make_rule("dual", threshold=0.3), context, continuation)[0]
+    assert abs(values[-2][0] - forgetful) > 0.1
+
+
 def test_only_the_positions_of_continuations_are_kept(monkeypatch):
     lm = shared_lm()
     kept = []
-    monkeypatch.setattr(lm, "_log_target", lambda logits, *_: kept.append(len(logits[0])) or logits[0])
+    monkeypatch.setattr(lm, "_log_target", lambda logits, *_: kept.append(len(logits[0])) or (logits[0], None))
     score(lm, [(list(range(5, 60)), [60, 61]), ([7] * 55, [8])])
     assert kept == [2, 1]
 

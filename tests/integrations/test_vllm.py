@@ -218,6 +218,7 @@ def test_moves_onto_rows_of_unguided_requests(use):
         ({"num_assistant_tokens": 3}, "Unknown field of `kad`: 'num_assistant_tokens'"),
         ({"component_temperature": 0}, "must be a positive number, got 0"),
         ({"rule": "implicit_reward"}, "needs the proxy before alignment"),
+        ({"rule": "paced"}, "has a memory of each text"),
         ("no", "must be JSON, got 'no'"),
         ('{"rule": "dul"}', "Did you mean 'dual'?"),
         (2, "must be false or an object"),
@@ -256,6 +257,7 @@ def test_engines_that_are_refused(use, folders):
     refused("got `enable_prompt_embeds=True`", settings=engine_settings(base, prompt_embeds=True))
     refused("--max-model-len 64", proxy=folders["short"], settings=engine_settings(base, longest=65))
     refused("pass `reference=`", proxy=proxy, rule="implicit_reward", settings=engine_settings(base))
+    refused("has a memory of each text", proxy=proxy, rule="paced", settings=engine_settings(base))
     refused("KAD_CACHE_GIB must be a number of GiB, got 'much'", cache_gib="much")
     refused("KAD_CACHE_GIB must be a number of GiB, got '-1'", cache_gib="-1")
 

@@ -215,7 +215,7 @@ def test_a_recycled_slot_begins_anew(use, base):
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [({"rule": "dul"}, "Did you mean 'dual'?"), ({"parameters": {"threshold": 1.5}}, "must lie in (0, 1], got 1.5")],
+    [({"rule": "dul"}, "Did you mean 'dual'?"), ({"rule": "paced"}, "has a memory of each text")],
 )
 def test_bad_settings_of_a_request(use, asked, message):
     processor = use(threshold=0.5)(request_state(1))
@@ -226,6 +226,8 @@ def test_bad_settings_of_a_request(use, asked, message):
 
 
 def test_engines_that_are_refused(use, folders):
+    with pytest.raises(ValueError, match="has a memory of each text"):
+        use(rule="paced")(request_state(1))
     settings = engine_settings(folders["base"], prompt_embeds=True)
     with pytest.raises(ValueError, match="got `enable_prompt_embeds=True`"):
         use(settings=settings)(request_state(1))

@@ -15,6 +15,7 @@ from transformers_kad import (
     ExactDeferral,
     ImplicitReward,
     NudgingDeferral,
+    PacedDeferral,
     PrimalDeferral,
 )
 
@@ -28,6 +29,7 @@ ALL_RULES = [
     NudgingDeferral(0.5),
     ConfidenceBetDeferral(0.1),
     *(CascadeDeferral(variant, 0.05) for variant in VARIANTS),
+    PacedDeferral(0.3, threshold=0.2, largest_threshold=0.9),
     ImplicitReward(1.5),
     Ensemble(0.3),
     BlendIn(0.6),

@@ -13,6 +13,7 @@ from transformers_kad import (
     ExactDeferral,
     ImplicitReward,
     NudgingDeferral,
+    PacedDeferral,
     PrimalDeferral,
     make_rule,
 )
@@ -20,7 +21,7 @@ from transformers_kad import (
 NEEDS_PROXY = {"confidence_bet", "cascade"}
 
 
-def test_the_table_holds_the_nine_rules():
+def test_the_table_holds_all_rules():
     assert {
         "dual": DualDeferral,
         "primal": PrimalDeferral,
@@ -28,6 +29,7 @@ def test_the_table_holds_the_nine_rules():
         "nudging": NudgingDeferral,
         "confidence_bet": ConfidenceBetDeferral,
         "cascade": CascadeDeferral,
+        "paced": PacedDeferral,
         "implicit_reward": ImplicitReward,
         "ensemble": Ensemble,
         "blend_in": BlendIn,

@@ -35,6 +35,7 @@ from ..models.forward_inputs import PER_TOKEN
 from ..models.model_errors import source_of
 from ..models.model_settings import placeholder_ids
 from ..records.recorders import BatchRecorder, StepRecorder
+from ..rules.base import StatefulRule
 from ..utils.sources import shown_name
 from .attachment import attachment_for, unguided
 from .call_arguments import CallArguments, as_id_list
@@ -46,6 +47,7 @@ from .parallel import OneProcess, forwards_in_step, ranks_in_step
 from .processor_state import ProcessorState
 from .proxy_text import ProxyText, without_placeholders
 from .refusals import is_kad_generate, is_speculative, refuse_call, refuse_continuous_batching
+from .rule_memory import RuleMemory
 from .speculative import kad_generate
 from .token_by_token import EagerStep, TokenStep
 
@@ -215,6 +217,12 @@ def _keep_records(
         )
         return
     state.statistics = statistics
+    # Where rows change places, as beams do, the states of a text are not known afterwards.
+    rows_stay = call.rows_stay or isinstance(call.recorder, BatchRecorder)
+    if call.rule_memory is not None and rows_stay and given.input_ids is not None:
+        emitted = [s.tokens for s in statistics.sequences]
+        texts = [ids[call.prompt_length :][:n].tolist() for ids, n in zip(sequences, emitted, strict=True)]
+        state.remembered = call.rule_memory.remember(texts)
     if trace is not None:
         state.trace = replace(trace, statistics=statistics, **_described(state, given.model))
 
@@ -256,7 +264,21 @@ def _describe_call(state: ProcessorState, given: CallArguments, speculative: boo
         rows_stay=given.beams == 1 and given.arguments.get("custom_generate") is None,
         prompt_inputs=prompt_inputs,
         prompt_mask=proxy_text.prompt_mask,
+        rule_memory=_rule_memory(state, given, batch_size),
     )
+
+
+def _rule_memory(state: ProcessorState, given: CallArguments, batch_size: int) -> RuleMemory | None:
+    """The memory of a rule that has one, at the beginning of a call."""
+    rule, ids = state.settings.rule, given.input_ids
+    if not isinstance(rule, StatefulRule):
+        return None
+    if ids is None:
+        return RuleMemory(rule, [[]] * batch_size, [], given.model.device)
+    mask = given.attention_mask()
+    is_token = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    prompts = [text[own].tolist() for text, own in zip(ids, is_token, strict=True)]
+    return RuleMemory(rule, prompts, state.remembered, ids.device)
 
 
 def _proxy_prompt(

@@ -11,7 +11,7 @@ import torch
 
 from ..models.model_errors import is_unusable
 from ..records.recorders import StepRecorder
-from ..rules.base import DeferralRule, deferral_mass
+from ..rules.base import DeferralRule, StatefulDeferralRule, deferral_mass
 from ..rules.composition import proxy_distribution
 from .open_call import OpenCall
 from .token_by_token import TokenStep
@@ -27,20 +27,31 @@ class BaseDraw:
         deferred: d_v, whether the token is to be drawn again from q, `(rows,)` boolean.
         deferral_mass: D, `(rows,)`.
         base_probs: p, `(rows, V)`.
+        next_state: of a rule with a memory, its states behind this position, `(rows, ...)`.
     """
 
     tokens: torch.Tensor
     deferred: torch.Tensor
     deferral_mass: torch.Tensor
     base_probs: torch.Tensor
+    next_state: torch.Tensor | None = None
 
 
-def draw_from_base(rule: DeferralRule, base_logits: torch.Tensor) -> BaseDraw:
-    """Draw a token from each row of the base's tempered logits `(rows, V)`, for a rule that needs no q."""
+def draw_from_base(rule: DeferralRule, base_logits: torch.Tensor, state: torch.Tensor | None = None) -> BaseDraw:
+    """Draw a token from each row of the base's tempered logits `(rows, V)`, for a rule that needs no q.
+
+    `state` are the states `(rows, ...)` of a rule with a memory; None at the beginning of texts.
+    """
     p = base_logits.float().softmax(-1)
-    deferral = rule.defer(p)
+    if isinstance(rule, StatefulDeferralRule):
+        state = rule.initial_state(len(p), p.device) if state is None else state
+        deferral = rule.defer_at(p, None, state)
+    else:
+        deferral = rule.defer(p)
+    mass = deferral_mass(p, deferral)
+    next_state = rule.advance(state, mass) if isinstance(rule, StatefulDeferralRule) and state is not None else None
     tokens = draw(p)
-    return BaseDraw(tokens, deferral.gather(-1, tokens[:, None]).squeeze(-1), deferral_mass(p, deferral), p)
+    return BaseDraw(tokens, deferral.gather(-1, tokens[:, None]).squeeze(-1), mass, p, next_state)
 
 
 def draw_again(drawn: BaseDraw, base_logits: torch.Tensor, proxy_logits: torch.Tensor) -> torch.Tensor:
@@ -71,7 +82,8 @@ class LazyStep(TokenStep):
         call, rule = self.call, self.call.settings.rule
         assert isinstance(rule, DeferralRule)
         base_logits = self._tempered_base(scores)
-        drawn = draw_from_base(rule, base_logits)
+        drawn = draw_from_base(rule, base_logits, self._rule_states(input_ids))
+        self._end_rule_step(input_ids, drawn.next_state)
         ended = call.ended(input_ids)
         replaced = torch.zeros_like(ended) if self._forced is None else input_ids[:, -1] != self._forced
         flags = torch.stack([drawn.deferred, is_unusable(scores), replaced.to(ended)]) & ~ended

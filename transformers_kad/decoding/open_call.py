@@ -12,6 +12,7 @@ from .ended_rows import EndedRows
 from .parallel import OneProcess
 from .proxy_models import ProxyModels
 from .proxy_text import TextMap
+from .rule_memory import RuleMemory
 from .settings import DecodingSettings
 
 
@@ -34,6 +35,7 @@ class OpenCall:
         rows_stay: whether row i of every step continues row i of the step before.
         prompt_inputs: further inputs of the prompts that the proxy gets too, see `CachedModel.use_prompt_inputs`.
         prompt_mask: attention mask of the proxy's prompts.
+        rule_memory: the states of a rule with a memory; None for other rules.
         ended_rows: knows which rows have ended, token by token; None where that is not told row by row, as in beams.
         ranks: the processes that compute the call together, since they share a model, or this one alone.
         thread: the thread that runs the call.
@@ -56,6 +58,7 @@ class OpenCall:
     rows_stay: bool = True
     prompt_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     prompt_mask: torch.Tensor | None = None
+    rule_memory: RuleMemory | None = None
     ended_rows: EndedRows | None = None
     ranks: OneProcess = field(default_factory=OneProcess)
     thread: int = field(default_factory=threading.get_ident)

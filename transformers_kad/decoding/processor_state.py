@@ -14,6 +14,7 @@ from .call_arguments import as_id_list
 from .open_call import OpenCall
 from .proxy_models import ProxyModels
 from .proxy_text import ProxyPrompt
+from .rule_memory import RememberedText
 from .settings import DecodingSettings
 
 
@@ -27,6 +28,7 @@ class ProcessorState:
         trace: of the last finished call, if it was asked for.
         warned: what was warned of already.
         attached_to: the bases that the processor is attached to; of copies of a base, those that have been called.
+        remembered: for a rule with a memory, the texts of the last finished call.
     """
 
     def __init__(self, settings: DecodingSettings, models: ProxyModels) -> None:
@@ -36,6 +38,7 @@ class ProcessorState:
         self.trace: KADTrace | None = None
         self.warned: set[Hashable] = set()
         self.attached_to: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+        self.remembered: list[RememberedText] = []
         self._claims: list[weakref.ref[OpenCall]] = []  # of calls, in order; the first that is not closed is open
         self._reset_at_close = False
         self._proxy_prompts: list[object] = []  # blocks of `using_proxy_prompt` that are open, in all threads
@@ -45,7 +48,13 @@ class ProcessorState:
         return {name: vars(self)[name] for name in ("settings", "models", "statistics", "trace", "warned")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, attached_to=weakref.WeakSet(), _claims=[], _reset_at_close=False, _proxy_prompts=[])
+        empty: dict[str, Any] = {
+            "attached_to": weakref.WeakSet(),
+            "remembered": [],
+            "_claims": [],
+            "_proxy_prompts": [],
+        }
+        vars(self).update(state, _reset_at_close=False, **empty)
 
     @property
     def open_call(self) -> OpenCall | None:
@@ -93,22 +102,26 @@ class ProcessorState:
         self.models.finish(caches_are_valid=call.finished and not call.prompt_inputs)
         if self._reset_at_close:
             self._reset_at_close = False
-            self.models.reset()
+            self._forget()
         call.closed = True
 
     def reset(self) -> None:
-        """Drop all caches, at the end of the open call if that runs in this thread.
+        """Drop all caches and what a rule remembers, at the end of the open call if that runs in this thread.
 
         Raises:
             RuntimeError: a call in another thread is open.
         """
         call = self.open_call
         if call is None:
-            self.models.reset()
+            self._forget()
         elif call.is_in_this_thread:
             self._reset_at_close = True
         else:
             raise RuntimeError("This KAD processor is in use by a call of `generate` in another thread.")
+
+    def _forget(self) -> None:
+        self.models.reset()
+        self.remembered = []
 
     @property
     def proxy_ends(self) -> dict[int, int | None]:

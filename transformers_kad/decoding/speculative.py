@@ -127,6 +127,7 @@ def kad_generate(
         if in_step and staying:  # rows that leave are not read again, so that they may keep what the others keep
             kept = [kept[staying[0]]] * len(kept)
         readers.end_round(kept, staying)
+        round_.keep_rule_states(emitted, staying)
 
         if automatic is not None and stopwatch is not None:
             proxy_seconds, steps = stopwatch.read()

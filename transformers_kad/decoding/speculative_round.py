@@ -9,7 +9,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from ..models.model_errors import UnusableLogitsError, is_unusable, unusable_logits_error
 from ..models.text_reader import tempered
-from ..rules.composition import Composition, compose, with_bans
+from ..rules.composition import Composition, compose_positions, with_bans
 from ..utils.transfers import fetch
 from .call_processors import CallProcessors, RowTexts, can_run_ahead, look_at_text, must_go_in_step
 from .candidate_generator import Draft, KADCandidateGenerator
@@ -58,6 +58,8 @@ class RoundSettings:
         blocks = do_sample and self.run_ahead and call.settings.drafter != "prompt_lookup"
         self.verification = call.settings.verification if blocks else "token"
         self.look_at_text = look_at_text(processors)
+        if call.rule_memory is not None:
+            call.rule_memory.begin(rows)
         self.before = CallProcessors(before, rows, in_step=self.processors_in_step)
         self.after = CallProcessors(after, rows, in_step=self.processors_in_step)
 
@@ -119,6 +121,8 @@ class SpeculativeRound:
         self._draft_ids, self._draft_lengths = draft.ids.to(device), draft.lengths.to(device)
         self._draft_probs, self._proxy_logits = draft.probs.to(device), draft.proxy_logits.to(device)
         self._draft_is_from_proxy = draft.from_proxy
+        self._memory = settings.call.rule_memory
+        self._next_rule_states = None if self._memory is None else self._memory.current  # (B, ...)
         self.lengths: list[int] = []
         self.accepted = [0] * len(rows)
         self.chances = [list[float]() for _ in rows]
@@ -192,6 +196,21 @@ class SpeculativeRound:
                 pieces.append(part.composition.rows(slice(row * length, row * length + own)))
         return pieces
 
+    def keep_rule_states(self, emitted: list[int], staying: list[int]) -> None:
+        """At the end of the round, go on with the states of a rule with a memory behind what each row emitted.
+
+        Args:
+            emitted: how many tokens each row emitted.
+            staying: the places of the rows that go on.
+        """
+        if self._memory is None:
+            return
+        states = [self._memory.current[:, None]]
+        for part in self._parts:
+            assert part.composition.next_state is not None
+            states.append(part.composition.next_state.unflatten(0, part.target_probs.shape[:2]))
+        self._memory.end_round(self.rows, torch.cat(states, dim=1), emitted, staying)
+
     def scores(self, row: int, at: int) -> torch.Tensor:
         """The processed log r of one position of a row, `(V,)`."""
         part = next(part for part in reversed(self._parts) if part.begin <= at)
@@ -243,17 +262,20 @@ class SpeculativeRound:
         reference_logits = None
         if self._reference_logits is not None:
             unusable["reference"] = is_unusable(self._reference_logits[:, begin:end])
-            reference_logits = self._reference_logits[:, begin:end].flatten(0, 1)
+            reference_logits = self._reference_logits[:, begin:end]
         proxy_probs = None
         if self._draft_is_from_proxy and end <= self._draft_ids.shape[1]:
-            proxy_probs = self._draft_probs[:, begin:end].flatten(0, 1)
-        composition = compose(
+            proxy_probs = self._draft_probs[:, begin:end]
+        composition = compose_positions(
             settings.rule,
-            tempered(with_bans(base_scores.flatten(0, 1)), settings.component_temperature),
-            proxy_logits.flatten(0, 1),
+            tempered(with_bans(base_scores), settings.component_temperature),
+            proxy_logits,
             reference_logits,
             proxy_probs=proxy_probs,
+            state=self._next_rule_states,
         )
+        if composition.next_state is not None:
+            self._next_rule_states = composition.next_state.unflatten(0, (rows, count))[:, -1]
         target_probs, log_target = composition.target_probs.view(rows, count, vocabulary), None
         if self.settings.after:
             log_target = self.settings.after(begin, target_probs.log(), self._texts, self._going_on)

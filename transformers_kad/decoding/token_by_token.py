@@ -67,6 +67,16 @@ class TokenStep(LogitsProcessor):
         """The base's scores with all bans at -inf, tempered."""
         return tempered(with_bans(scores), self.call.settings.component_temperature)
 
+    def _rule_states(self, input_ids: torch.Tensor, parents: list[int] | None = None) -> torch.Tensor | None:
+        """Of a rule with a memory, the states behind texts `(rows, L)`; None for other rules and questions by hand."""
+        memory = self.call.rule_memory
+        return None if memory is None else memory.begin_step(len(input_ids), input_ids.shape[1], parents)
+
+    def _end_rule_step(self, input_ids: torch.Tensor, states: torch.Tensor | None) -> None:
+        """Keep the states `(rows, ...)` behind the position after these texts."""
+        if self.call.rule_memory is not None and states is not None:
+            self.call.rule_memory.end_step(input_ids.shape[1], states)
+
     def _check(self, role: str, unusable: list[bool], position: int) -> None:
         """Raise if a row of a model's logits for a position is unusable."""
         if any(unusable):
@@ -93,18 +103,21 @@ class EagerStep(TokenStep):
         call, vocabulary = self.call, scores.shape[-1]
         texts = self._proxy_texts(input_ids)
         logits = [texts.logits(cached) for cached in call.models]
+        parents = None if call.recorder is None else self._parents(input_ids)
         composition = compose(
             call.settings.rule,
             self._tempered_base(scores),
             *(self._in_base_vocabulary(of_model, vocabulary) for of_model in logits),
+            state=self._rule_states(input_ids, parents),
         )
+        self._end_rule_step(input_ids, composition.next_state)
         call.models.crop(texts.ids.shape[1])
         unusable = torch.stack([is_unusable(of_model).to(scores.device) for of_model in (scores, *logits)])
         self._unchecked = unusable & ~call.ended(input_ids), input_ids.shape[1]
         if is_synchronous(scores.device):
             self.finish()
         if isinstance(call.recorder, StepRecorder):
-            call.recorder.record(input_ids, composition, self._parents(input_ids))
+            call.recorder.record(input_ids, composition, parents)
             call.base_forwards += 1
         # `generate` chooses a token for rows that have ended too, and needs a distribution to do so.
         return composition.target_probs.log().masked_fill(unusable.any(0)[:, None], 0.0)

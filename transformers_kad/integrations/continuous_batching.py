@@ -17,6 +17,7 @@ uses of `transformers.generation.continuous_batching` is no public interface.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
@@ -41,9 +42,11 @@ from ..models.model_errors import ContextLengthError, is_unusable, unusable_logi
 from ..models.running_texts import RunningTexts
 from ..models.text_reader import tempered
 from ..models.vocabulary import align_vocabulary
-from ..rules.base import Rule
+from ..rules.base import Rule, StatefulRule
 from ..rules.composition import compose, with_bans
 from ..rules.registry import unknown_name_message
+
+REMEMBERED_REQUESTS = 10_000  # whose states of a rule with a memory are kept
 
 
 class ContinuousBatchingKAD(ContinuousBatchingLogitsProcessor):
@@ -68,6 +71,9 @@ class ContinuousBatchingKAD(ContinuousBatchingLogitsProcessor):
             for cached in kad.state.models
         ]
         self._requests: list[RequestState] = []
+        # Of a rule with a memory, by the request: the length of the text, and the state behind its next token. A
+        # request that is moved out of the batch comes back under its name.
+        self._rule_states: OrderedDict[str, tuple[int, torch.Tensor]] = OrderedDict()
 
     @property
     def context_length(self) -> int | None:
@@ -126,17 +132,42 @@ class ContinuousBatchingKAD(ContinuousBatchingLogitsProcessor):
         rules = [self._rule_of(state.logit_processor_kwargs) for state in requests]
         for rule in dict.fromkeys(rules):
             rows = [row for row, other in enumerate(rules) if other == rule]
-            target = compose(rule, base_logits[rows], *(logits[rows] for logits in of_models)).target_probs
-            guided[rows] = target.log().to(guided)
+            state = self._states_before(rule, [requests[row] for row in rows], own.device)
+            made = compose(rule, base_logits[rows], *(logits[rows] for logits in of_models), state=state)
+            guided[rows] = made.target_probs.log().to(guided)
+            if made.next_state is not None:
+                self._keep_states([requests[row] for row in rows], made.next_state)
         return torch.cat([guided, scores[len(requests) :]])
+
+    def _states_before(self, rule: Rule, requests: list[RequestState], device: torch.device) -> torch.Tensor | None:
+        """Of a rule with a memory, the states behind the texts of some requests, `(n, ...)`."""
+        if not isinstance(rule, StatefulRule):
+            return None
+        states = rule.initial_state(len(requests), device)
+        for row, request in enumerate(requests):
+            length, behind = self._rule_states.get(request.request_id, (None, None))
+            if behind is not None and length == _length(request) - 1:
+                states[row] = behind
+        return states
+
+    def _keep_states(self, requests: list[RequestState], states: torch.Tensor) -> None:
+        for request, state in zip(requests, states, strict=True):
+            self._rule_states[request.request_id] = _length(request), state
+            self._rule_states.move_to_end(request.request_id)
+        while len(self._rule_states) > max(REMEMBERED_REQUESTS, len(self._requests)):
+            self._rule_states.popitem(last=False)
 
     def _check(self, role: str, model: PreTrainedModel | None, logits: torch.Tensor) -> None:
         """Raise for logits that define no distribution."""
         flags = is_unusable(logits).tolist()
         if any(flags):
             state = self._requests[flags.index(True)]
-            position = len(state.initial_tokens) + len(state.generated_tokens)
-            raise unusable_logits_error(role, model, position, flags.index(True))
+            raise unusable_logits_error(role, model, _length(state), flags.index(True))
+
+
+def _length(request: RequestState) -> int:
+    """The length of the text of a request, in tokens."""
+    return len(request.initial_tokens) + len(request.generated_tokens)
 
 
 class KADBatchingManager(ContinuousBatchingManager):

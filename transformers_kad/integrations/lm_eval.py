@@ -40,7 +40,8 @@ from ..models.cached_model import CachedModel
 from ..models.model_errors import is_unusable, unusable_logits_error
 from ..models.model_settings import context_length
 from ..models.vocabulary import align_vocabulary, check_tokenizers
-from ..rules.composition import compose
+from ..rules.base import StatefulRule
+from ..rules.composition import compose_positions
 from ..rules.registry import RULES, unknown_name_message
 from .loading.configuration import OWN_SETTINGS, RULE_PARAMETERS, config_from, with_models
 from .loading.devices import pick_device, quantization_config
@@ -281,17 +282,20 @@ class KADLM(HFLM):
             ValueError: a context or continuation is empty, a continuation is longer than `max_length`, or logits are
                 NaN, +inf or all -inf.
         """
-        sharing: dict[tuple[int, ...], list[int]] = {}
+        # With a rule that has a memory, r also depends on where the continuation begins.
+        has_memory = isinstance(self.kad.rule, StatefulRule)
+        sharing: dict[tuple[tuple[int, ...], int], list[int]] = {}
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise ValueError(
                     f"A log-likelihood needs a context and 1 to {self.max_length} tokens after it (`max_length`), got "
                     f"{len(context)} and {len(continuation)} tokens."
                 )
-            sharing.setdefault((*context, *continuation[:-1]), []).append(index)
+            text, begin = (*context, *continuation[:-1]), len(context) if has_memory else 0
+            sharing.setdefault((text, begin), []).append(index)
         # The longest texts come first, so that a lack of memory shows at once.
-        texts = sorted(sharing, key=lambda text: (-len(text), text))
-        cut = sum(len(text) > self.max_length for text in texts)
+        texts = sorted(sharing, key=lambda key: (-len(key[0]), key))
+        cut = sum(len(text) > self.max_length for text, _ in texts)
         if cut:
             logger.warning(f"{cut} of {len(texts)} texts are truncated on the left to {self.max_length} tokens.")
 
@@ -306,7 +310,7 @@ class KADLM(HFLM):
         with tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Log-likelihoods") as bar:
             for batch in chunks(texts, size, size_at):
                 groups = [[list(requests[i][2]) for i in sharing[text]] for text in batch]
-                for text, values in zip(batch, self._score(batch, groups), strict=True):
+                for text, values in zip(batch, self._score([text for text, _ in batch], groups), strict=True):
                     for index, value in zip(sharing[text], values, strict=True):
                         results[index] = value
                         if requests[index][0] is not None:
@@ -332,9 +336,11 @@ class KADLM(HFLM):
             log_probs: list[float] = []
             likeliest: list[int] = []
             stride = max(1, _LOGITS_AT_ONCE // logits[0].shape[-1])
+            state = None
             for at in range(0, span, stride):
                 part = slice(end - span + at, min(end - span + at + stride, end))
-                log_r = self._log_target([each[row, part] for each in logits], row, len(text) - span + at + 1)
+                position = len(text) - span + at + 1
+                log_r, state = self._log_target([each[row, part] for each in logits], row, position, state)
                 tokens = torch.tensor(continuation[at : at + stride], device=log_r.device)
                 log_probs += log_r.gather(-1, tokens[:, None])[:, 0].tolist()
                 likeliest += log_r.argmax(-1).tolist()
@@ -358,10 +364,13 @@ class KADLM(HFLM):
             cached.reset()
         return logits
 
-    def _log_target(self, logits: list[torch.Tensor], row: int = 0, position: int = 0) -> torch.Tensor:
-        """The logarithm of r `(n, V)` from each model's logits `(n, V)`.
+    def _log_target(
+        self, logits: list[torch.Tensor], row: int = 0, position: int = 0, state: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The logarithm of r `(n, V)` from each model's logits `(n, V)` at neighbouring positions of a text.
 
-        `row` and `position` are the sequence and the first position of the logits, for error messages.
+        `row` and `position` are the sequence and the first position of the logits, for error messages. `state` is that
+        of a rule with a memory before them, None at the beginning; the second result is its state behind them.
         """
         for cached, rows in zip(self._cached, logits, strict=True):
             unusable = is_unusable(rows)
@@ -369,12 +378,14 @@ class KADLM(HFLM):
                 raise unusable_logits_error(cached.role, cached.model, position + int(unusable.int().argmax()), row)
         vocabulary = logits[0].shape[-1]
         tempered = [align_vocabulary(each, vocabulary) / self.kad.component_temperature for each in logits]
-        return compose(self.kad.rule, *tempered).target_probs.log()
+        composition = compose_positions(self.kad.rule, *(each[None] for each in tempered), state=state)
+        behind = None if composition.next_state is None else composition.next_state[-1:]
+        return composition.target_probs.log(), behind
 
     def _model_call(self, inps: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """The logarithm of r at every position, `(B, L, V)`. The harness calls this to find `batch_size=auto`."""
-        logits = [each.flatten(0, 1) for each in self._logits(inps, inps.shape[1])]
-        return self._log_target(logits).unflatten(0, inps.shape)
+        logits = self._logits(inps, inps.shape[1])
+        return torch.stack([self._log_target(list(own), row)[0] for row, own in enumerate(zip(*logits, strict=True))])
 
 
 def _value(text: Any) -> Any:

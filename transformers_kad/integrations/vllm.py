@@ -31,7 +31,7 @@ from ..models.model_errors import describe, is_unusable, unusable_logits_error
 from ..models.running_texts import RunningTexts
 from ..models.text_reader import tempered
 from ..models.vocabulary import align_vocabulary, check_tokenizers
-from ..rules.base import Rule
+from ..rules.base import Rule, StatefulRule
 from ..rules.composition import compose, with_bans
 from ..utils.strict_json import parse_json
 from .loading.configuration import with_models
@@ -119,8 +119,8 @@ def guidance_of(default: KADConfig, sampling_params: "SamplingParams") -> Guidan
     """What guides a request; None if it asks for the base alone.
 
     Raises:
-        ValueError: an unknown name, a value out of range or of a wrong type, or a rule that needs the proxy before
-            alignment in an engine that did not load it.
+        ValueError: an unknown name, a value out of range or of a wrong type, a rule with a memory, or a rule that
+            needs the proxy before alignment in an engine that did not load it.
     """
     try:
         config = config_of_request(default, asked_of(sampling_params), SETTINGS_OF_REQUESTS)
@@ -129,6 +129,7 @@ def guidance_of(default: KADConfig, sampling_params: "SamplingParams") -> Guidan
     if config is None:
         return None
     rule = config.make_rule()
+    _refuse_memory(rule)
     if rule.needs_reference and not default.make_rule().needs_reference:
         raise ValueError(
             f"The rule {config.rule!r} needs the proxy before alignment, and this engine runs the rule "
@@ -195,6 +196,7 @@ class EngineProxy:
         except ValueError as error:
             raise ValueError(f"No proxy is named by {CONFIG_VARIABLE}={folder!r}: set `proxy` there.") from error
         rule = self.config.make_rule()
+        _refuse_memory(rule)
         proxy = load_model(str(self.config.proxy), device=str(device), merge=not rule.needs_reference)
         _check_tokenizers_of(vllm_config, str(self.config.proxy))
         kad = KADLogitsProcessor(proxy, rule)
@@ -334,6 +336,15 @@ class KADBatchLogitsProcessor(LogitsProcessor):
         if self._requests:
             self._proxy.guide(logits, {request: [row] for row, request in sorted(self._requests.items())})
         return logits
+
+
+def _refuse_memory(rule: Rule) -> None:
+    """Raise `ValueError` for a rule with a memory."""
+    if isinstance(rule, StatefulRule):
+        raise ValueError(
+            f"{rule!r} has a memory of each text, and vLLM does not tell a request that comes back after it was "
+            "preempted from a new one: take a rule without a memory."
+        )
 
 
 def _refuse_model(cached: CachedModel, longest: int) -> None:

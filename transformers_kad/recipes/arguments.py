@@ -117,8 +117,8 @@ class ModelArguments:
 class RuleParameters:
     """Parameters of the rules, and the settings that every rule can be used with. None: not given."""
 
-    threshold: float | None = field(default=None, metadata={"help": "Parameter of dual, nudging and blend_in."})
-    budget: float | None = field(default=None, metadata={"help": "Parameter of primal and exact."})
+    threshold: float | None = field(default=None, metadata={"help": "Parameter of dual, nudging, paced and blend_in."})
+    budget: float | None = field(default=None, metadata={"help": "Parameter of primal, exact and paced."})
     tolerance: float | None = field(default=None, metadata={"help": "Parameter of exact."})
     max_states: int | None = field(default=None, metadata={"help": "Parameter of exact."})
     margin: float | None = field(default=None, metadata={"help": "Parameter of confidence_bet."})
@@ -126,6 +126,9 @@ class RuleParameters:
         default=None, metadata={"help": "Parameter of cascade: diff, opt, token_v2 or token_v3."}
     )
     alpha: float | None = field(default=None, metadata={"help": "Parameter of cascade."})
+    step_size: float | None = field(default=None, metadata={"help": "Parameter of paced."})
+    smallest_threshold: float | None = field(default=None, metadata={"help": "Parameter of paced."})
+    largest_threshold: float | None = field(default=None, metadata={"help": "Parameter of paced."})
     beta: float | None = field(default=None, metadata={"help": "Parameter of implicit_reward."})
     weight: float | None = field(default=None, metadata={"help": "Parameter of ensemble."})
     component_temperature: float | None = field(

@@ -162,3 +162,77 @@ class DeferralRule(Rule):
     def target(self, p: Tensor, q: Tensor, q0: Tensor | None) -> Tensor:
         """Mix p and q by the deferral mask, see :func:`mix`."""
         return mix(p, q, self.defer(p, q))
+
+
+class StatefulRule(Rule):
+    """A rule with a memory: r of a position also depends on the positions before it in the text.
+
+    The memory of a text is a state, which :meth:`step` moves on by one emitted position. It must depend on nothing but
+    the distributions at the positions before, so that it is known along a draft before its tokens are accepted:
+    speculative decoding stays exact. Tokens that were drafted and refused leave no trace in it. Beams take their
+    states along, and a call whose prompt continues a text of the call before goes on with the state of that text.
+
+    Called without a state, a rule is applied as at the first position of a text.
+    """
+
+    @abstractmethod
+    def initial_state(self, batch: int, device: torch.device | str | None = None) -> Tensor:
+        """The states of `batch` texts before their first emitted token, `(batch, ...)`."""
+
+    @abstractmethod
+    def step(
+        self, base_probs: Tensor, proxy_probs: Tensor, state: Tensor, reference_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Apply the rule to one position of some texts.
+
+        Args:
+            base_probs: p, shape `(batch, V)`, float32.
+            proxy_probs: q, shape `(batch, V)`, float32.
+            state: of each text before this position, `(batch, ...)`.
+            reference_probs: q0, shape `(batch, V)`, for a rule with `needs_reference`.
+
+        Returns:
+            The target r, `(batch, V)`; the deferral mass D, `(batch,)`, or None for a rule without one; and the state
+            of each text behind this position. The tensor `state` is not changed.
+        """
+
+    def target(self, p: Tensor, q: Tensor, q0: Tensor | None) -> Tensor:
+        """The target r at the first position of a text, for distributions `(..., V)`."""
+        rows = [None if probs is None else probs.reshape(-1, p.shape[-1]) for probs in (p, q, q0)]
+        assert rows[0] is not None and rows[1] is not None
+        state = self.initial_state(len(rows[0]), p.device)
+        return self.step(rows[0], rows[1], state, rows[2])[0].view(p.shape)
+
+
+class StatefulDeferralRule(StatefulRule, DeferralRule):
+    """A rule with a deferral mask and a memory. Subclasses are frozen dataclasses.
+
+    :meth:`defer` gives the masks at the first position of a text.
+    """
+
+    def defer(self, base_probs: Tensor, proxy_probs: Tensor | None = None) -> Tensor:
+        size = base_probs.shape[-1]
+        p, q = (None if probs is None else probs.reshape(-1, size) for probs in (base_probs, proxy_probs))
+        assert p is not None
+        return self.defer_at(p, q, self.initial_state(len(p), p.device)).view(base_probs.shape)
+
+    @abstractmethod
+    def defer_at(self, base_probs: Tensor, proxy_probs: Tensor | None, state: Tensor) -> Tensor:
+        """The deferral masks d of some texts, boolean, shape `(batch, V)`, for float32 distributions of that shape.
+
+        Args:
+            base_probs: p, shape `(batch, V)`.
+            proxy_probs: q, shape `(batch, V)`; may be None unless `needs_proxy`.
+            state: of each text before this position, `(batch, ...)`.
+        """
+
+    @abstractmethod
+    def advance(self, state: Tensor, mass: Tensor) -> Tensor:
+        """The states `(batch, ...)` behind a position whose deferral mass D was `mass` `(batch,)`."""
+
+    def step(
+        self, base_probs: Tensor, proxy_probs: Tensor, state: Tensor, reference_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Mix p and q by the deferral mask, see :func:`mix`."""
+        target, mass = mix_and_mass(base_probs, proxy_probs, self.defer_at(base_probs, proxy_probs, state))
+        return target, mass, self.advance(state, mass)

@@ -1,12 +1,14 @@
 """From logits to the target: a rule is applied to the softmax of both models' logits, without banned tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arithmetic import may_be_any, replace_rows
-from .base import DeferralRule, Rule, as_probabilities, mix_and_mass
+from .base import DeferralRule, Rule, StatefulRule, as_probabilities, mix_and_mass
 
 # A score more than this many nats below the likeliest is a ban: the smallest number of float64 is exp(-744.4).
 BANNED_BELOW = 746.0
@@ -24,17 +26,19 @@ class Composition:
         proxy_probs: q, `(rows, V)`.
         target_probs: r, `(rows, V)`.
         deferral_mass: D, `(rows,)`; None for rules without a deferral mask.
+        next_state: the rule's states behind these positions, `(rows, ...)`; None for rules without a memory.
     """
 
     base_probs: Tensor
     proxy_probs: Tensor
     target_probs: Tensor
     deferral_mass: Tensor | None
+    next_state: Tensor | None = None
 
     def rows(self, part: slice) -> "Composition":
         """Some of the rows."""
-        mass = None if self.deferral_mass is None else self.deferral_mass[part]
-        return Composition(self.base_probs[part], self.proxy_probs[part], self.target_probs[part], mass)
+        mass, state = (None if v is None else v[part] for v in (self.deferral_mass, self.next_state))
+        return Composition(self.base_probs[part], self.proxy_probs[part], self.target_probs[part], mass, state)
 
     def probs_of(self, tokens: Tensor) -> Tensor:
         """p, q and r of one token in each row: ids `(rows,)` give `(rows, 3)`."""
@@ -77,6 +81,7 @@ def compose(
     reference_logits: Tensor | None = None,
     *,
     proxy_probs: Tensor | None = None,
+    state: Tensor | None = None,
 ) -> Composition:
     """Apply a rule to the logits `(rows, V)` of the models.
 
@@ -91,23 +96,70 @@ def compose(
         proxy_probs: the proxy's next-token distribution where the caller has it already, the softmax of `proxy_logits`
             in float32, `(rows, V)`. It saves that softmax on the CPU where no token is banned. On other devices it is
             ignored, since whether a token is banned is not known there without waiting for the device.
+        state: the states of a `StatefulRule` before these positions, `(rows, ...)`; None at the beginning of texts.
     """
     rows, vocabulary = base_logits.shape
     if proxy_probs is not None:
         proxy_probs = as_probabilities("proxy_probs", proxy_probs, like=base_logits)
+    if isinstance(rule, StatefulRule) and state is None:
+        state = rule.initial_state(rows, base_logits.device)
     at_once = max(COMPOSED_AT_ONCE // vocabulary, 1) if base_logits.device.type == "cpu" else rows
     if rows <= at_once:
-        return _compose(rule, base_logits, proxy_logits, reference_logits, proxy_probs)
+        return _compose(rule, base_logits, proxy_logits, reference_logits, proxy_probs, state)
     p, q, r = (torch.empty(rows, vocabulary, device=base_logits.device) for _ in range(3))
-    masses = []
+    masses, states = [], []
     for begin in range(0, rows, at_once):
         some = slice(begin, begin + at_once)
-        reference, probs = (None if given is None else given[some] for given in (reference_logits, proxy_probs))
-        part = _compose(rule, base_logits[some], proxy_logits[some], reference, probs)
+        further = (None if given is None else given[some] for given in (reference_logits, proxy_probs, state))
+        part = _compose(rule, base_logits[some], proxy_logits[some], *further)
         p[some], q[some], r[some] = part.base_probs, part.proxy_probs, part.target_probs
         if part.deferral_mass is not None:
             masses.append(part.deferral_mass)
-    return Composition(p, q, r, torch.cat(masses) if masses else None)
+        if part.next_state is not None:
+            states.append(part.next_state)
+    return Composition(p, q, r, *(torch.cat(parts) if parts else None for parts in (masses, states)))
+
+
+def compose_positions(
+    rule: Rule,
+    base_logits: Tensor,
+    proxy_logits: Tensor,
+    reference_logits: Tensor | None = None,
+    *,
+    proxy_probs: Tensor | None = None,
+    state: Tensor | None = None,
+) -> Composition:
+    """Apply a rule to n neighbouring positions of B texts: :func:`compose` of `B * n` rows, those of a text together.
+
+    A rule with a memory is applied to one position after the other: each gets the states that the one before it leads
+    to. A memory knows no tokens, only distributions, so that this holds for a draft before it is verified.
+
+    Args:
+        rule: the rule.
+        base_logits: `(B, n, V)`, and so are `proxy_logits`, `reference_logits` and `proxy_probs`, see :func:`compose`.
+        state: the states of a `StatefulRule` before the first of the positions, `(B, ...)`.
+    """
+    if not isinstance(rule, StatefulRule):
+        reference, probs = (
+            None if given is None else given.flatten(0, 1) for given in (reference_logits, proxy_probs)
+        )
+        return compose(rule, base_logits.flatten(0, 1), proxy_logits.flatten(0, 1), reference, proxy_probs=probs)
+    parts = []
+    for at in range(base_logits.shape[1]):
+        reference, probs = (None if given is None else given[:, at] for given in (reference_logits, proxy_probs))
+        base, proxy = base_logits[:, at], proxy_logits[:, at]
+        parts.append(compose(rule, base, proxy, reference, proxy_probs=probs, state=state))
+        state = parts[-1].next_state
+    return _side_by_side(parts)
+
+
+def _side_by_side(parts: Sequence[Composition]) -> Composition:
+    """One composition of several positions, those of a row together, from one composition of all rows a position."""
+    together: dict[str, Any] = {}
+    for field in fields(Composition):
+        values = [getattr(part, field.name) for part in parts]
+        together[field.name] = None if values[0] is None else torch.stack(values, dim=1).flatten(0, 1)
+    return Composition(**together)
 
 
 def proxy_distribution(base_logits: Tensor, proxy_logits: Tensor, base_probs: Tensor) -> Tensor:
@@ -124,14 +176,22 @@ def proxy_distribution(base_logits: Tensor, proxy_logits: Tensor, base_probs: Te
 
 
 def _compose(
-    rule: Rule, base_logits: Tensor, proxy_logits: Tensor, reference_logits: Tensor | None, proxy_probs: Tensor | None
+    rule: Rule,
+    base_logits: Tensor,
+    proxy_logits: Tensor,
+    reference_logits: Tensor | None,
+    proxy_probs: Tensor | None,
+    state: Tensor | None,
 ) -> Composition:
     """Apply :func:`compose` to as many rows as are handled at once."""
     p, bans = base_logits.float().softmax(-1), _bans(base_logits)
     q = _without_bans(proxy_logits, bans, p, proxy_probs)
-    if isinstance(rule, DeferralRule):
+    if isinstance(rule, DeferralRule) and not isinstance(rule, StatefulRule):
         return Composition(p, q, *mix_and_mass(p, q, rule.defer(p, q)))
     q0 = None if reference_logits is None else _without_bans(reference_logits, bans, p)
+    if isinstance(rule, StatefulRule):
+        assert state is not None
+        return Composition(p, q, *rule.step(p, q, state, q0))
     return Composition(p, q, rule(p, q, q0), None)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from . import deferral, mixtures
+from . import deferral, mixtures, paced
 from .base import Rule
 
 RULES: dict[str, type[Rule]] = {
@@ -15,6 +15,7 @@ RULES: dict[str, type[Rule]] = {
     "nudging": deferral.NudgingDeferral,
     "confidence_bet": deferral.ConfidenceBetDeferral,
     "cascade": deferral.CascadeDeferral,
+    "paced": paced.PacedDeferral,
     "implicit_reward": mixtures.ImplicitReward,
     "ensemble": mixtures.Ensemble,
     "blend_in": mixtures.BlendIn,

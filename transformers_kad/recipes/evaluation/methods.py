@@ -27,6 +27,7 @@ RULE_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "cascade-opt": ("cascade", {"variant": "opt"}),
     "cascade-token-v2": ("cascade", {"variant": "token_v2"}),
     "cascade-token-v3": ("cascade", {"variant": "token_v3"}),
+    "kad-paced": ("paced", {}),
     "implicit-reward": ("implicit_reward", {}),
     "ensemble": ("ensemble", {}),
     "blend-in": ("blend_in", {}),

@@ -30,6 +30,7 @@ SEARCH_RANGES: Mapping[str, tuple[str, float, float]] = {
     "cascade-opt": ("alpha", 0.0, 0.5),
     "cascade-token-v2": ("alpha", 0.0, 0.5),
     "cascade-token-v3": ("alpha", 0.0, 1.0),
+    "kad-paced": ("budget", 0.05, 0.95),
     "implicit-reward": ("beta", 0.1, 3.0),
     "ensemble": ("weight", 0.0, 1.0),
     "blend-in": ("threshold", 0.05, 0.95),
