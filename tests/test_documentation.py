@@ -322,6 +322,7 @@ def test_the_recipes_that_measure_are_all_shown(clone):
         ("docs/performance.md", "benchmark_verification", 1),
         ("docs/performance.md", "benchmark_rules", 1),
         ("docs/performance.md", "benchmark_adapters", 1),
+        ("docs/results.md", "benchmark_pacing", 1),
     ):
         assert len(calls(page, f"recipes/{script}.py")) == count
 
@@ -367,7 +368,7 @@ def test_every_picture_of_the_results_is_shown():
     shown = {Path(path).name for page in PAGES for path in re.findall(r"!\[[^]]+\]\((\S+)\)", text_of(page))}
     kept = {path.name for path in (ROOT / "recipes/results").glob("tiny_pair/*.svg")}
     assert len(kept) == 4
-    assert kept | {"trace.png", "deferral.svg", "draft_length_batch_1.svg", "batch_size.svg"} == shown
+    assert kept | {"pacing.svg", "trace.png", "deferral.svg", "draft_length_batch_1.svg", "batch_size.svg"} == shown
 
 
 def tables(page):

@@ -64,7 +64,7 @@ class RunningTexts:
         self.forwards = 0
         self._without_adapter = without_adapter
         self._batches: list[_Batch] = []
-        self._row_bytes, self._token_bytes = self._measure()
+        self._row_bytes, self._token_bytes = (0, 0) if cache_bytes is None else self._measure()
 
     def _new_reader(self) -> CachedModel:
         reader = CachedModel(self.model, self.role, without_adapter=self._without_adapter)

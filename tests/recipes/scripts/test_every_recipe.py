@@ -128,6 +128,10 @@ COPIES = {
         *("--trials", "2", "--goal", "accuracy"),
     ),
     "benchmark_adapters": ("--sizes", "1M", "--repetitions", "2", "--steps", "2", "--context", "4"),
+    "benchmark_pacing": (
+        *("--pair", PAIR, "--limit", "2", "--max_new_tokens", "4"),
+        *("--budgets", "0.2", "--step_sizes", "0.1", "--thresholds", "0.4"),
+    ),
     "benchmark_rules": ("--vocabulary", "50", "--rows", "1", "6", "--repetitions", "2"),
     "benchmark_speed": (
         *("--pair", PAIR, "--methods", "lazy,speculative", "--draft_lengths", "2"),
@@ -156,7 +160,8 @@ def test_it_runs_as_a_single_file_copied_elsewhere(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["quickstart", "run_eval", "sweep", "tune", "benchmark_speed", "benchmark_verification"]
+    "name",
+    ["quickstart", "run_eval", "sweep", "tune", "benchmark_pacing", "benchmark_speed", "benchmark_verification"],
 )
 def test_without_the_pair_a_copy_says_what_to_pass(name, tmp_path):
     run = run_copy(ROOT / "recipes" / f"{name}.py", tmp_path)
