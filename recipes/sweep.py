@@ -37,6 +37,7 @@ GRID = (
     "confidence-bet:margin=0.0,0.05,0.1,0.2,0.3,0.5",
     *(f"cascade-{variant}:alpha=0.0,0.05,0.1,0.2,0.4" for variant in ("diff", "opt", "token-v2")),
     "cascade-token-v3:alpha=0.1,0.3,0.5,0.7,0.9",
+    "kad-paced:budget=0.1,0.2,0.3,0.4,0.5",
     "implicit-reward:beta=0.5,0.75,1.0,1.25,1.5,2.0",
     "ensemble:weight=0.1,0.3,0.5,0.7,0.9",
     "blend-in:threshold=0.3,0.5,0.7,0.9,1.0",
