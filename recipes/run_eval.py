@@ -18,7 +18,13 @@ Several GPUs, each with a copy of the models: `torchrun --nproc_per_node 8 recip
 processes. The same command continues an interrupted run, and a finished --output can be extended by more methods,
 tasks or samples.
 
-Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_qa, tiny.
+Tasks: gsm8k, mmlu, truthfulqa_mc1, math500, svamp, arc_challenge, commonsense_qa, tiny; instructions and ifeval
+(instructions that a program can check), cnn_dailymail (summaries, by ROUGE), chat (the prompts of --prompts, without
+right answers).
+
+Quality beside accuracy: --quality adds perplexity under a judge (--judge or --aligned), rewards and preferences
+(--reward_model), distinct-n, repetition, length and form of the same texts, also to a finished --output, without
+decoding again.
 
 Methods: base, proxy, aligned (the model that --aligned names), assisted (assisted decoding of transformers), nudging,
 kad-primal, kad-dual, kad-exact, confidence-bet, cascade-diff, cascade-opt, cascade-token-v2, cascade-token-v3,
@@ -37,6 +43,7 @@ from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
+from transformers_kad.recipes.evaluation.quality import QualityArguments
 from transformers_kad.recipes.evaluation.session import evaluate
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
@@ -56,12 +63,15 @@ class RecordArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command line and run."""
-    types = (ModelArguments, EvaluationArguments, MethodArguments, EvaluationSampling, RecordArguments)
-    models, evaluation, chosen, sampling, record = parse_arguments(types, __doc__, argv)
+    types = (
+        *(ModelArguments, EvaluationArguments, MethodArguments, EvaluationSampling),
+        *(QualityArguments, RecordArguments),
+    )
+    models, evaluation, chosen, sampling, quality, record = parse_arguments(types, __doc__, argv)
     silence_libraries()
 
     def run() -> None:
-        evaluate(models, evaluation, chosen, sampling, default_pair=TINY_PAIR, **vars(record))
+        evaluate(models, evaluation, chosen, sampling, default_pair=TINY_PAIR, quality=quality, **vars(record))
 
     return exit_status(run)
 

@@ -305,12 +305,26 @@ def test_the_command_of_the_results_measures_every_method_of_the_table(clone):
 
 def test_the_commands_of_the_paper_cover_every_public_task(clone):
     tasks = importlib.import_module("transformers_kad.recipes.evaluation.tasks").TASKS
-    tiny, *paper = calls("docs/evaluation.md", "recipes/run_eval.py")
-    assert tiny[1].task == ["tiny"]
+    tiny, *paper, texts, preferences, quality = calls("docs/evaluation.md", "recipes/run_eval.py")
+    assert tiny[1].task == quality[1].task == ["tiny"]
     assert len(paper) == 2
+    asked = {name for name, task in tasks.items() if task.extract is not None}
+    assert {*texts[1].task} | {*preferences[1].task} == {*tasks} - asked
     for _, evaluation, chosen, _ in paper:
-        assert {*evaluation.task} == {*tasks} - {"tiny"}
+        assert {*evaluation.task} == asked - {"tiny"}
         assert {"kad-dual", "kad-primal", "nudging", "aligned"} <= {method.name for method in chosen.methods()}
+
+
+def test_every_task_and_figure_of_quality_is_described():
+    page = text_of("docs/evaluation.md")
+    tasks = importlib.import_module("transformers_kad.recipes.evaluation.tasks").TASKS
+    figures = importlib.import_module("transformers_kad.recipes.evaluation.text_figures").FIGURES
+    assert all(f"`{name}`" in page for name in tasks)
+    (rows,) = (table for table in tables("docs/evaluation.md") if "figure" in table[0])
+    described = ", ".join(row["figure"] for row in rows)
+    described = described.replace("ROUGE-1, -2, -L", "ROUGE-1, ROUGE-2, ROUGE-L")
+    described = described.replace("distinct-1, -2, -3", "distinct-1, distinct-2, distinct-3")
+    assert described.split(", ") == [figure.heading for figure in figures.values()]
 
 
 def test_the_recipes_that_measure_are_all_shown(clone):

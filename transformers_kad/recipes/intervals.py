@@ -28,7 +28,7 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     return (low if successes > 0 else 0.0), (high if successes < trials else 1.0)
 
 
-def paired_difference(a: Sequence[Sequence[bool]], b: Sequence[Sequence[bool]]) -> tuple[float, float]:
+def paired_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> tuple[float, float]:
     """The mean difference of two methods' scores on the same problems, and half the width of its 95 % interval.
 
     The scores of a problem are averaged over the sampling seeds first, so the interval is one over problems.

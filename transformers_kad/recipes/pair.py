@@ -71,19 +71,8 @@ class Pair:
         return load_model(path, device=self.device, dtype=self.models.dtype, **kwargs)
 
     def load_large(self, path: str) -> PreTrainedModel:
-        """Load a model as large as the base: distributed over devices and quantized like the base."""
-        models = self.models
-        limits = {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None
-        if limits is None and models.gpus is not None and isinstance(models.spread, str):
-            limits = {gpu: free_memory(gpu) for gpu in models.gpus}
-        spread = {
-            "device_map": models.spread,
-            "max_memory": limits,
-            "offload_folder": models.offload_folder,
-            "quantization_config": quantization_config(models.quantization),
-        }
-        merge = models.quantization is None and models.device_map is None
-        return self._load(path, merge=merge, **{name: value for name, value in spread.items() if value is not None})
+        """See :func:`load_large`."""
+        return load_large(self.models, path, self.device)
 
     @cached_property
     def reference(self) -> PreTrainedModel | None:
@@ -108,6 +97,22 @@ class Pair:
             proxy_tokenizer=self.proxy_tokenizer,
             vocabulary_alignment=self.alignment,
         )
+
+
+def load_large(models: ModelArguments, path: str, device: str) -> PreTrainedModel:
+    """Load a model as large as the base: with its dtype, distributed over devices and quantized like the base."""
+    spread = {**device_spread(models), "quantization_config": quantization_config(models.quantization)}
+    merge = models.quantization is None and models.device_map is None
+    given = {name: value for name, value in spread.items() if value is not None}
+    return load_model(path, device=device, dtype=models.dtype, merge=merge, **given)
+
+
+def device_spread(models: ModelArguments) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that distribute a large model over devices; None for those not given."""
+    limits = {int(k) if k.isdigit() else k: v for k, v in (models.limits or {}).items()} or None
+    if limits is None and models.gpus is not None and isinstance(models.spread, str):
+        limits = {gpu: free_memory(gpu) for gpu in models.gpus}
+    return {"device_map": models.spread, "max_memory": limits, "offload_folder": models.offload_folder}
 
 
 def free_memory(gpu: int) -> int:

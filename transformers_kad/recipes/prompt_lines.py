@@ -94,8 +94,8 @@ def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return template
 
 
-def read_file(path: str) -> list[str]:
-    """The lines of the file of --input.
+def read_file(path: str, option: str = "--input") -> list[str]:
+    """The lines of the file that an option names.
 
     Raises:
         ValueError: the file can't be read.
@@ -103,7 +103,7 @@ def read_file(path: str) -> list[str]:
     try:
         return Path(path).read_text(encoding="utf-8", errors=UNREADABLE).split("\n")
     except OSError as error:
-        raise ValueError(f"--input {path!r} can't be read: {error}") from error
+        raise ValueError(f"{option} {path!r} can't be read: {error}") from error
 
 
 def check_usable(lines: list[Line], path: str, *, shown: bool = True) -> list[Line]:

@@ -76,6 +76,10 @@ class JsonLinesStore:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file, and with it the lock on it."""
         self._file.close()
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -452,3 +452,30 @@ def test_the_metrics_agree_with_the_statistics_of_a_call_of_several_texts(base, 
     result = of_statistics(metrics, rows)
     assert result["deferral_mass"] == pytest.approx(kad.statistics.deferral_mass, abs=1e-9)
     assert (result["tokens"], result["rounds"]) == (kad.statistics.tokens, kad.statistics.rounds)
+
+
+# --- ROUGE ----------------------------------------------------------------------------------------------------
+
+
+def test_rouge_by_hand(metrics):
+    texts = {"predictions": ["The cat sat.", "x"], "references": ["the cat sat down", "y"]}
+    each = metrics["rouge"].compute(**texts, use_aggregator=False)
+    assert each["rouge1"] == pytest.approx([2 * 1 * (3 / 4) / (1 + 3 / 4), 0])
+    assert each["rouge2"] == pytest.approx([2 * 1 * (2 / 3) / (1 + 2 / 3), 0])
+    assert each["rougeL"] == each["rouge1"]
+    mean = metrics["rouge"].compute(**texts)
+    assert mean == {name: pytest.approx(sum(values) / 2) for name, values in each.items()}
+
+
+def test_rouge_compares_lines_and_stems_if_asked(metrics):
+    texts = {"predictions": ["cats run\ndogs bark"], "references": ["dog bark\ncat runs"]}
+    plain = metrics["rouge"].compute(**texts)
+    stemmed = metrics["rouge"].compute(**texts, use_stemmer=True, rouge_types=("rougeL", "rougeLsum"))
+    assert plain["rouge1"] == pytest.approx(0.25)
+    assert (stemmed["rougeL"], stemmed["rougeLsum"]) == (pytest.approx(0.5), pytest.approx(1))
+    assert stemmed.keys() == {"rougeL", "rougeLsum"}
+
+
+def test_rouge_of_nothing_is_refused(metrics):
+    with pytest.raises(ValueError, match="`predictions` is empty"):
+        metrics["rouge"].compute(predictions=[], references=[])

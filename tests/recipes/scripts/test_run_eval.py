@@ -224,7 +224,7 @@ def test_an_instance_that_fails_is_wrong_and_the_run_goes_on(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [name for name in TASKS if name != "tiny"])
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.dataset and task.extract])
 def test_a_public_task_runs_end_to_end_on_local_files(task, tmp_path, capsys):
     arguments = ["--task", task, "--data_dir", str(FIXTURES), "--limit", "5", "--max_new_tokens", "8"]
     methods = ["--method", "base", "kad-dual", "--no_speculative", "--few_shot", "0"]

@@ -37,6 +37,10 @@ class EvaluationArguments:
             "help": "Local data: folder with copies of data sets (openai/gsm8k/...), or the files of one data set."
         },
     )
+    prompts: str | None = field(
+        default=None,
+        metadata={"help": "JSON Lines file with the prompts of the task chat, or with instructions of your own."},
+    )
     split: str | None = field(default=None, metadata={"help": "Split of the data sets. Default: that of the task."})
     limit: int | None = field(
         default=None, metadata={"help": "Use only the first instances of each task, at most this many."}
@@ -77,6 +81,11 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name} must be at least {least}, got {value}.")
+        if self.prompts is not None and not any(get_task(name).read for name in self.task):
+            readers = " or ".join(name for name, task in TASKS.items() if task.read)
+            raise ValueError(
+                f"--prompts {self.prompts!r} is for the tasks {readers}, got --task {' '.join(self.task)}."
+            )
         self.template = template_arguments(self.template_arguments)
 
     def workloads(self, sampling: "EvaluationSampling", *, positions: bool = False) -> list[Workload]:
@@ -84,7 +93,7 @@ class EvaluationArguments:
         workloads = []
         for name in self.task:
             task = get_task(name)
-            instances = task.load(data_dir=self.data_dir, split=self.split, limit=self.limit)
+            instances = task.load(data_dir=self.data_dir, prompts=self.prompts, split=self.split, limit=self.limit)
             examples = task.few_shot_examples(self.few_shot, data_dir=self.data_dir, split=self.split)
             workloads.append(
                 Workload(

@@ -12,7 +12,8 @@ from .results import ResultsFolder
 
 
 def points_of(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The rows of a report as points of a plot."""
+    """The rows of a report as points of a plot; none for a task without right answers, which has no accuracy."""
+    rows = [row for row in rows if row["accuracy"] is not None]
     points = []
     for row in rows:
         numbers = [v for k, v in row["parameters"].items() if k not in SETTINGS and isinstance(v, int | float)]
@@ -55,7 +56,8 @@ def plot_report(report: Mapping[str, Any], folder: ResultsFolder) -> list[Path]:
         if not rows:
             continue
         points, stem = points_of(rows), folder.path / "plots" / task
-        paths += plot_accuracy_speed(points, f"{stem}_accuracy_speed", title=task)
+        if points:
+            paths += plot_accuracy_speed(points, f"{stem}_accuracy_speed", title=task)
         if any(point.value is not None for point in points):
             paths += plot_accuracy_parameter(points, f"{stem}_accuracy_parameter", title=task)
         best = best_of_each(rows)
@@ -70,9 +72,9 @@ def plot_report(report: Mapping[str, Any], folder: ResultsFolder) -> list[Path]:
 
 
 def best_of_each(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The most accurate row of each method's name, in the order of the rows."""
+    """The most accurate row of each method's name, or its first one without accuracy, in the order of the rows."""
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
-        if row["name"] not in best or row["accuracy"] > best[row["name"]]["accuracy"]:
+        if row["name"] not in best or (row["accuracy"] or 0) > (best[row["name"]]["accuracy"] or 0):
             best[row["name"]] = row
     return list(best.values())

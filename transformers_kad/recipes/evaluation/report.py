@@ -14,7 +14,9 @@ from ...utils.files import write_whole
 from ..environment import describe_environment
 from ..metrics import metric_path
 from .comparison import Comparison, compare_methods
+from .markdown import markdown_table, number, p_value
 from .methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
+from .quality_tables import quality_markdown
 from .results import ResultsFolder
 from .tasks import get_task
 
@@ -37,16 +39,19 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     Returns:
         Accuracy with its 95 % interval over instances; of the answers that did not fail, the share that ended by
         themselves and the number that were truncated; speed, acceptance and deferral. A value is None if the method
-        has none or its records don't have it.
+        has none or its records don't have it, and accuracy is None on a task without right answers.
     """
     records = sorted(records, key=lambda r: (r["instance"], r["sample"]))
     instances = len({record["instance"] for record in records})
-    accuracy = _metric("answer_accuracy").compute(
-        predictions=[r["prediction"] for r in records],
-        references=[r["answer"] for r in records],
-        comparison=get_task(records[0]["task"]).comparison,
-        samples=len(records) // instances,
-    )
+    task = get_task(records[0]["task"])
+    accuracy: dict[str, Any] = {}
+    if task.has_right_answers:
+        accuracy = _metric("answer_accuracy").compute(
+            predictions=[r["prediction"] for r in records],
+            references=[r["answer"] for r in records],
+            comparison=task.comparison,
+            samples=len(records) // instances,
+        )
     statistics = _metric("decoding_statistics")
     lenient = [r["correct_lenient"] for r in records if "correct_lenient" in r]
     tokens, seconds = [r["tokens"] for r in records], [max(r["seconds"], 1e-6) for r in records]
@@ -57,9 +62,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
         "method": records[0]["method"],
         "instances": instances,
         "samples": len(records) // instances,
-        "accuracy": accuracy["accuracy"],
-        "low": accuracy["low"],
-        "high": accuracy["high"],
+        "accuracy": accuracy.get("accuracy"),
+        "low": accuracy.get("low"),
+        "high": accuracy.get("high"),
         "accuracy_lenient": sum(lenient) / len(lenient) if lenient else None,
         "failed": sum(r["error"] is not None for r in records),
         "ended": sum(ended) / len(ended) if ended else None,
@@ -100,37 +105,21 @@ def make_report(
     Only complete samples count, and a method without one has no row. `unfinished` lists how far such methods are.
     """
     configs = folder.configs()
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for record in folder.read():
-        groups.setdefault((record["task"], record["method"]), []).append(record)
-    rows, comparisons, unfinished = [], [], []
+    rows, comparisons = [], []
     settings: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(task for task, _ in groups):
-        complete: dict[str, list[Record]] = {}
-        for method in sorted(
-            (method for of, method in groups if of == task),
-            key=lambda method: _order(configs[groups[task, method][0]["config"]]["own"]),
-        ):
-            records = groups[task, method]
-            counts = Counter(record["sample"] for record in records)
-            shared, own = (configs[records[0]["config"]][part] for part in ("shared", "own"))
+    records, unfinished = complete_records(folder)
+    for task, complete in records.items():
+        summaries = [summarize(own) for own in complete.values()]
+        base = next((s["tokens_per_second"] for s in summaries if s["method"] == "base"), None)
+        for of_method, summary in zip(complete.values(), summaries, strict=True):
+            shared, own = (configs[of_method[0]["config"]][part] for part in ("shared", "own"))
             named = {name: own[name] for name in ("aligned", "reference") if name in own}
             settings.setdefault(task, dict(shared)).update(named)
-            whole = {sample for sample, count in counts.items() if count == shared["instances"]}
-            if whole != counts.keys():
-                unfinished.append(
-                    {"task": task, "method": method, "answers": len(records), "of": len(counts) * shared["instances"]}
-                )
-            if whole:
-                complete[method] = [record for record in records if record["sample"] in whole]
-        summaries = [summarize(records) for records in complete.values()]
-        base = next((s["tokens_per_second"] for s in summaries if s["method"] == "base"), None)
-        for records, summary in zip(complete.values(), summaries, strict=True):
-            own = configs[records[0]["config"]]["own"]
             summary["speedup"] = summary["tokens_per_second"] / base if base else None
             summary["parameters"], summary["name"] = own["shown_parameters"], own["name"]
         rows += summaries
-        comparisons += [{"task": task, **vars(comparison)} for comparison in compare(complete)]
+        if get_task(task).has_right_answers:
+            comparisons += [{"task": task, **vars(comparison)} for comparison in compare(complete)]
     environment = {**describe_environment(device), "dtype": dtype, "processes": processes, "commit": current_commit()}
     return {
         "settings": settings,
@@ -139,6 +128,55 @@ def make_report(
         "unfinished": unfinished,
         "environment": environment,
     }
+
+
+def complete_records(folder: ResultsFolder) -> tuple[dict[str, dict[str, list[Record]]], list[dict[str, Any]]]:
+    """The records of all complete samples of each task and method, in the order of the report.
+
+    Returns:
+        The records, and for each method with other samples how far it is.
+    """
+    configs = folder.configs()
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in folder.read():
+        groups.setdefault((record["task"], record["method"]), []).append(record)
+    unfinished = []
+    complete: dict[str, dict[str, list[Record]]] = {task: {} for task, _ in groups}
+    for task, method in sorted(groups, key=lambda key: _order(configs[groups[key][0]["config"]]["own"])):
+        records = groups[task, method]
+        instances = configs[records[0]["config"]]["shared"]["instances"]
+        counts = Counter(record["sample"] for record in records)
+        whole = {sample for sample, count in counts.items() if count == instances}
+        if whole != counts.keys():
+            unfinished.append({"task": task, "method": method, "answers": len(records), "of": len(counts) * instances})
+        if whole:
+            complete[task][method] = [record for record in records if record["sample"] in whole]
+    return complete, sorted(unfinished, key=lambda one: [*complete].index(one["task"]))
+
+
+def add_quality(report: dict[str, Any], quality: Mapping[str, dict[str, Any]]) -> None:
+    """Put the quality of each task into a report, and name the method that tables compare the others with.
+
+    Without a reference method, it is the most accurate one; on a task without right answers, the one with the highest
+    reward, or else ROUGE-L, or else the first one.
+    """
+    if not quality:
+        return
+    report["quality"] = {}
+    for task, found in quality.items():
+        reference = found["reference"] or best_method([row for row in report["rows"] if row["task"] == task], found)
+        report["quality"][task] = {**found, "reference": reference}
+
+
+def best_method(rows: Sequence[Mapping[str, Any]], quality: Mapping[str, Any]) -> str:
+    """The label of the best method of a task, see `add_quality`."""
+    if rows[0]["accuracy"] is not None:
+        return max(rows, key=lambda row: row["accuracy"])["method"]
+    for name in ("reward", "rougeL"):
+        figures = {row["method"]: row["figures"][name]["value"] for row in quality["rows"] if name in row["figures"]}
+        if figures:
+            return max(figures, key=lambda method: figures[method])
+    return rows[0]["method"]
 
 
 def _order(settings: Mapping[str, Any]) -> tuple[int, list[tuple[str, float, str]]]:
@@ -200,6 +238,8 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         comparisons = [c for c in report["comparisons"] if c["task"] == task]
         if comparisons:
             parts.append(_differences(rows, comparisons))
+        if task in report.get("quality", {}):
+            parts += quality_markdown(report["quality"][task])
     for one in report["unfinished"]:
         parts.append(f"Unfinished: {one['method']} on {one['task']}, {one['answers']} of {one['of']} answers.\n")
     environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items() if value is not None)
@@ -249,15 +289,15 @@ def _warnings(rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) ->
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = {
         "method": lambda row: row["method"],
-        "accuracy": lambda row: _number(row["accuracy"], 3),
+        "accuracy": lambda row: number(row["accuracy"], 3),
         "95 % interval": lambda row: f"{row['low']:.3f} to {row['high']:.3f}",
-        "lenient": lambda row: _number(row["accuracy_lenient"], 3),
-        "ended": lambda row: _number(row.get("ended"), 2),
-        "tokens/s": lambda row: _number(row["tokens_per_second"], 1),
+        "lenient": lambda row: number(row["accuracy_lenient"], 3),
+        "ended": lambda row: number(row.get("ended"), 2),
+        "tokens/s": lambda row: number(row["tokens_per_second"], 1),
         "speed": lambda row: "–" if row["speedup"] is None else f"× {row['speedup']:.2f}",
-        "deferral mass": lambda row: _number(row["deferral_mass"], 2),
-        "acceptance": lambda row: _number(row["acceptance_rate"], 2),
-        "tokens/round": lambda row: _number(row["tokens_per_round"], 2),
+        "deferral mass": lambda row: number(row["deferral_mass"], 2),
+        "acceptance": lambda row: number(row["acceptance_rate"], 2),
+        "tokens/round": lambda row: number(row["tokens_per_round"], 2),
         "failed": lambda row: str(row["failed"]),
     }
     if not any(row["failed"] for row in rows):
@@ -266,7 +306,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         del columns["lenient"]
     if all(row.get("ended") is None for row in rows):
         del columns["ended"]
-    return _markdown(list(columns), [[show(row) for show in columns.values()] for row in rows])
+    if all(row["accuracy"] is None for row in rows):
+        del columns["accuracy"], columns["95 % interval"]
+    return markdown_table(list(columns), [[show(row) for show in columns.values()] for row in rows])
 
 
 def _differences(rows: Sequence[Mapping[str, Any]], comparisons: Iterable[Mapping[str, Any]]) -> str:
@@ -280,25 +322,12 @@ def _differences(rows: Sequence[Mapping[str, Any]], comparisons: Iterable[Mappin
                 [
                     other,
                     f"{sign * c['difference']:.3f}{width}",
-                    _p_value(c["p_value"]),
-                    _p_value(c["adjusted_p_value"]),
+                    p_value(c["p_value"]),
+                    p_value(c["adjusted_p_value"]),
                 ]
             )
     header = [f"{best} minus", "difference", "p", "p, all pairs (Holm)"]
-    return _markdown(header, lines)
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def _p_value(value: float) -> str:
-    return "< 0.0001" if value < 0.0001 else f"{value:.4f}"
+    return markdown_table(header, lines)
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> list[Path]:

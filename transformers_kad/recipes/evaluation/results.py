@@ -29,7 +29,7 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
     "config": (str,),
     "prediction": (str, type(None)),
     "answer": (str,),
-    "correct": (bool,),
+    "correct": (bool, type(None)),
     "error": (str, type(None)),
     "tokens": (int,),
     "seconds": (int, float),

@@ -217,19 +217,9 @@ def warm_up(decoder: Decoder, batch: Batch) -> None:
 
 
 def score(task: Task, instance: Instance, answer: Answer) -> dict[str, Any]:
-    """The prediction in an answer, and whether it is correct. A failed answer is wrong."""
-    if answer.error is not None:
-        prediction = lenient = None
-    else:
-        prediction = task.extract(answer.text, answer.ended)
-        lenient = task.lenient(answer.text) if task.lenient is not None else None
-    scores: dict[str, Any] = {
-        "prediction": prediction,
-        "answer": instance.answer,
-        "correct": task.is_correct(prediction, instance),
-    }
-    if task.lenient is not None:
-        scores["correct_lenient"] = task.is_correct(lenient, instance)
+    """The text of an answer, the prediction in it, and whether it is correct. A failed answer is wrong."""
+    text = answer.text if answer.error is None else None
+    scores = task.score(instance, text, answer.ended)
     return scores | {"text": answer.text, "ended": answer.ended, "error": answer.error}
 
 
@@ -270,9 +260,11 @@ class _RunningScore:
         name = f"{batch.workload.task.name}, {batch.method.label}"
         if name != self._name:
             self._name, self._right, self._answers, self._tokens, self._seconds = name, 0, 0, 0, 0.0
-        self._right += sum(record["correct"] for record in records)
+        self._right += sum(record["correct"] or False for record in records)
         self._answers += len(records)
         self._tokens += sum(record["tokens"] for record in records)
         self._seconds += sum(record["seconds"] for record in records)
-        accuracy, speed = self._right / self._answers, self._tokens / max(self._seconds, 1e-9)
-        return f"{name}: accuracy {accuracy:.3f}, {speed:.0f} tokens/s so far"
+        speed = f"{self._tokens / max(self._seconds, 1e-9):.0f} tokens/s so far"
+        if not batch.workload.task.has_right_answers:
+            return f"{name}: {speed}"
+        return f"{name}: accuracy {self._right / self._answers:.3f}, {speed}"

@@ -1,8 +1,11 @@
 """Runs an evaluation, from the command-line arguments to the report."""
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..arguments import ModelArguments
 from ..processes import Processes
@@ -10,7 +13,8 @@ from .arguments import EvaluationArguments, EvaluationSampling, MethodArguments,
 from .decoding import Decoder
 from .figures import plot_report
 from .methods import Method
-from .report import make_report, to_markdown, write_report
+from .quality import QualityArguments, QualityRun, check_scorers
+from .report import add_quality, complete_records, make_report, to_markdown, write_report
 from .results import ResultsFolder
 from .runner import Workload, run_evaluation
 
@@ -27,6 +31,7 @@ def evaluate(
     sampling: EvaluationSampling,
     *,
     default_pair: Path,
+    quality: QualityArguments | None = None,
     positions: bool = False,
     retry_failed: bool = False,
 ) -> dict[str, Any] | None:
@@ -36,10 +41,14 @@ def evaluate(
         The report, see `make_report`; None in all processes but the main one.
     """
     processes = Processes()
+    quality = quality or QualityArguments()
 
     def load() -> tuple[list[Method], list[Workload], Decoder]:
+        methods = chosen.methods()
+        quality.reference_label(methods)
+        check_scorers(quality)
         return (
-            chosen.methods(),
+            methods,
             evaluation.workloads(sampling, positions=positions),
             make_decoder(
                 models, evaluation, sampling, processes.state, config=chosen.config, default_pair=default_pair
@@ -49,11 +58,33 @@ def evaluate(
     methods, workloads, decoder = processes.run(load)
     with ResultsFolder(evaluation.output, processes.index) as folder:
         run_evaluation(decoder, workloads, methods, folder, processes=processes, log=log, retry_failed=retry_failed)
+        device, dtype = decoder.pair.device, str(decoder.pair.base.dtype).removeprefix("torch.")
+        del decoder
+        release_memory()
+        measured: dict[str, Any] = {}
+        if quality.is_wanted(workloads):
+            run = QualityRun(
+                quality,
+                models,
+                evaluation.aligned,
+                evaluation.template,
+                workloads,
+                quality.reference_label(methods),
+                folder.path,
+            )
+            measured = run.measure(complete_records(folder)[0] if processes.is_main else {}, processes)
         if not processes.is_main:
             return None
-        dtype = str(decoder.pair.base.dtype).removeprefix("torch.")
-        report = make_report(folder, device=decoder.pair.device, dtype=dtype, processes=processes.number)
+        report = make_report(folder, device=device, dtype=dtype, processes=processes.number)
+        add_quality(report, measured)
     print(to_markdown(report))
     for path in (*write_report(report, folder.path), *plot_report(report, folder)):
         log(f"Written: {path}")
     return report
+
+
+def release_memory() -> None:
+    """Free the memory of models that are no longer used, for the models that measure quality."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

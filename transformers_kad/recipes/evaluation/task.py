@@ -3,15 +3,18 @@
 import hashlib
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from ...integrations.loading.thoughts import without_thoughts
 from .answers import Comparison, answers_match
 from .number_answers import number_value
 from .task_data import DatasetFiles, Row
 
 GENERATED = 500  # the number of instances of a generated task without a limit
+SEPARATOR = "\n"  # between the names of the constraints of a row
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,16 @@ class Instance:
         answer: the right answer, in the form that the task's comparison takes.
         solution: an ideal answer, used as the assistant's turn of an example. The right answer can be extracted from
             it.
+        chat: the turns of the prompt, if they are more than `question` as the user's only turn.
+        row: the row of the data set, for tasks that check answers by a program.
     """
 
     id: str
     question: str
     answer: str
     solution: str
+    chat: Sequence[Mapping[str, Any]] = ()
+    row: Row = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,12 +55,19 @@ class Task:
         solution: `row -> ideal answer`.
         instruction: the end of the user's turn, after an empty line; may be empty.
         extract: `(text, ended) -> prediction`, or None if there is no answer. `text` is the completion without its
-            end-of-turn token, and `ended` whether it ended by itself.
+            end-of-turn token, and `ended` whether it ended by itself. None for a task without right answers, and for
+            one with `check`.
         comparison: how predictions are compared: :func:`~transformers_kad.recipes.evaluation.answers.answers_match`.
         max_new_tokens: the maximum length of a completion, in tokens.
         id_column: the column with the ids of the data set; None if it has none.
         lenient: a second, more lenient extraction, `text -> prediction`; None if the task has none.
         generate: `(split, count, seed) -> rows` of a generated task.
+        read: `path -> rows` of a task whose rows are in the file of --prompts; the path is None without that option.
+        chat: `row -> turns` of a task with prompts of several turns.
+        check: `(row, text) -> (strict, loose)` of a task whose answers are checked by a program: for each constraint
+            of the row, whether the text follows it.
+        form: `(text, ended) -> whether` an answer has the form that the instruction asks for; None if the instruction
+            does not ask for one.
     """
 
     name: str
@@ -65,17 +79,27 @@ class Task:
     answer: Callable[[Row], str]
     solution: Callable[[Row], str]
     instruction: str
-    extract: Callable[[str, bool], str | None]
-    comparison: Comparison
     max_new_tokens: int
+    extract: Callable[[str, bool], str | None] | None = None
+    comparison: Comparison = "text"
     id_column: str | None = None
     lenient: Callable[[str], str | None] | None = None
     generate: Callable[[str, int, int], Iterable[Row]] | None = None
+    read: Callable[[str | None], Sequence[Row]] | None = None
+    chat: Callable[[Row], Sequence[Mapping[str, Any]]] | None = None
+    check: Callable[[Row, str], tuple[Sequence[bool], Sequence[bool]]] | None = None
+    form: Callable[[str, bool], bool] | None = None
+
+    @property
+    def has_right_answers(self) -> bool:
+        """Whether an answer can be right or wrong. Other tasks are open-ended, and have no accuracy."""
+        return self.extract is not None or self.check is not None
 
     def load(
         self,
         *,
         data_dir: str | Path | None = None,
+        prompts: str | None = None,
         split: str | None = None,
         limit: int | None = None,
         seed: int = 0,
@@ -88,6 +112,7 @@ class Task:
                 (`main/test-00000-of-00001.parquet`) or a part of it (`test.jsonl`, `gsm8k_test.jsonl`); or one file
                 with the rows of the split. Changed files are read again. Default: the Hub, or its cache. Generated
                 tasks ignore it.
+            prompts: the file with the rows of a task that reads them from one.
             split: the split. Default: the task's own.
             limit: load only the first `limit` rows. A generated task makes as many instances, by default 500.
             seed: seed of a generated task.
@@ -103,6 +128,9 @@ class Task:
         if self.generate is not None:
             source = f"the task {self.name!r}"
             rows = self.generate(split, GENERATED if limit is None else limit, seed)
+        elif self.read is not None:
+            source = "--prompts" if prompts is None else repr(prompts)
+            rows = self.read(prompts)[:limit]
         else:
             files = DatasetFiles(self.name, str(self.dataset), self.subset, split)
             source = files.source
@@ -114,6 +142,7 @@ class Task:
         try:
             question, answer, solution = self.question(row), self.answer(row), self.solution(row)
             identity = None if self.id_column is None else str(row[self.id_column])
+            chat = () if self.chat is None else self.chat(row)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"Row {number} of {source} does not have the layout that the task {self.name!r} expects ({error!r}); "
@@ -121,22 +150,23 @@ class Task:
             ) from error
         except ValueError as error:
             raise ValueError(f"Row {number} of {source}: {error}") from error
-        if not answer or (self.comparison == "number" and number_value(answer) is None):
+        if (self.has_right_answers and not answer) or (self.comparison == "number" and number_value(answer) is None):
             raise ValueError(f"Row {number} of {source} has no answer that can be compared: {answer!r}.")
         if identity is None:
             identity = hashlib.sha256(f"{question}\n{answer}".encode()).hexdigest()[:12]
         seen[identity] += 1
         if seen[identity] > 1:  # the data set has the same question twice
             identity = f"{identity}-{seen[identity]}"
-        return Instance(identity, f"{question}\n\n{self.instruction}".rstrip(), answer, solution)
+        asked = f"{question}\n\n{self.instruction}".rstrip()
+        return Instance(identity, asked, answer, solution, chat, {} if self.check is None else row)
 
-    def messages(self, instance: Instance, examples: Sequence[Instance] = ()) -> list[dict[str, str]]:
+    def messages(self, instance: Instance, examples: Sequence[Instance] = ()) -> list[Mapping[str, Any]]:
         """The chat of a question: the examples as earlier turns, followed by the question.
 
         Raises:
             ValueError: one of the examples is the question itself.
         """
-        chat = []
+        chat: list[Mapping[str, Any]] = []
         for example in examples:
             if example.question == instance.question:
                 raise ValueError(f"The example {example.id!r} of the task {self.name!r} is the question itself.")
@@ -144,7 +174,7 @@ class Task:
                 {"role": "user", "content": example.question},
                 {"role": "assistant", "content": example.solution},
             ]
-        return [*chat, {"role": "user", "content": instance.question}]
+        return [*chat, *(instance.chat or [{"role": "user", "content": instance.question}])]
 
     def few_shot_examples(
         self, count: int, *, data_dir: str | Path | None = None, split: str | None = None, seed: int = 0
@@ -190,3 +220,28 @@ class Task:
     def is_correct(self, prediction: str | None, instance: Instance) -> bool:
         """Whether a prediction of `extract` or `lenient` is the same as the instance's answer."""
         return answers_match(prediction, instance.answer, self.comparison)
+
+    def score(self, instance: Instance, text: str | None, ended: bool) -> dict[str, Any]:
+        """What an answer is worth, as fields of its record.
+
+        Args:
+            instance: the question.
+            text: the answer; None if it failed, which is wrong.
+            ended: whether it ended by itself.
+        """
+        scores: dict[str, Any] = {"prediction": None, "answer": instance.answer, "correct": None}
+        if self.check is not None:
+            answer = None if text is None else without_thoughts(text)
+            names = instance.answer.split(SEPARATOR)
+            wrong = [False] * len(names)
+            strict, loose = (wrong, wrong) if answer is None else self.check(instance.row, answer)
+            followed = SEPARATOR.join(name for name, holds in zip(names, strict, strict=True) if holds)
+            scores |= {"prediction": followed or None, "correct": all(strict), "correct_lenient": all(loose)}
+            scores |= {"followed": list(strict), "followed_lenient": list(loose)}
+        elif self.extract is not None:
+            prediction = None if text is None else self.extract(text, ended)
+            scores |= {"prediction": prediction, "correct": self.is_correct(prediction, instance)}
+            if self.lenient is not None:
+                lenient = None if text is None else self.lenient(text)
+                scores["correct_lenient"] = self.is_correct(lenient, instance)
+        return scores

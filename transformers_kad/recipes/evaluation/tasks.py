@@ -22,11 +22,16 @@ from typing import Any
 
 from ...rules.registry import unknown_name_message
 from ..word_problems import EOS, extract_answer, extract_answer_lenient, make_problems
+from .answer_forms import boxed, number_sentence, option_sentence
 from .answer_text import REASON
+from .decoding import as_text
+from .ifeval import check_ifeval, ifeval_names
+from .instructions import constraint_name, strict_and_loose
 from .math_answers import extract_math
 from .number_answers import extract_number
 from .option_answers import extract_option
-from .task import Task
+from .prompt_files import read_chats, read_instructions
+from .task import SEPARATOR, Task
 from .task_data import Row
 
 STATE_NUMBER = (
@@ -66,8 +71,8 @@ def multiple_choice(*, letters: str, options: Callable[[Row], tuple[Sequence[str
         solution=lambda row: f"The answer is ({lettered(row)[1]}).",
         instruction=STATE_OPTION,
         extract=lambda text, ended: extract_option(text, letters, ended),
-        comparison="text",
         max_new_tokens=512,
+        form=option_sentence(letters),
         **declaration,
     )
 
@@ -101,6 +106,11 @@ def trimmed(numbers: str) -> str:
     return re.sub(r"(?<=\d)\.0+(?!\d)", "", numbers)
 
 
+def extract_tiny(text: str, ended: bool) -> str | None:
+    """The number of an answer to a problem of the tiny pair, which has to have the form of its training data."""
+    return extract_answer(text + EOS if ended else text)
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -118,6 +128,7 @@ TASKS: dict[str, Task] = {
             instruction=STATE_NUMBER,
             extract=extract_number,
             comparison="number",
+            form=number_sentence,
             max_new_tokens=512,
         ),
         multiple_choice(
@@ -152,6 +163,7 @@ TASKS: dict[str, Task] = {
             instruction=STATE_BOXED,
             extract=extract_math,
             comparison="math",
+            form=boxed,
             max_new_tokens=1024,
             id_column="unique_id",
         ),
@@ -170,6 +182,7 @@ TASKS: dict[str, Task] = {
             instruction=STATE_NUMBER,
             extract=extract_number,
             comparison="number",
+            form=number_sentence,
             max_new_tokens=512,
             id_column="ID",
         ),
@@ -205,11 +218,66 @@ TASKS: dict[str, Task] = {
             answer=lambda row: str(row["answer"]),
             solution=lambda row: row["solution"],
             instruction="",
-            extract=lambda text, ended: extract_answer(text + EOS if ended else text),
-            comparison="text",
+            extract=extract_tiny,
+            form=lambda text, ended: extract_tiny(text, ended) is not None,
             max_new_tokens=48,
             lenient=extract_answer_lenient,
             generate=lambda split, count, seed: map(asdict, make_problems(split, count, seed)),
+        ),
+        Task(
+            name="instructions",
+            dataset=None,
+            subset=None,
+            split="test",
+            few_shot_split=None,
+            question=lambda row: row["prompt"],
+            answer=lambda row: SEPARATOR.join(map(constraint_name, row["constraints"])),
+            solution=lambda row: row.get("solution", ""),
+            instruction="",
+            check=lambda row, text: strict_and_loose(row["constraints"], text),
+            max_new_tokens=512,
+            read=read_instructions,
+        ),
+        Task(
+            name="ifeval",
+            dataset="google/IFEval",
+            subset=None,
+            split="train",  # its only split
+            few_shot_split=None,
+            question=lambda row: row["prompt"],
+            answer=lambda row: SEPARATOR.join(ifeval_names(row)),
+            solution=lambda row: "",
+            instruction="",
+            check=check_ifeval,
+            max_new_tokens=1280,
+            id_column="key",
+        ),
+        Task(
+            name="cnn_dailymail",
+            dataset="abisee/cnn_dailymail",
+            subset="3.0.0",
+            split="test",
+            few_shot_split="train",
+            question=lambda row: row["article"],
+            answer=lambda row: row["highlights"],
+            solution=lambda row: row["highlights"],
+            instruction="Summarize this article in three sentences. Write the summary and nothing else.",
+            max_new_tokens=256,
+            id_column="id",
+        ),
+        Task(
+            name="chat",
+            dataset=None,
+            subset=None,
+            split="test",
+            few_shot_split=None,
+            question=lambda row: as_text(row["chat"]),
+            answer=lambda row: row["reference"],
+            solution=lambda row: row["reference"],
+            instruction="",
+            max_new_tokens=512,
+            read=read_chats,
+            chat=lambda row: row["chat"],
         ),
     )
 }

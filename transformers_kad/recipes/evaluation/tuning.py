@@ -153,6 +153,8 @@ class Tuner:
         for name in self.methods:
             if name not in RULE_METHODS:
                 raise ValueError(f"Only methods with a rule can be tuned ({', '.join(RULE_METHODS)}), got {name!r}.")
+        if not self.workload.task.has_right_answers:
+            raise ValueError(f"The task {self.workload.task.name!r} has no right answers, so accuracy can't be tuned.")
         records: dict[tuple[str, str], list[dict[str, Any]]] = {}
         for record in self.folder.read():
             records.setdefault((record["config"], record["batch"]), []).append(record)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ...rules.registry import unknown_name_message
 
-METRICS = ("answer_accuracy", "decoding_statistics")
+METRICS = ("answer_accuracy", "decoding_statistics", "rouge")
 
 
 def metric_path(name: str) -> str:

@@ -1,0 +1,180 @@
+"""Figures of methods with intervals, and paired tests of their differences, for figures that are not only 0 and 1."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.stats import bootstrap, permutation_test
+
+from ..intervals import paired_difference, wilson_interval
+from .comparison import holm_adjusted, sign_flip_p_value
+from .text_figures import Part
+
+SEED = 0
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % interval over instances; both ends are the figure itself for a single instance."""
+
+    value: float
+    low: float
+    high: float
+    instances: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure of method a minus that of method b, on the instances for which both have it.
+
+    Attributes:
+        method_a: the first method.
+        method_b: the second.
+        difference: the mean over instances of the differences between the figures of both.
+        half_width: half the width of its 95 % normal interval; None for a single instance.
+        p_value: p-value of the two-sided paired test, which flips the signs of the differences.
+        adjusted_p_value: the p-value after Holm's correction for all pairs of methods and this figure.
+        instances: the number of instances.
+    """
+
+    method_a: str
+    method_b: str
+    difference: float
+    half_width: float | None
+    p_value: float
+    adjusted_p_value: float
+    instances: int
+
+
+def summarize_parts(parts: Sequence[Part], *, is_share: bool) -> Interval:
+    """The figure of a method: the sum of the totals by the sum of the weights, over instances.
+
+    The interval is Wilson's for shares, and otherwise that of a percentile bootstrap over instances
+    (`scipy.stats.bootstrap`, with a fixed seed).
+
+    Args:
+        parts: the total and the weight of each instance, at least one.
+        is_share: whether single texts are 0 or 1, and the figure is a share.
+    """
+    totals, weights = (np.array(column, dtype=float) for column in zip(*parts, strict=True))
+    value = float(totals.sum() / weights.sum())
+    if is_share:
+        return Interval(value, *wilson_interval(value * len(parts), len(parts)), len(parts))
+    if len(parts) == 1 or np.ptp(totals / weights) == 0:
+        return Interval(value, value, value, len(parts))
+    result = bootstrap(
+        (totals, weights),
+        lambda total, weight, axis: total.sum(axis=axis) / weight.sum(axis=axis),
+        paired=True,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    )
+    low, high = map(float, result.confidence_interval)
+    return Interval(value, low, high, len(parts))
+
+
+def compare_figures(values: Mapping[str, Mapping[str, float]]) -> list[Difference]:
+    """Compare every pair of methods on the instances for which both have a figure.
+
+    The test is that of accuracy: if two methods are equally good, the difference of an instance is as likely as its
+    negative. The p-value is exact if all differences are -1, 0 or 1 (McNemar's test), and otherwise that of
+    `scipy.stats.permutation_test`, from all 2^n choices of signs if there are at most `RESAMPLES` and else from so
+    many random ones, with a fixed seed.
+
+    Args:
+        values: for each method, the figure of each instance that has one.
+
+    Returns:
+        One difference for each pair that has instances in common.
+    """
+    differences = []
+    for a, b in itertools.combinations(values, 2):
+        common = [instance for instance in values[a] if instance in values[b]]
+        if not common:
+            continue
+        of_a, of_b = ([values[method][instance] for instance in common] for method in (a, b))
+        half_width = paired_difference([of_a], [of_b])[1] if len(common) > 1 else None
+        each = np.array(of_a) - np.array(of_b)
+        p = paired_p_value(each)
+        differences.append(Difference(a, b, float(each.mean()), half_width, p, p, len(common)))
+    adjusted = holm_adjusted([one.p_value for one in differences])
+    return [replace(one, adjusted_p_value=p) for one, p in zip(differences, adjusted, strict=True)]
+
+
+def paired_p_value(differences: np.ndarray) -> float:
+    """The p-value of a two-sided sign-flip test, exact or by a fixed number of random choices of signs."""
+    if set(np.unique(differences)) <= {-1.0, 0.0, 1.0}:
+        return sign_flip_p_value(differences.astype(int).tolist())
+    if len(differences) == 1:
+        return 1.0
+    result = permutation_test(
+        (differences,),
+        lambda sample, axis: sample.mean(axis=axis),
+        permutation_type="samples",
+        n_resamples=RESAMPLES,
+        batch=1000,
+        rng=np.random.default_rng(SEED),
+    )
+    return float(result.pvalue)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How often a model prefers the answers of method a to those of method b to the same prompts.
+
+    Attributes:
+        method_a: the first method.
+        method_b: the second.
+        wins: the prompts whose answer by a has the higher reward.
+        ties: the prompts whose answers have equal rewards.
+        losses: the other prompts.
+        win_rate: (wins + ties / 2) / prompts.
+        low: lower end of its 95 % interval.
+        high: upper end of this interval.
+        p_value: p-value of the exact two-sided sign test, in which ties have no part.
+        adjusted_p_value: the p-value after Holm's correction for all pairs of the call.
+    """
+
+    method_a: str
+    method_b: str
+    wins: int
+    ties: int
+    losses: int
+    win_rate: float
+    low: float
+    high: float
+    p_value: float
+    adjusted_p_value: float
+
+
+def prefer(rewards: Mapping[str, Mapping[str, float]], reference: str | None = None) -> list[Preference]:
+    """Compare the rewards of methods on the instances that both have.
+
+    Args:
+        rewards: for each method, the reward of each instance.
+        reference: compare all other methods with this one alone; None to compare all pairs.
+    """
+    if reference is None:
+        pairs = list(itertools.combinations(rewards, 2))
+    else:
+        pairs = [(method, reference) for method in rewards if method != reference]
+    preferences = []
+    for a, b in pairs:
+        signs = [
+            int(math.copysign(1, difference)) if (difference := reward - rewards[b][instance]) else 0
+            for instance, reward in rewards[a].items()
+            if instance in rewards[b]
+        ]
+        if signs:
+            wins, ties, losses = (signs.count(sign) for sign in (1, 0, -1))
+            score = wins + ties / 2
+            low, high = wilson_interval(score, len(signs))
+            p = sign_flip_p_value(signs)
+            preferences.append(Preference(a, b, wins, ties, losses, score / len(signs), low, high, p, p))
+    adjusted = holm_adjusted([one.p_value for one in preferences])
+    return [replace(one, adjusted_p_value=p) for one, p in zip(preferences, adjusted, strict=True)]
