@@ -115,3 +115,16 @@ def test_a_judge_in_bfloat16_sums_in_higher_precision(judge):
     assert low.model.dtype == torch.bfloat16
     found, expected = (one.score([TEXTS[2]])[0]["nll"] for one in (low, high))
     assert math.isclose(found, expected, rel_tol=0.05)
+
+
+def test_a_judge_whose_logits_overflow_is_named(judge, monkeypatch):
+    forward = type(judge.model).forward
+
+    def overflow(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits[..., 0] = float("nan")
+        return output
+
+    monkeypatch.setattr(type(judge.model), "forward", overflow)
+    with pytest.raises(ValueError, match=r"The judge .* gives a text a log-likelihood of nan.*--dtype bfloat16"):
+        judge.score(TEXTS[:1])

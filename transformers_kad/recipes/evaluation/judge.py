@@ -1,5 +1,6 @@
 """The perplexity of answers under a judge, a causal language model."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...integrations.loading.devices import pick_device
 from ...integrations.loading.models import load_tokenizer
 from ...integrations.loading.prompts import encode
+from ...models.model_errors import describe
 from ...models.model_settings import context_length
 from ..arguments import ModelArguments
 from ..pair import load_large
@@ -52,6 +54,9 @@ class Judge:
         Returns:
             For each text `nll`, the sum over its tokens in nats (None for none), `tokens`, the number of these tokens,
             and `cut`, whether it did not fit.
+
+        Raises:
+            ValueError: the judge's logits are NaN or infinite.
         """
         rows = [self._encode(text) for text in texts]
         width = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
@@ -70,6 +75,11 @@ class Judge:
                 targets = torch.tensor(answer, device=logits.device)
                 predicted = logits[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)].float()
                 nll = cross_entropy(predicted, targets, reduction="none").double().sum().item()
+                if not math.isfinite(nll):
+                    raise ValueError(
+                        f"The judge {describe(self.model)} gives a text a log-likelihood of {-nll}: its logits "
+                        "overflow. Use --dtype bfloat16 or float32."
+                    )
             scores.append({"nll": nll, "tokens": len(answer), "cut": cut})
         return scores
 
