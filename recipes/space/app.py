@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported
+# No statistics of its use are sent. The libraries read this when they are imported.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 
@@ -102,7 +104,7 @@ class Page:
 def show(growing: Answer, tokenizer: Any) -> tuple[str, str, str]:
     """An answer as HTML: guided by KAD, of the base alone, and of the proxy alone."""
     trace = growing.guided
-    if trace is None:
+    if not trace:
         guided = message_fragment("Reading the prompt …")
     else:
         has_shares = any(record.proxy_share is not None for record in trace)

@@ -15,7 +15,6 @@ from transformers_kad.records.fragments import (
     text_fragment,
     totals_fragment,
 )
-from transformers_kad.records.text_pieces import cut_marks
 
 
 def without_details(page):
@@ -74,9 +73,3 @@ def test_styles_name_their_scopes_and_every_colour_of_the_light_scheme_is_one_of
     used = set(re.findall(r"var\((--\w+)\)", light))
     assert used <= {*colours}
     assert "<" not in light + dark
-
-
-def test_marks_are_cut_out_of_a_text():
-    assert cut_marks("a\n b\u202e") == [("", "a"), ("newline", "\n"), ("", " b"), ("control", "U+202E")]
-    assert cut_marks(" \t") == [("blank", " "), ("tab", "\t")]
-    assert cut_marks("") == []

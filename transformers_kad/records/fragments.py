@@ -4,6 +4,7 @@
 other programs, which put `styles` into their head once. What a model wrote is escaped.
 """
 
+import functools
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -89,6 +90,7 @@ def totals_of(tokens: int, statistics: KADStatistics | None) -> list[tuple[str, 
     return [("tokens", tokens), *((label, getattr(statistics, name, None)) for label, name in TOTALS)]
 
 
+@functools.cache
 def _fragments() -> Any:
     return make_environment().get_template("fragments.html").module
 

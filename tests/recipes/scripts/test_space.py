@@ -104,17 +104,31 @@ def browser():
         yield found
 
 
+class SlowForwards:
+    """Makes the base slow, as a large one is, and counts its forwards."""
+
+    def __init__(self):
+        self.count, self.seconds = 0, 0.05
+
+    def __call__(self, *_):
+        self.count += 1
+        time.sleep(self.seconds)
+
+    def wait_for_end(self):
+        """Wait until there has been no forward for half a second; fail if that does not happen."""
+        for _ in range(20):
+            before = self.count
+            time.sleep(0.5 + self.seconds)
+            if self.count == before:
+                return
+        pytest.fail(f"the base still runs, after {self.count} forwards")
+
+
 @pytest.fixture
 def forwards(pairs):
-    """Make the base slow, as a large one is, and count its forwards."""
-    counted = []
-
-    def wait(*_):
-        counted.append(1)
-        time.sleep(0.05)
-
-    hook = pairs.get(pairs.offered.base, pairs.offered.proxy).base.register_forward_pre_hook(wait)
-    yield counted
+    slow = SlowForwards()
+    hook = pairs.get(pairs.offered.base, pairs.offered.proxy).base.register_forward_pre_hook(slow)
+    yield slow
     hook.remove()
 
 
@@ -197,6 +211,7 @@ def test_the_sliders_are_those_of_the_rule(browser, url):
 def test_text_and_chart_grow_and_stop_ends_them(browser, url, forwards):
     with visiting(browser, url) as page:
         set_slider(page, "dual-threshold", 0.01)
+        forwards.seconds = 0.3
         ask(page, MIA)
         chart = page.locator("#guided .plot")
         expect(chart).to_be_visible(timeout=TIMEOUT)
@@ -206,21 +221,12 @@ def test_text_and_chart_grow_and_stop_ends_them(browser, url, forwards):
         page.locator("#stop").click()
         before, after = (int(length.split()[2]) for length in lengths)
         assert 0 < before < after < 64
-        forwards_end(forwards)
+        forwards.wait_for_end()
         assert after <= int(totals_of(page)["tokens"]) < 64
         assert page.locator("#base-alone .text").count() == 0
+        forwards.seconds = 0.0
         ask(page)  # the next text is whole
         expect(page.locator("#guided .totals dd").first).to_have_text("64", timeout=TIMEOUT)
-
-
-def forwards_end(forwards):
-    """Wait until the base has had no forward for half a second; fail if that does not happen."""
-    for _ in range(20):
-        before = len(forwards)
-        time.sleep(0.5)
-        if len(forwards) == before:
-            return
-    pytest.fail(f"the base still runs, after {len(forwards)} forwards")
 
 
 @pytest.mark.slow
@@ -231,8 +237,8 @@ def test_a_visitor_who_leaves_ends_their_text(browser, url, forwards):
         set_slider(page, "dual-threshold", 0.01)
         ask(page, MIA)
         expect(page.locator("#guided .plot")).to_be_visible(timeout=TIMEOUT)
-    forwards_end(forwards)
-    assert len(forwards) < 200
+    forwards.wait_for_end()
+    assert forwards.count < 200
 
 
 @pytest.mark.slow

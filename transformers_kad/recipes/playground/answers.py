@@ -72,7 +72,7 @@ class Answer:
     """The three texts as far as they are generated.
 
     Attributes:
-        guided: the trace of the text guided by KAD, with its statistics; None before its first round has ended.
+        guided: the trace of the text guided by KAD, with its statistics; None or empty before the end of a round.
         base: the text of the base alone.
         proxy: the text of the proxy alone.
     """
