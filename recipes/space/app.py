@@ -9,6 +9,7 @@ The page runs offline with the tiny pair of the repository. Elsewhere, or for an
 import os
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,9 @@ class Page:
             yield in_boxes(message_fragment("Loading the models …"))
             pair = self.pairs.get(base, proxy)
             yield show(Answer(), pair.tokenizer)
-            for growing in answer(pair, question, stop):
-                yield show(growing, pair.tokenizer)
+            with closing(answer(pair, question, stop)) as steps:  # a visitor who leaves closes both generators
+                for growing in steps:
+                    yield show(growing, pair.tokenizer)
         except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             yield in_boxes(message_fragment(str(error), is_error=True))
         finally:

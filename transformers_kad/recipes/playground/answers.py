@@ -4,18 +4,17 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, set_seed
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, set_seed
 from transformers.generation import BaseStreamer
 
 from ...configuration import KADConfig
 from ...integrations.loading.prompts import PLAIN_SAMPLING, encode
 from ...integrations.requests import tokens_that_fit
-from ...logits_process import KADLogitsProcessor
 from ...records.trace import KADTrace
 from ..pair import Pair
 
@@ -82,10 +81,9 @@ class Answer:
     proxy: str = ""
 
 
-_Tell = Callable[[Answer | BaseException | None], None]
-
-
-def answer(pair: Pair, question: Question, stop: threading.Event, *, every: float = 0.1) -> Iterator[Answer]:
+def answer(
+    pair: Pair, question: Question, stop: threading.Event, *, every: float = 0.1
+) -> Generator[Answer, None, None]:
     """Answer a question in a thread of its own, with a processor of its own, and yield the answer while it grows.
 
     Leaving the iterator ends the answer at its next token, as `stop` does.
@@ -99,66 +97,85 @@ def answer(pair: Pair, question: Question, stop: threading.Event, *, every: floa
     Raises:
         ValueError, TypeError, RuntimeError: what the rule, the processor or `generate` refuse.
     """
-    config = KADConfig(question.rule, dict(question.parameters))
-    kad = pair.processor(config, trace=True)
-    steps: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
-    work = threading.Thread(target=_work, args=(pair, kad, question, stop, every, steps.put), daemon=True)
-    work.start()
+    work = _Work(pair, question, stop, every)
+    thread = threading.Thread(target=work.run, daemon=True)
+    thread.start()
     try:
-        while (step := steps.get()) is not None:
+        while (step := work.steps.get()) is not None:
             if isinstance(step, BaseException):
                 raise step
             yield step
     finally:
         stop.set()
-        work.join()
+        thread.join()
 
 
-def _work(
-    pair: Pair, kad: KADLogitsProcessor, question: Question, stop: threading.Event, every: float, tell: _Tell
-) -> None:
-    """Generate the three texts one after the other. `tell` gets each step, an exception, and None at the end."""
-    try:
-        with _GENERATING:
-            _generate(pair, kad, question, stop, every, tell)
-    except BaseException as error:  # raised again where the answer is read
-        tell(error)
-    tell(None)
+class _Work:
+    """What the thread of an answer does.
 
+    Attributes:
+        steps: the answer while it grows; an exception if it fails; None at the end.
+    """
 
-def _generate(
-    pair: Pair, kad: KADLogitsProcessor, question: Question, stop: threading.Event, every: float, tell: _Tell
-) -> None:
-    inputs = encode(pair.tokenizer, [question.prompt], pair.device, model=pair.base)
-    prompt_length = inputs["input_ids"].shape[1]
-    settings = question.settings() | {"pad_token_id": pair.pad_token_id, "stopping_criteria": [_Stop(stop)]}
-    settings["max_new_tokens"] = tokens_that_fit(question.max_new_tokens, prompt_length, pair.base, kad.proxy)
-    shown = Answer()
+    def __init__(self, pair: Pair, question: Question, stop: threading.Event, every: float) -> None:
+        self.steps: queue.SimpleQueue[Answer | BaseException | None] = queue.SimpleQueue()
+        self._pair, self._question, self._stop, self._every = pair, question, stop, every
+        self._kad = pair.processor(KADConfig(question.rule, dict(question.parameters)), trace=True)
 
-    def run(model: PreTrainedModel, step: Callable[[list[int]], Answer], ends: Any, **arguments: Any) -> list[int]:
-        """Generate the ids of a text with `model`; `step` makes an `Answer` of the ids so far."""
-        set_seed(question.seed)
-        streamer = _Steps(lambda ids: tell(step(ids)), every)
-        ids = model.generate(**inputs, **settings, eos_token_id=ends, streamer=streamer, **arguments)
+    def run(self) -> None:
+        """Generate the three texts one after the other."""
+        try:
+            with _GENERATING:
+                self._generate_texts()
+        except BaseException as error:  # raised again where the answer is read
+            self.steps.put(error)
+        self.steps.put(None)
+
+    def _generate_texts(self) -> None:
+        pair, kad = self._pair, self._kad
+        inputs = encode(pair.tokenizer, [self._question.prompt], pair.device, model=pair.base)
+        guided = {"logits_processor": [kad], "assistant_model": kad.proxy}
+        self._generate(pair.base, inputs, pair.eos_token_ids, self._guided_so_far, **guided)
+        shown = Answer(kad.trace)
+        self.steps.put(shown)
+        for name, model, ends in (
+            ("base", pair.base, pair.eos_token_ids),
+            ("proxy", pair.proxy, pair.proxy_eos_token_ids),
+        ):
+            if self._stop.is_set():
+                return
+            step = functools.partial(_with_text, shown, name, pair.tokenizer)
+            shown = step(self._generate(model, inputs, ends, step))
+            self.steps.put(shown)
+
+    def _generate(
+        self,
+        model: PreTrainedModel,
+        inputs: BatchEncoding,
+        ends: list[int] | None,
+        step: Callable[[list[int]], Answer],
+        **arguments: Any,
+    ) -> list[int]:
+        """Generate the ids of a text; `step` makes the answer so far of the ids so far."""
+        pair, prompt_length = self._pair, inputs["input_ids"].shape[1]
+        settings = self._question.settings()
+        settings["max_new_tokens"] = tokens_that_fit(settings["max_new_tokens"], prompt_length, pair.base, pair.proxy)
+        set_seed(self._question.seed)
+        ids = model.generate(
+            **inputs,
+            **settings,
+            **arguments,
+            eos_token_id=ends,
+            pad_token_id=pair.pad_token_id,
+            stopping_criteria=[_Stop(self._stop)],
+            streamer=_Steps(lambda ids: self.steps.put(step(ids)), self._every),
+        )
         new: list[int] = ids[0, prompt_length:].tolist()
         return new
 
-    def guided_so_far(_: list[int]) -> Answer:
-        call = kad.state.open_call
-        return replace(shown, guided=None if call is None else call.trace_so_far())
-
-    run(pair.base, guided_so_far, pair.eos_token_ids, logits_processor=[kad], assistant_model=kad.proxy)
-    shown = replace(shown, guided=kad.trace)
-    tell(shown)
-    for name, model, ends in (
-        ("base", pair.base, pair.eos_token_ids),
-        ("proxy", pair.proxy, pair.proxy_eos_token_ids),
-    ):
-        if stop.is_set():
-            return
-        step = functools.partial(_with_text, shown, name, pair.tokenizer)
-        shown = step(run(model, step, ends))
-        tell(shown)
+    def _guided_so_far(self, _: list[int]) -> Answer:
+        call = self._kad.state.open_call
+        return Answer(None if call is None else call.trace_so_far())
 
 
 def _with_text(shown: Answer, name: str, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Answer:
