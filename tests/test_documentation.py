@@ -1,8 +1,8 @@
 """The code on the pages runs as written and prints what they say; tables, links and lists are those of the sources.
 
-Every block of `README.md`, `CONTRIBUTING.md`, `docs/` and the two pages in `recipes/` belongs to a known kind. Python
-runs, block after block in one namespace; a text block is what the Python blocks before it print; each command of a
-bash block is parsed by what it calls. A block or a command of another kind fails.
+Every block of `README.md`, `CONTRIBUTING.md`, `docs/` and the three pages in `recipes/` belongs to a known kind.
+Python runs, block after block in one namespace; a text block is what the Python blocks before it print; each command
+of a bash block is parsed by what it calls. A block or a command of another kind fails.
 """
 
 import ast
@@ -38,6 +38,7 @@ PAGES = [
     "CONTRIBUTING.md",
     *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md")),
     "recipes/hub/README.md",
+    "recipes/space/README.md",
     "recipes/tiny_pair/README.md",
 ]
 # What the models of a page are called where its reader is to put in names.
@@ -148,12 +149,16 @@ def understand(words):
         case ["python", "-m", "pip", "uninstall", "-y", *_]:
             pass
         case ["export", assignment]:
-            assert assignment.partition("=")[0] in (vllm.CONFIG_VARIABLE, vllm.CACHE_VARIABLE)
+            assert assignment.partition("=")[0] in (vllm.CONFIG_VARIABLE, vllm.CACHE_VARIABLE, "KAD_BASE", "KAD_PROXY")
         case ["vllm", "serve", base, "--logits-processors", processor]:
             module, _, name = processor.partition(":")
             assert (ROOT / base).is_dir() and hasattr(importlib.import_module(module), name)
         case ["python", "-m", "pytest"]:
             pass
+        case ["hf", "upload", "you/kad", folder, ".", "--repo-type", "space"]:
+            assert (ROOT / folder / "app.py").is_file()
+        case ["python", "recipes/space/app.py"]:
+            assert (ROOT / "recipes/space/app.py").is_file()
         case ["python", "-m", "webbrowser", page]:
             assert page.endswith(".html")
         case ["python", "-m", module, *rest] | ["accelerate", "launch", "-m", module, *rest]:
@@ -382,7 +387,10 @@ def test_every_picture_of_the_results_is_shown():
     shown = {Path(path).name for page in PAGES for path in re.findall(r"!\[[^]]+\]\((\S+)\)", text_of(page))}
     kept = {path.name for path in (ROOT / "recipes/results").glob("tiny_pair/*.svg")}
     assert len(kept) == 4
-    assert kept | {"pacing.svg", "trace.png", "deferral.svg", "draft_length_batch_1.svg", "batch_size.svg"} == shown
+    playground = {path.name for path in (ROOT / "recipes/results/playground").iterdir()}
+    assert len(playground) == 2
+    others = {"pacing.svg", "trace.png", "deferral.svg", "draft_length_batch_1.svg", "batch_size.svg"}
+    assert kept | playground | others == shown
 
 
 def tables(page):

@@ -196,7 +196,7 @@ def test_bookkeeping_never_destroys_what_a_decoding_method_returned(base, proxy,
 def test_a_fault_of_the_library_itself_is_no_warning(base, proxy, monkeypatch):
     """A device reports its errors late, when the records are fetched: they must not be taken for bookkeeping."""
 
-    def fail(self, sequences, proxy_forwards):
+    def fail(self, sequences):
         raise RuntimeError("device-side assert")
 
     kad = KADLogitsProcessor(proxy)

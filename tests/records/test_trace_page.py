@@ -8,10 +8,8 @@ import dataclasses
 import hashlib
 import html
 import itertools
-import os
 import random
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -20,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from chromium import chromium_path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_traces import ATTACKS, Page, Strings, page_of, record, trace_of
@@ -376,16 +375,11 @@ def test_the_page_asks_for_nothing_and_its_policy_allows_nothing_but_its_own_sty
 
 def run_chromium(page, *arguments, fragment="", budget=2000):
     """Load a file in headless Chromium and return what it prints."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        missing = "no Chromium found: install `chromium` to see the page as a browser does"
-        if os.environ.get("CI"):
-            pytest.fail(missing)
-        pytest.skip(missing)
+    chromium = chromium_path()
     quiet = "headless no-sandbox disable-gpu disable-quic no-first-run hide-scrollbars disable-background-networking"
     quiet += " disable-component-update disable-sync"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [found[0], *(f"--{flag}" for flag in quiet.split()), f"--user-data-dir={profile}"]
+        command = [chromium, *(f"--{flag}" for flag in quiet.split()), f"--user-data-dir={profile}"]
         command += [f"--virtual-time-budget={budget}", *arguments, page.as_uri() + fragment]
         done = subprocess.run(command, capture_output=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-2000:]

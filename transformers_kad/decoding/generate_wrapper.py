@@ -182,20 +182,18 @@ def _open_and_run(original: Callable[..., Any], state: ProcessorState, given: Ca
         state.open(call)
         if not speculative:
             ranks.meet_before_forwards()
-        forwards = call.models.proxy_forwards
+        call.earlier_proxy_forwards = call.models.proxy_forwards
         result = original(given.model, **arguments)
         step.finish()
         ranks.end(result)
-        _keep_records(state, call, given, result, call.models.proxy_forwards - forwards)
+        _keep_records(state, call, given, result)
         call.finished = True
     finally:
         state.close(call)
     return result
 
 
-def _keep_records(
-    state: ProcessorState, call: OpenCall, given: CallArguments, result: Any, proxy_forwards: int
-) -> None:
+def _keep_records(state: ProcessorState, call: OpenCall, given: CallArguments, result: Any) -> None:
     """Keep the statistics and the trace of a call.
 
     A decoding method of the user's may return what it likes: where the statistics of such a call can't be told, a
@@ -206,7 +204,7 @@ def _keep_records(
         sequences = result if torch.is_tensor(result) else getattr(result, "sequences", None)
         if not torch.is_tensor(sequences) or sequences.dim() != 2:
             raise TypeError(f"a tensor of sequences (N, L) is needed, and the call returned {type(result).__name__}")
-        statistics, trace = call.finish(sequences, proxy_forwards)
+        statistics, trace = call.finish(sequences)
     except Exception as error:
         if isinstance(call.recorder, BatchRecorder) or given.get("custom_generate") is None:
             raise  # a fault of this library, or of the device

@@ -1,12 +1,12 @@
 """One running call of `generate`, as the steps and the loop of a KAD processor need to know it."""
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from ..records.recorders import BatchRecorder, StepRecorder
-from ..records.statistics import KADStatistics, add_up
+from ..records.statistics import KADStatistics, SequenceStatistics, add_up
 from ..records.trace import KADTrace
 from .ended_rows import EndedRows
 from .parallel import OneProcess
@@ -40,6 +40,7 @@ class OpenCall:
         ranks: the processes that compute the call together, since they share a model, or this one alone.
         thread: the thread that runs the call.
         base_forwards: forwards of the base so far.
+        earlier_proxy_forwards: forwards of the proxy before the call.
         finished: whether the call has returned, so that the caches are as it left them.
         closed: whether the processor is free for another call.
     """
@@ -63,6 +64,7 @@ class OpenCall:
     ranks: OneProcess = field(default_factory=OneProcess)
     thread: int = field(default_factory=threading.get_ident)
     base_forwards: int = 0
+    earlier_proxy_forwards: int = 0
     finished: bool = False
     closed: bool = False
 
@@ -78,13 +80,19 @@ class OpenCall:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         return known
 
-    def finish(self, sequences: torch.Tensor, proxy_forwards: int) -> tuple[KADStatistics, KADTrace | None]:
-        """Statistics and trace of the call.
+    def trace_so_far(self) -> KADTrace | None:
+        """The trace and the statistics of the rounds that have ended, for a page that shows a text while it grows.
 
-        Args:
-            sequences: what the call returned, `(N, L)`.
-            proxy_forwards: forwards of the proxy in the call.
+        It is to be asked for in the thread of the call, for example by a streamer. None where decoding is token by
+        token or no trace is kept.
         """
+        if not isinstance(self.recorder, BatchRecorder):
+            return None
+        statistics, trace = self.recorder.finish()
+        return None if trace is None else replace(trace, statistics=self._add_up(statistics))
+
+    def finish(self, sequences: torch.Tensor) -> tuple[KADStatistics, KADTrace | None]:
+        """Statistics and trace of the call, which returned the sequences `(N, L)`."""
         if isinstance(self.recorder, BatchRecorder):
             statistics, trace = self.recorder.finish()
         else:
@@ -97,8 +105,12 @@ class OpenCall:
             else:
                 lengths = self._emitted_tokens(sequences)
             statistics, trace = self.recorder.finish(sequences, self.prompt_length, lengths, rows)
-        totals = add_up(statistics, base_forwards=self.base_forwards, proxy_forwards=proxy_forwards)
-        return totals, trace
+        return self._add_up(statistics), trace
+
+    def _add_up(self, statistics: list[SequenceStatistics]) -> KADStatistics:
+        """The statistics of the call from those of its sequences."""
+        proxy_forwards = self.models.proxy_forwards - self.earlier_proxy_forwards
+        return add_up(statistics, base_forwards=self.base_forwards, proxy_forwards=proxy_forwards)
 
     def _emitted_tokens(self, sequences: torch.Tensor) -> list[int]:
         """The number of tokens that each row emitted, for sequences `(B, L)`."""

@@ -3,7 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from transformers import PreTrainedModel
+
 from ..configuration import KADConfig
+from ..models.model_errors import ContextLengthError
+from ..models.model_settings import context_length
 from ..rules.registry import unknown_name_message
 
 
@@ -47,3 +51,23 @@ def config_of_request(default: KADConfig, asked: object, known: Sequence[str]) -
     kept = default.parameters if rule == default.rule else {}
     own = {name: value for name, value in asked.items() if name not in ("rule", "parameters")}
     return replace(default, rule=rule, parameters={**kept, **parameters}, **own)
+
+
+def tokens_that_fit(max_new_tokens: int, prompt_length: int, *models: PreTrainedModel | None) -> int:
+    """How many new tokens an answer may have, so that it ends where the shortest context of some models ends.
+
+    Args:
+        max_new_tokens: the most that the request asks for.
+        prompt_length: the length of its prompt, in tokens.
+        models: the models that read the text; None for one that is not there.
+
+    Raises:
+        ContextLengthError: the prompt alone fills the context.
+    """
+    lengths = [context_length(model) for model in models if model is not None]
+    limit = min((length for length in lengths if length is not None), default=None)
+    if limit is None:
+        return max_new_tokens
+    if prompt_length >= limit:
+        raise ContextLengthError(f"The prompt has {prompt_length} tokens, and the models read at most {limit}.")
+    return min(max_new_tokens, limit - prompt_length)

@@ -42,10 +42,9 @@ from ..configuration import KADConfig
 from ..decoding.attachment import attach
 from ..logits_process import KADLogitsProcessor
 from ..models.model_errors import ContextLengthError
-from ..models.model_settings import context_length
 from ..records.statistics import KADStatistics
 from .loading.configuration import OWN_SETTINGS
-from .requests import config_of_request
+from .requests import config_of_request, tokens_that_fit
 
 MakeProcessor = Callable[[KADConfig], KADLogitsProcessor]
 RULES_AT_HAND = 8  # processors that are kept for the rules of requests
@@ -92,13 +91,9 @@ class _Call:
         The configuration is the request's own, in which the handler looks for the limit afterwards.
         """
         proxy = None if self.processor is None else self.processor.proxy
-        lengths = [context_length(each) for each in (model, proxy) if each is not None]
-        limit = min((length for length in lengths if length is not None), default=None)
         prompt, settings = arguments["input_ids"].shape[-1], arguments["generation_config"]
-        if limit is not None and settings.max_new_tokens is not None:
-            if prompt >= limit:
-                raise ContextLengthError(f"The prompt has {prompt} tokens, and the models read at most {limit}.")
-            settings.max_new_tokens = min(settings.max_new_tokens, limit - prompt)
+        if settings.max_new_tokens is not None:
+            settings.max_new_tokens = tokens_that_fit(settings.max_new_tokens, prompt, model, proxy)
 
     async def usage(self) -> dict[str, Any] | None:
         """What the usage figures of the request say of KAD, once it is decoded; None without KAD."""
