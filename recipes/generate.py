@@ -44,7 +44,6 @@ Decoding is greedy and speculative by default. If the base is larger than one de
 import hashlib
 import io
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -72,6 +71,7 @@ from transformers_kad.recipes.prompt_lines import (
     check_usable,
     read_file,
     read_prompts,
+    seed_of,
 )
 from transformers_kad.recipes.resumable import JsonLinesPart, JsonLinesStore, json_line
 from transformers_kad.records.statistics import add_up
@@ -203,11 +203,6 @@ def with_system(prompt: Prompt, system: str | None) -> Prompt:
         return prompt
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return [{"role": "system", "content": system}, *chat]
-
-
-def seed_of(seed: int, line: int) -> int:
-    """The seed of a line, so that an answer does not depend on earlier ones."""
-    return random.Random(f"{seed} {line}").getrandbits(32)
 
 
 def summary(calls: list[KADStatistics], seconds: float) -> str:

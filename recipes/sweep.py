@@ -26,22 +26,11 @@ from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.recipes.arguments import ModelArguments
 from transformers_kad.recipes.command_line import exit_status, parse_arguments
 from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, EvaluationSampling, MethodArguments
+from transformers_kad.recipes.evaluation.methods import PARAMETER_GRID
 from transformers_kad.recipes.evaluation.session import evaluate
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
-GRID = (
-    *("base", "proxy"),
-    "kad-dual:threshold=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
-    "kad-primal:budget=0.3,0.5,0.7,0.8,0.9,0.95,0.98",
-    "nudging:threshold=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95",
-    "confidence-bet:margin=0.0,0.05,0.1,0.2,0.3,0.5",
-    *(f"cascade-{variant}:alpha=0.0,0.05,0.1,0.2,0.4" for variant in ("diff", "opt", "token-v2")),
-    "cascade-token-v3:alpha=0.1,0.3,0.5,0.7,0.9",
-    "kad-paced:budget=0.1,0.2,0.3,0.4,0.5",
-    "implicit-reward:beta=0.5,0.75,1.0,1.25,1.5,2.0",
-    "ensemble:weight=0.1,0.3,0.5,0.7,0.9",
-    "blend-in:threshold=0.3,0.5,0.7,0.9,1.0",
-)
+GRID = ("base", "proxy", *PARAMETER_GRID)
 
 
 @dataclass

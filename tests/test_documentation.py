@@ -337,6 +337,8 @@ def test_the_recipes_that_measure_are_all_shown(clone):
         ("docs/evaluation.md", "sweep", 1),
         ("docs/evaluation.md", "tune", 1),
         ("docs/evaluation.md", "generate", 1),
+        ("docs/check_pair.md", "benchmark_check", 1),
+        ("docs/check_pair.md", "check_pair", 1),
         ("docs/performance.md", "benchmark_speed", 15),
         ("docs/performance.md", "benchmark_verification", 1),
         ("docs/performance.md", "benchmark_rules", 1),
@@ -387,6 +389,8 @@ def test_every_picture_of_the_results_is_shown():
     shown = {Path(path).name for page in PAGES for path in re.findall(r"!\[[^]]+\]\((\S+)\)", text_of(page))}
     kept = {path.name for path in (ROOT / "recipes/results").glob("tiny_pair/*.svg")}
     assert len(kept) == 4
+    kept |= {path.name for path in (ROOT / "recipes/results").glob("check_pair/*.svg")}
+    assert len(kept) == 8
     playground = {path.name for path in (ROOT / "recipes/results/playground").iterdir()}
     assert len(playground) == 2
     others = {"pacing.svg", "trace.png", "deferral.svg", "draft_length_batch_1.svg", "batch_size.svg"}

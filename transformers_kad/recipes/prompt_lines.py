@@ -1,6 +1,7 @@
 """The lines of a file of prompts: as plain text, or as JSON objects with a prompt or messages."""
 
 import json
+import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -92,6 +93,11 @@ def template_of(row: Mapping[str, Any]) -> dict[str, Any]:
     template = {**({} if row.get("tools") is None else {"tools": row["tools"]}), **more}
     check_template_arguments(template)
     return template
+
+
+def seed_of(seed: int, line: int) -> int:
+    """The seed of a line, so that its texts do not depend on earlier ones."""
+    return random.Random(f"{seed} {line}").getrandbits(32)
 
 
 def read_file(path: str, option: str = "--input") -> list[str]:

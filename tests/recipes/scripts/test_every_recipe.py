@@ -141,6 +141,10 @@ COPIES = {
         *("--pair", PAIR, "--methods", "kad-dual:threshold=0.5", "--draft_lengths", "2", "--texts", "2"),
         *("--repetitions", "1", "--max_new_tokens", "4", "--inflate", "base=600K,proxy=500K"),
     ),
+    "benchmark_check": (
+        *("--pair", PAIR, "--prompts", "1", "--problems", "2", "--max_new_tokens", "2", "--training_steps", "1"),
+    ),
+    "check_pair": ("--pair", PAIR, "--limit", "1", "--max_new_tokens", "2", "--method", "nudging"),
     "generate": ("--base", PAIR / "base", "--proxy", PAIR / "proxy", "--prompt", "Ada has 1 hat."),
 }
 # These are run as copies by tests of their own.
@@ -161,7 +165,10 @@ def test_it_runs_as_a_single_file_copied_elsewhere(name, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "run_eval", "sweep", "tune", "benchmark_pacing", "benchmark_speed", "benchmark_verification"],
+    [
+        *("quickstart", "run_eval", "sweep", "tune", "check_pair", "benchmark_check", "benchmark_pacing"),
+        *("benchmark_speed", "benchmark_verification"),
+    ],
 )
 def test_without_the_pair_a_copy_says_what_to_pass(name, tmp_path):
     run = run_copy(ROOT / "recipes" / f"{name}.py", tmp_path)

@@ -19,6 +19,9 @@ PLAIN_SAMPLING: Mapping[str, Any] = MappingProxyType(
 
 Prompt = str | Sequence[Mapping[str, Any]]
 
+# All errors that chat templates raise.
+TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError)
+
 # Names that a chat template can't be given: `encode` and `apply_chat_template` have arguments with these names.
 RESERVED = (
     *("tokenizer", "prompts", "device", "chat", "model", "self", "conversation", "messages", "tokenize", "padding"),
@@ -78,13 +81,7 @@ def encode(
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, **template_arguments
         )
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:  # all that templates raise
+    except TEMPLATE_ERRORS as error:
         raise ValueError(
             f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
         ) from error

@@ -11,7 +11,7 @@ from ...configuration import KADConfig
 from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
 from ..pair import Pair
 from ..processes import assign_own_devices
-from .decoding import Decoder
+from .decoding import TEMPLATE_CHOICES, Decoder
 from .methods import Method, parse_methods
 from .runner import Workload
 from .tasks import TASKS, get_task
@@ -174,13 +174,12 @@ def make_decoder(
     if uses_pair and evaluation.pair is None:
         torch.set_num_threads(1)  # more threads are slower for models this small
     assign_own_devices(models, state)
-    flags: dict[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
     return Decoder(
         Pair(models),
         sampling.settings(),
         speculative=sampling.speculative,
         aligned=evaluation.aligned,
-        chat=flags[evaluation.chat],
-        proxy_chat=flags[evaluation.proxy_chat],
+        chat=TEMPLATE_CHOICES[evaluation.chat],
+        proxy_chat=TEMPLATE_CHOICES[evaluation.proxy_chat],
         template_arguments=evaluation.template,
     )

@@ -29,6 +29,9 @@ from ...rules.registry import RULES
 from ..pair import Pair
 from .methods import Method
 
+# What the values of --chat and --proxy_chat stand for, as a `Decoder` takes it.
+TEMPLATE_CHOICES: Mapping[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -42,6 +45,7 @@ class Answer:
         seconds: the time it took. Each answer of a batch gets an equal share of the batch's time.
         statistics: statistics of drafts, rounds and deferral; None for methods without a rule.
         error: the reason why there is no answer; None if there is one.
+        ids: the generated tokens, the end of the turn included.
     """
 
     text: str = ""
@@ -50,6 +54,7 @@ class Answer:
     seconds: float = 0.0
     statistics: SequenceStatistics | None = None
     error: str | None = None
+    ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,14 @@ class Decoder:
         texts = prompts if templated else [as_text(prompt) for prompt in prompts]
         return encode(tokenizer, texts, self.pair.device, chat=templated, model=model, **self.template_arguments)
 
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> tuple[BatchEncoding, BatchEncoding | None]:
+        """The base's inputs for some prompts, and the proxy's; None if the proxy gets the base's prompts."""
+        pair, own = self.pair, None
+        inputs = self._encode(pair.tokenizer, prompts, self.chat, pair.base)
+        if self.proxy_chat != "same":
+            own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat, pair.proxy)
+        return inputs, own
+
     def _decode_or_fail(self, method: Method, prompt: Prompt, max_new_tokens: int) -> Answer:
         started = time.perf_counter()
         try:
@@ -177,8 +190,12 @@ class Decoder:
     def _decode(self, method: Method, prompts: Sequence[Prompt], max_new_tokens: int) -> list[Answer]:
         """Answer all prompts in one batch."""
         generator, pair = self._generator_of(method), self.pair
-        chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
-        inputs = self._encode(generator.tokenizer, prompts, chat, generator.model)
+        own = None
+        if method.config is not None:
+            inputs, own = self.encode_prompts(prompts)
+        else:
+            chat = self.proxy_chat if method.name == "proxy" and self.proxy_chat != "same" else self.chat
+            inputs = self._encode(generator.tokenizer, prompts, chat, generator.model)
         length = inputs["input_ids"].shape[1]
         processors: list[LogitsProcessor] = [_RefuseUnusableLogits(generator.model)]
         rooms = [(generator.model, length)]
@@ -189,8 +206,7 @@ class Decoder:
             kad = self._processor_of(method.config)
             processors = [kad]
             proxy_length = length
-            if self.proxy_chat != "same":
-                own = self._encode(pair.proxy_tokenizer, prompts, self.proxy_chat, pair.proxy)
+            if own is not None:
                 own_prompt, proxy_length = kad.proxy_prompt(own), own["input_ids"].shape[1]
             rooms.append((pair.proxy, proxy_length))
             if self.speculative:
@@ -230,7 +246,8 @@ def _answer(
     ends = set(generator.eos_token_ids or ())
     end = next((at for at, token in enumerate(row) if token in ends), None)
     text = opened + generator.tokenizer.decode(row[:end])
-    return Answer(text, end is not None, len(row) if end is None else end + 1, seconds, statistics)
+    tokens = len(row) if end is None else end + 1
+    return Answer(text, end is not None, tokens, seconds, statistics, ids=row[:tokens])
 
 
 class _CrowdedError(Exception):

@@ -33,6 +33,19 @@ RULE_METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "blend-in": ("blend_in", {}),
 }
 FROM_CONFIG = "config"  # the rule and the settings of the kad_config.json that --config names
+# The parameters that are tried of every rule, in the words of a command line.
+PARAMETER_GRID = (
+    "kad-dual:threshold=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9",
+    "kad-primal:budget=0.3,0.5,0.7,0.8,0.9,0.95,0.98",
+    "nudging:threshold=0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95",
+    "confidence-bet:margin=0.0,0.05,0.1,0.2,0.3,0.5",
+    *(f"cascade-{variant}:alpha=0.0,0.05,0.1,0.2,0.4" for variant in ("diff", "opt", "token-v2")),
+    "cascade-token-v3:alpha=0.1,0.3,0.5,0.7,0.9",
+    "kad-paced:budget=0.1,0.2,0.3,0.4,0.5",
+    "implicit-reward:beta=0.5,0.75,1.0,1.25,1.5,2.0",
+    "ensemble:weight=0.1,0.3,0.5,0.7,0.9",
+    "blend-in:threshold=0.3,0.5,0.7,0.9,1.0",
+)
 # KADConfig's own, beside the rule's parameters.
 SETTINGS = ("component_temperature", "num_assistant_tokens", "verification")
 
