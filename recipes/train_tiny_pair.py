@@ -102,6 +102,7 @@ from transformers_kad.recipes.word_problems import (
     triples_of,
 )
 from transformers_kad.utils.files import write_whole
+from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
 # These imports follow transformers_kad, which suppresses the messages of torchao.
@@ -488,7 +489,10 @@ def check_settings(out: Path, settings: Settings) -> None:
     record = out / "settings.json"
     wanted = asdict(settings)
     if record.exists():
-        found = json.loads(record.read_text())
+        try:
+            found = parse_json_object(record.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{str(record)!r} can't be used: {error}. Choose another --out.") from error
         other = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
         if other:
             listed = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in other.items())

@@ -104,9 +104,9 @@ def _read_dataset(name: str, config: str | None, split: str) -> Rows:
         else:
             contents = list(datasets.load_dataset(name, config, split=split))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = next(iter(str(error).splitlines()), repr(error))
         raise AlignmentError(
-            f"{name!r} is not a file, and could not be loaded as a data set of the Hub (split {split!r}): "
-            f"{str(error).splitlines()[0]}"
+            f"{name!r} is not a file, and could not be loaded as a data set of the Hub (split {split!r}): {reason}"
         ) from error
     return Rows(f"{name} ({split})", "row", range(1, len(contents) + 1), contents)
 
