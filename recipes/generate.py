@@ -284,7 +284,7 @@ def lines_left(lines: Iterable[Line], store: JsonLinesStore) -> Iterator[Line]:
         print(f"An incomplete last line was removed and is answered again: {store.torn!r}", file=sys.stderr)
     if done:
         print(f"{len(done)} lines are already done, {count_failed(store)} of them failed.", file=sys.stderr)
-    checked = check_answered(lines, done)
+    checked = check_answered(lines, done, store.path)
     return (line for line in (list(checked) if isinstance(lines, list) else checked) if line.number not in done)
 
 

@@ -83,6 +83,7 @@ from pathlib import Path
 import torch
 
 from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.resumable import describe_differences
 from transformers_kad.recipes.training.arguments import AlignmentArguments, silence_training_libraries
 from transformers_kad.recipes.training.checks import check_pair
 from transformers_kad.recipes.training.data import load_examples
@@ -493,9 +494,8 @@ def check_settings(out: Path, settings: Settings) -> None:
             found = parse_json_object(record.read_bytes())
         except ValueError as error:
             raise ValueError(f"{str(record)!r} can't be used: {error}. Choose another --out.") from error
-        other = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-        if other:
-            listed = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in other.items())
+        listed = describe_differences(found, json.loads(json.dumps(wanted)))
+        if listed:
             raise ValueError(f"{out} holds a pair made with other settings ({listed}). Choose another --out.")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and has no pair of this recipe. Choose another --out.")

@@ -128,13 +128,14 @@ def check_usable(lines: list[Line], path: str, *, shown: bool = True) -> list[Li
     return lines
 
 
-def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> Iterator[Line]:
-    """Yield the lines, after comparing answered ones with their records.
+def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]], path: Path) -> Iterator[Line]:
+    """Yield the lines, after comparing answered ones with their records, which are from the file `path`.
 
     Raises:
         ValueError: a line has changed since it was answered, or is not there any more.
     """
     left = done.copy()
+    changed = f"The input was changed since it was answered, or {str(path)!r} was: line"
     for line in lines:
         if line.number in left:
             record = left.pop(line.number)
@@ -142,12 +143,10 @@ def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> It
             before, now = record.get(name), line.record().get(name)
             if json.dumps(before) != json.dumps(now):  # as JSON, since NaN is not equal to itself
                 raise ValueError(
-                    f"The input changed since it was answered: line {line.number} was {shorten(before)} "
-                    f"and is {shorten(now)}. Choose another --output."
+                    f"{changed} {line.number} was {shorten(before)} and is {shorten(now)}. Choose another --output."
                 )
         yield line
     if left:
         raise ValueError(
-            f"The input changed since it was answered: line {min(left)}, which has an answer, is not there any more. "
-            "Choose another --output."
+            f"{changed} {min(left)}, which has an answer, is not there any more. Choose another --output."
         )

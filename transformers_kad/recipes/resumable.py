@@ -119,8 +119,17 @@ class JsonLinesStore:
                 check_fields(record, fields, f"{str(self.path)!r}, line {number}")
             records, torn = read_json_lines(part, fields)
             self.torn = torn or self.torn
-            known = {record[self.order] for record in self.records}  # a stop may come before the part is removed
-            new = [record for record in records if record[self.order] not in known]
+            known = {record[self.order]: record for record in self.records}
+            new = []
+            for number, record in enumerate(records, start=1):
+                before = known.setdefault(record[self.order], record)
+                if before is record:
+                    new.append(record)
+                elif json.dumps(before) != json.dumps(record):  # a stop before the part is removed leaves equal ones
+                    raise ValueError(
+                        f"{str(part)!r}, line {number} is not equal to an earlier record with {self.order} "
+                        f"{record[self.order]}. Remove one of the two, or choose another file."
+                    )
             append_json_lines(self._file, new)
             self.records += new
             part.unlink()
@@ -291,5 +300,7 @@ def describe_differences(
     """The differences between two settings, for an error message that calls their places `there` and `here`."""
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
     return "; ".join(
-        f"{key:.80} is {found.get(key)!r:.200} {there} and {wanted.get(key)!r:.200} {here}" for key in keys
+        f"{key if key.isprintable() else repr(key):.80} is {found.get(key)!r:.200} {there} and "
+        f"{wanted.get(key)!r:.200} {here}"
+        for key in keys
     )

@@ -38,6 +38,13 @@ FIELDS: Mapping[str, Shape] = {
 CONFIG_FIELDS: Mapping[str, Shape] = {"task": (str,), "method": (str,), "shared": (dict,), "own": (dict,)}
 
 
+# Fields that not every line has.
+OPTIONAL_FIELDS: Mapping[str, Shape] = {
+    "text": (str,),
+    "ended": (bool,),
+    "correct_lenient": (bool,),
+    "deferral_masses": [(int, float)],
+}
 # The fields of lines of methods with a rule.
 DECODING_FIELDS: Mapping[str, Shape] = {
     "rounds": (int,),
@@ -256,6 +263,18 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         name = batch_name(record["task"], record["method"], record["sample"], record["batch_number"])
         if record["batch"] != name:
             raise ValueError(f"{where}: 'batch' is {record['batch']!r:.80}, not {name!r:.80}. {ADVICE}")
+        check_fields(record, {key: shape for key, shape in OPTIONAL_FIELDS.items() if key in record}, where)
         if "rounds" in record:
-            check_fields(record, DECODING_FIELDS, where)
+            _check_decoding(record, where)
     return records, torn
+
+
+def _check_decoding(record: Mapping[str, Any], where: str) -> None:
+    """Check the statistics of a method with a rule."""
+    check_fields(record, DECODING_FIELDS, where)
+    if record["accepted"] > record["drafted"]:
+        raise ValueError(
+            f"{where}: 'accepted' is {record['accepted']}, more than 'drafted', {record['drafted']}. {ADVICE}"
+        )
+    if (record["deferral_mass"] or 0) > 1:
+        raise ValueError(f"{where}: 'deferral_mass' is {record['deferral_mass']}, more than 1. {ADVICE}")
