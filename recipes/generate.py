@@ -73,6 +73,7 @@ from transformers_kad.recipes.prompt_lines import (
     read_prompts,
     seed_of,
 )
+from transformers_kad.recipes.record_fields import Shape, check_fields
 from transformers_kad.recipes.resumable import JsonLinesPart, JsonLinesStore, json_line
 from transformers_kad.records.statistics import add_up
 from transformers_kad.utils.sources import shown_name
@@ -241,30 +242,45 @@ def run_prompt(generator: Generator, arguments: PromptArguments) -> None:
         print(f"Trace: {page}", file=sys.stderr)
 
 
+# The fields that every record has, and those of records with and without an answer.
+LINE: Mapping[str, Shape] = {"line": (int,)}
+ANSWER: Mapping[str, Shape] = {"text": (str,), "tokens": (int,)}
+FAILURE: Mapping[str, Shape] = {"error": (str,)}
+
+
 def answered(store: JsonLinesStore) -> dict[int, dict[str, Any]]:
     """The records of an earlier run, by the number of their line.
 
     Raises:
-        ValueError: a record has no line number.
+        ValueError: a record has no line number, neither an answer nor an error, or the line of another record.
     """
-    for record in store.records:
-        if not isinstance(record.get("line"), int):
-            raise ValueError(f"{str(store.path)!r} has a record without a line number: {record!r:.80}.")
-    return {record["line"]: record for record in store.records}
+    done: dict[int, dict[str, Any]] = {}
+    for number, record in enumerate(store.records, start=1):
+        where = f"{str(store.path)!r}, line {number}"
+        check_fields(record, {**LINE, **(FAILURE if "error" in record else ANSWER)}, where)
+        if record["line"] in done:
+            raise ValueError(
+                f"{where} is the second record of line {record['line']} of the input. Remove one of the two, or "
+                "choose another --output."
+            )
+        done[record["line"]] = record
+    return done
 
 
 def lines_left(lines: Iterable[Line], store: JsonLinesStore) -> Iterator[Line]:
     """The lines that the store has no records of; says how many it has.
 
     Raises:
-        ValueError: a record has no line number, or its line has changed.
+        ValueError: a record is malformed, or its line has changed. Lines that come from a pipe are compared as they
+            come, those of a file before this function returns.
     """
     done = answered(store)
     if store.torn is not None:
         print(f"An incomplete last line was removed and is answered again: {store.torn!r}", file=sys.stderr)
     if done:
         print(f"{len(done)} lines are already done, {count_failed(store)} of them failed.", file=sys.stderr)
-    return (line for line in check_answered(lines, done) if line.number not in done)
+    checked = check_answered(lines, done, store.path)
+    return (line for line in (list(checked) if isinstance(lines, list) else checked) if line.number not in done)
 
 
 def count_failed(store: JsonLinesStore) -> int:

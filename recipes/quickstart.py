@@ -14,7 +14,6 @@ Any other pair, by Hub id or local folder (the proxy may be a LoRA adapter):
     python recipes/quickstart.py --base Qwen/Qwen3-8B-Base --proxy Qwen/Qwen3-0.6B --prompt "Why is the sky blue?"
 """
 
-import json
 import os
 import sys
 import time
@@ -34,6 +33,7 @@ from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.intervals import wilson_interval
 from transformers_kad.recipes.word_problems import is_correct, is_correct_lenient, make_problems
 from transformers_kad.records.statistics import add_up
+from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
 # These imports follow transformers_kad, which suppresses the messages of torchao.
@@ -85,10 +85,10 @@ class QuickstartArguments:
         if self.problems < 1:
             raise ValueError(f"--problems must be at least 1, got {self.problems}.")
         try:
-            self.rule_parameters: dict[str, Any] = json.loads(self.parameters)
-        except json.JSONDecodeError as error:
+            self.rule_parameters = parse_json_object(self.parameters)
+        except ValueError as error:
             raise ValueError(
-                f"--parameters must be JSON such as '{{\"threshold\": 0.5}}', got {self.parameters!r}."
+                f"--parameters must be JSON such as '{{\"threshold\": 0.5}}', got {self.parameters!r:.200}: {error}."
             ) from error
         make_rule(self.rule, **self.rule_parameters)
 

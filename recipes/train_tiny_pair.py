@@ -83,6 +83,7 @@ from pathlib import Path
 import torch
 
 from transformers_kad.recipes.command_line import parse_arguments
+from transformers_kad.recipes.resumable import describe_differences
 from transformers_kad.recipes.training.arguments import AlignmentArguments, silence_training_libraries
 from transformers_kad.recipes.training.checks import check_pair
 from transformers_kad.recipes.training.data import load_examples
@@ -102,6 +103,7 @@ from transformers_kad.recipes.word_problems import (
     triples_of,
 )
 from transformers_kad.utils.files import write_whole
+from transformers_kad.utils.strict_json import parse_json_object
 
 # isort: split
 # These imports follow transformers_kad, which suppresses the messages of torchao.
@@ -488,10 +490,12 @@ def check_settings(out: Path, settings: Settings) -> None:
     record = out / "settings.json"
     wanted = asdict(settings)
     if record.exists():
-        found = json.loads(record.read_text())
-        other = {k: (found.get(k), v) for k, v in wanted.items() if found.get(k) != v}
-        if other:
-            listed = "; ".join(f"{key} is {old!r} there and {new!r} here" for key, (old, new) in other.items())
+        try:
+            found = parse_json_object(record.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{str(record)!r} can't be used: {error}. Choose another --out.") from error
+        listed = describe_differences(found, json.loads(json.dumps(wanted)))
+        if listed:
             raise ValueError(f"{out} holds a pair made with other settings ({listed}). Choose another --out.")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and has no pair of this recipe. Choose another --out.")

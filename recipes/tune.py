@@ -24,7 +24,9 @@ with all trials and the front, and plots of both.
 """
 
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from typing import Any, Literal
 import optuna
 import torch
 from accelerate import PartialState
+from optuna.trial import TrialState
 
 from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.recipes.arguments import ModelArguments
@@ -49,6 +52,7 @@ from transformers_kad.recipes.evaluation.results import ResultsFolder
 from transformers_kad.recipes.evaluation.session import log
 from transformers_kad.recipes.evaluation.tuning import SEARCH_RANGES, Goal, Tuner, feasible, finished, front, method_of
 from transformers_kad.recipes.intervals import wilson_interval
+from transformers_kad.recipes.record_fields import check_fields
 from transformers_kad.utils.files import write_whole
 
 TINY_PAIR = Path(__file__).resolve().parent / "tiny_pair"
@@ -94,10 +98,26 @@ class TuningEvaluationArguments(EvaluationArguments):
 
 
 def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
-    """Open the study in a folder, or create it."""
-    storage = f"sqlite:///{folder / 'study.db'}"
-    names = optuna.get_all_study_names(storage)
-    tried = len(optuna.load_study(study_name="kad", storage=storage).trials) if "kad" in names else 0
+    """Open the study in a folder, or create it.
+
+    Raises:
+        ValueError: the file of the study is damaged.
+    """
+    path = folder / "study.db"
+    storage = f"sqlite:///{path}"
+    try:
+        check_database(path)
+        names = optuna.get_all_study_names(storage)
+        found = optuna.load_study(study_name="kad", storage=storage) if "kad" in names else None
+        tried = len(found.trials) if found is not None else 0
+        if found is not None:
+            check_trials(found)
+    except Exception as error:  # sqlite3, SQLAlchemy, Alembic and Optuna have each their own on damaged files
+        reason = next(iter(str(error).splitlines()), repr(error))
+        raise ValueError(
+            f"The study in {str(path)!r} can't be read: {reason}. Move the file away: the same command then searches "
+            "anew, and takes every answer from the results that it has stored."
+        ) from error
     return optuna.create_study(
         study_name="kad",
         storage=storage,
@@ -106,6 +126,32 @@ def open_study(folder: Path, goal: Goal, seed: int) -> optuna.Study:
         directions=goal.directions,
         load_if_exists=True,
     )
+
+
+def check_database(path: Path) -> None:
+    """Raise an error of sqlite3 or a `ValueError` if a file that is not empty is not a sound SQLite database."""
+    if path.exists():
+        with closing(sqlite3.connect(path)) as database:
+            (found,) = database.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise ValueError(f"it is damaged ({found})")
+
+
+def check_trials(study: optuna.Study) -> None:
+    """Check what a search reads from earlier trials.
+
+    Raises:
+        ValueError: a trial or the study has not the fields that a search writes, or values of other types.
+    """
+    if any(trial.state != TrialState.WAITING for trial in study.trials):
+        check_fields(study.user_attrs, {"settings": {"goal": {}}}, "the study")
+    for trial in finished(study):
+        where = f"trial {trial.number}"
+        check_fields(trial.user_attrs, {"method": (str,)}, where)
+        if method_of(trial.params).label != trial.user_attrs["method"]:
+            raise ValueError(f"{where} has the method {trial.user_attrs['method']!r:.80}, not that of its parameters")
+        if trial.state == TrialState.COMPLETE:
+            check_fields(trial.user_attrs, {"accuracy": (int, float), "speedup": (int, float)}, where)
 
 
 def describe(study: optuna.Study, instances: int) -> dict[str, Any]:
@@ -187,6 +233,8 @@ def run(
     with ResultsFolder(evaluation.output) as folder:
         folder.prepare()
         study = open_study(folder.path, tuning.aim, sampling.seed)
+        if not study.trials and (answers := len(folder.read())):
+            log(f"The study has no trials. The search begins anew, and takes {answers} stored answers where it can.")
         lengths = (tuning.draft_lengths[0], tuning.draft_lengths[1]) if tuning.draft_lengths else None
         tuner = Tuner(
             decoder,

@@ -70,7 +70,7 @@ class KADConfig:
             raise TypeError(f"`parameters` must map names to values, got {self.parameters!r:.200}.")
         for name in ("base", "proxy"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not (isinstance(value, str) and value.strip()):
                 raise TypeError(f"`{name}` must be the id or path of a model, as text, or None; got {value!r:.200}.")
         object.__setattr__(self, "parameters", FrozenDict(self.parameters))
         check_settings(self.make_rule(), **self.settings)
@@ -202,11 +202,13 @@ def check_settings(
         or not isinstance(component_temperature, Real)
         or not 0 < as_float(component_temperature) < float("inf")
     ):
-        raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r}.")
+        raise ValueError(f"`component_temperature` must be a positive number, got {component_temperature!r:.200}.")
     if num_assistant_tokens != "auto" and (
         isinstance(num_assistant_tokens, bool) or not isinstance(num_assistant_tokens, int) or num_assistant_tokens < 1
     ):
-        raise ValueError(f'`num_assistant_tokens` must be a positive integer or "auto", got {num_assistant_tokens!r}.')
+        raise ValueError(
+            f'`num_assistant_tokens` must be a positive integer or "auto", got {num_assistant_tokens!r:.200}.'
+        )
     if drafter not in DRAFTERS:
         raise ValueError(unknown_name_message("drafter", drafter, DRAFTERS))
     if verification not in VERIFICATIONS:

@@ -161,7 +161,7 @@ class KADLM(HFLM):
         """Load base, proxy and reference. The harness calls this once it knows the device and the base's tokenizer."""
         config, device = self.kad_config, str(self.device)
         base, proxy = str(config.base), str(config.proxy)
-        proxy_tokenizer = load_tokenizer(proxy)
+        proxy_tokenizer = load_tokenizer(proxy, trust_remote_code=trust_remote_code)
         check_tokenizers(self.tokenizer, proxy_tokenizer)
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = proxy_tokenizer.chat_template

@@ -70,7 +70,7 @@ class ModelArguments:
         self.limits = as_json(self.max_memory, "--max_memory")
         if self.limits is not None and (not isinstance(self.limits, dict) or self.device_map is None):
             raise ValueError(
-                f"--max_memory takes a JSON object and goes with --device_map auto, got {self.max_memory!r}."
+                f"--max_memory takes a JSON object and goes with --device_map auto, got {self.max_memory!r:.200}."
             )
 
     def complete(self, config: KADConfig, source: str | Path | None = None) -> None:
@@ -216,7 +216,7 @@ def as_json(text: str | None, option: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{option} must be JSON, got {text!r} ({error}).") from error
+        raise ValueError(f"{option} must be JSON, got {text!r:.200} ({error}).") from error
 
 
 def template_arguments(text: str | None) -> dict[str, Any]:
@@ -231,5 +231,5 @@ def template_arguments(text: str | None) -> dict[str, Any]:
         arguments = parse_json_object(text)
         check_template_arguments(arguments)
     except ValueError as error:
-        raise ValueError(f"--template_arguments must be a JSON object, got {text!r}: {error}") from error
+        raise ValueError(f"--template_arguments must be a JSON object, got {text!r:.200}: {error}") from error
     return arguments

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..integrations.loading.prompts import Prompt, check_template_arguments, normalize_prompt
+from ..integrations.loading.prompts import Prompt, check_template_arguments, normalize_prompt, shorten
 from ..utils.strict_json import parse_json_object
 
 UNREADABLE = "surrogateescape"  # turns invalid UTF-8 into lone surrogates, which `read_prompts` reports
@@ -50,6 +50,8 @@ def read_prompts(lines: Iterable[str]) -> Iterator[Line]:
                 text.encode()
             except UnicodeEncodeError as error:
                 raise ValueError(f"the line is not UTF-8 from character {error.start} on: {text[:80]!r}") from error
+            if "\0" in text:
+                raise ValueError(f"the line has the character NUL, as in a file that is not UTF-8: {text[:80]!r}")
             if text.lstrip().startswith("{"):
                 try:
                     row = parse_json_object(text)
@@ -72,7 +74,9 @@ def prompt_of(row: Mapping[str, Any]) -> Prompt:
     """
     name = "prompt" if row.get("messages") is None else "messages"
     if row.get(name) is None:
-        raise ValueError(f'"prompt" or "messages" is needed, got the fields {", ".join(map(repr, row)) or "none"}')
+        raise ValueError(
+            f'"prompt" or "messages" is needed, got the fields {", ".join(map(repr, row)) or "none":.200}'
+        )
     if name == "messages" and isinstance(row[name], str):
         raise ValueError(f'"messages" must be a list of messages, got {row[name][:80]!r}')
     try:
@@ -130,20 +134,25 @@ def check_usable(lines: list[Line], path: str, *, shown: bool = True) -> list[Li
     return lines
 
 
-def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]]) -> Iterator[Line]:
-    """Yield the lines, after comparing answered ones with their records.
+def check_answered(lines: Iterable[Line], done: dict[int, dict[str, Any]], path: Path) -> Iterator[Line]:
+    """Yield the lines, after comparing answered ones with their records, which are from the file `path`.
 
     Raises:
-        ValueError: a line has changed since it was answered.
+        ValueError: a line has changed since it was answered, or is not there any more.
     """
+    left = done.copy()
+    changed = f"The input was changed since it was answered, or {str(path)!r} was: line"
     for line in lines:
-        if line.number in done:
-            record = done[line.number]
+        if line.number in left:
+            record = left.pop(line.number)
             name = "row" if "row" in record else "prompt"
             before, now = record.get(name), line.record().get(name)
             if json.dumps(before) != json.dumps(now):  # as JSON, since NaN is not equal to itself
                 raise ValueError(
-                    f"The input changed since it was answered: line {line.number} was {str(before)!r} and is "
-                    f"{str(now)!r}. Choose another --output."
+                    f"{changed} {line.number} was {shorten(before)} and is {shorten(now)}. Choose another --output."
                 )
         yield line
+    if left:
+        raise ValueError(
+            f"{changed} {min(left)}, which has an answer, is not there any more. Choose another --output."
+        )

@@ -6,10 +6,12 @@ import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 from ..utils.files import write_whole
 from ..utils.strict_json import parse_json_object
+from .record_fields import Shape, check_fields
 
 try:
     import fcntl
@@ -31,7 +33,8 @@ class JsonLinesStore:
     Args:
         path: the file, or a link to it; its folder is created if it is missing.
         settings: the settings that determine the results, as JSON values. A missing setting counts as None.
-        order: the field that tells records apart, and by which `complete` sorts them.
+        order: the field that tells records apart, and by which `complete` sorts them. It is an integer.
+        fields: fields that every record has, for `check_fields`.
 
     Attributes:
         records: the records that the file held when it was opened.
@@ -39,7 +42,7 @@ class JsonLinesStore:
 
     Raises:
         ValueError: the file was made with other settings (the message shows the difference) or has no settings file,
-            it has a complete line that is not a JSON object, or another process is writing to it.
+            it has a complete line that is not a record, or another process is writing to it.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -52,21 +55,28 @@ class JsonLinesStore:
     >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | Path, settings: Mapping[str, Any], *, order: str = "line") -> None:
-        self.path, self.order = Path(path), order
+    def __init__(
+        self,
+        path: str | Path,
+        settings: Mapping[str, Any],
+        *,
+        order: str = "line",
+        fields: Mapping[str, Shape] = MappingProxyType({}),
+    ) -> None:
+        self.path, self.order, self.fields = Path(path), order, fields
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
         self.records, self.torn = list[dict[str, Any]](), None
+        self._file: IO[str]
         if self.path.exists() and not self.path.is_file():
             self._file = self.path.open("a", encoding="utf-8")
             return
         self.path = Path(os.path.realpath(path))  # the settings are beside the file itself, not beside a link
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = open_locked(self.path)
         try:
-            lock(self._file, self.path)
             self._check_settings(json.loads(json.dumps(settings)))
-            self.records, self.torn = read_json_lines(self.path)
+            self.records, self.torn = read_json_lines(self.path, self.fields)
             self._take_over_parts()
         except BaseException:
             self._file.close()
@@ -98,7 +108,7 @@ class JsonLinesStore:
         """
         if not self.path.is_file():
             return
-        self.records, _ = read_json_lines(self.path)
+        self.records, _ = read_json_lines(self.path, {**self.fields, self.order: (int,)})
         self._take_over_parts()
         in_order = sorted(self.records, key=lambda record: record[self.order])
         if in_order != self.records:
@@ -107,11 +117,23 @@ class JsonLinesStore:
 
     def _take_over_parts(self) -> None:
         """Append the records of all part files, and remove these files."""
+        fields = {**self.fields, self.order: (int,)}
         for part in self._parts():
-            records, torn = read_json_lines(part)
+            for number, record in enumerate(self.records, start=1):
+                check_fields(record, fields, f"{str(self.path)!r}, line {number}")
+            records, torn = read_json_lines(part, fields)
             self.torn = torn or self.torn
-            known = {record.get(self.order) for record in self.records}  # a stop may come before the part is removed
-            new = [record for record in records if record.get(self.order) not in known]
+            known = {record[self.order]: record for record in self.records}
+            new = []
+            for number, record in enumerate(records, start=1):
+                before = known.setdefault(record[self.order], record)
+                if before is record:
+                    new.append(record)
+                elif json.dumps(before) != json.dumps(record):  # a stop before the part is removed leaves equal ones
+                    raise ValueError(
+                        f"{str(part)!r}, line {number} is not equal to an earlier record with {self.order} "
+                        f"{record[self.order]}. Remove one of the two, or choose another file."
+                    )
             append_json_lines(self._file, new)
             self.records += new
             part.unlink()
@@ -192,32 +214,72 @@ def json_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:
     return line
 
 
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+def read_json_lines(
+    path: Path, fields: Mapping[str, Shape] = MappingProxyType({})
+) -> tuple[list[dict[str, Any]], str | None]:
     """Read the records of a file, and remove an incomplete last line from it.
+
+    Nothing is removed if the rest of the file can't be read.
+
+    Args:
+        path: the file.
+        fields: fields that every record has, for `check_fields`.
 
     Returns:
         The records, and the beginning of the incomplete line; None if there was none.
 
     Raises:
-        ValueError: a line is not a JSON object.
+        ValueError: a line is not a JSON object, or has not these fields.
     """
-    content, torn = path.read_bytes(), None
+    content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        torn = content[whole : whole + 80].decode(errors="replace")
-        with path.open("r+b") as file:
-            file.truncate(whole)
-    return list(_parse(path, content[:whole])), torn
+    if b"\r" in content[whole:].rstrip(b"\r"):
+        raise ValueError(
+            f"The lines of {str(path)!r} end with a carriage return alone. Convert them to line feeds, as on Linux."
+        )
+    records = list(_parse(path, content[:whole], fields))
+    if whole == len(content):
+        return records, None
+    with path.open("r+b") as file:
+        file.truncate(whole)
+    return records, content[whole : whole + 80].decode(errors="replace")
 
 
-def _parse(path: Path, content: bytes) -> Iterator[dict[str, Any]]:
+def _parse(path: Path, content: bytes, fields: Mapping[str, Shape]) -> Iterator[dict[str, Any]]:
     # `splitlines` would also split at other line separators, which texts may contain.
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
+        where = f"{str(path)!r}, line {number}"
         try:
-            yield parse_json_object(line)
+            record = parse_json_object(line)
         except ValueError as error:
             start = line[:80].decode(errors="replace")
-            raise ValueError(f"{str(path)!r}, line {number} is not a JSON object: {start!r} ({error}).") from error
+            raise ValueError(f"{where} is not a JSON object: {start!r} ({error}).") from error
+        check_fields(record, fields, where)
+        yield record
+
+
+def open_locked(path: Path, *, shown: Path | None = None) -> IO[str]:
+    """Open a file for appending, under an exclusive lock that ends when it is closed or the process exits.
+
+    Args:
+        path: the file.
+        shown: what the error message calls the place that another process writes to; by default the file.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            lock(file, shown or path)
+            # Another run may have replaced the file (`JsonLinesStore.complete`) between `open` and `lock`. What is
+            # appended to the file that was replaced would be lost.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def lock(file: IO[str], path: Path) -> None:
@@ -241,4 +303,8 @@ def describe_differences(
 ) -> str:
     """The differences between two settings, for an error message that calls their places `there` and `here`."""
     keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key} is {found.get(key)!r} {there} and {wanted.get(key)!r} {here}" for key in keys)
+    return "; ".join(
+        f"{key if key.isprintable() else repr(key):.80} is {found.get(key)!r:.200} {there} and "
+        f"{wanted.get(key)!r:.200} {here}"
+        for key in keys
+    )

@@ -21,10 +21,10 @@ def number(default: float, low: float, high: float, *, low_open: bool = False) -
 def _check_number(name: str, value: Any, low: float, high: float, low_open: bool) -> None:
     bounds = f"{'(' if low_open else '['}{low:g}, {high:g}{')' if high == math.inf else ']'}"
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"`{name}` must be a number in {bounds}, got {value!r}.")
+        raise TypeError(f"`{name}` must be a number in {bounds}, got {value!r:.200}.")
     size = as_float(value)
     if not (low < size if low_open else low <= size) or not size <= high or size == math.inf:
-        raise ValueError(f"`{name}` must lie in {bounds}, got {value!r}.")
+        raise ValueError(f"`{name}` must lie in {bounds}, got {value!r:.200}.")
 
 
 def as_float(value: Any) -> float:

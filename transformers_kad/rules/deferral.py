@@ -91,7 +91,7 @@ class ExactDeferral(DeferralRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.max_states, bool) or not isinstance(self.max_states, int) or self.max_states < 1:
-            raise ValueError(f"`ExactDeferral.max_states` must be a positive integer, got {self.max_states!r}.")
+            raise ValueError(f"`ExactDeferral.max_states` must be a positive integer, got {self.max_states!r:.200}.")
 
     def defer(self, base_probs: Tensor, proxy_probs: Tensor | None = None) -> Tensor:
         if self.budget == 1:
@@ -181,7 +181,9 @@ class CascadeDeferral(DeferralRule):
         super().__post_init__()
         known = get_args(CascadeVariant)
         if self.variant not in known:
-            raise ValueError(f"`CascadeDeferral.variant` must be one of {', '.join(known)}, got {self.variant!r}.")
+            raise ValueError(
+                f"`CascadeDeferral.variant` must be one of {', '.join(known)}, got {self.variant!r:.200}."
+            )
 
     def defer(self, base_probs: Tensor, proxy_probs: Tensor | None = None) -> Tensor:
         p, q = base_probs, proxy_probs

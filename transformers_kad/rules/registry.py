@@ -46,4 +46,4 @@ def unknown_name_message(kind: str, name: object, known: Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(known) if known else 'none'}."
+    return f"Unknown {kind} {name!r:.200}.{hint} Known: {', '.join(known) if known else 'none'}."

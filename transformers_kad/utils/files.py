@@ -33,7 +33,9 @@ def write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(content)
         return
-    path = Path(os.path.realpath(path))
+    given, path = path, Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{str(given)!r} can't be written: there is no folder {str(path.parent)!r}.")
     new = path.with_name(f".{secrets.token_hex(8)}.new")
     try:
         with new.open("xb") as file:

@@ -50,7 +50,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"an object has the key {key!r} twice")
+            raise ValueError(f"an object has the key {key!r:.80} twice")
         found[key] = value
     return found
 

@@ -6,7 +6,7 @@ import pytest
 
 from transformers_kad.recipes.evaluation.methods import parse_methods
 from transformers_kad.recipes.evaluation.report import make_report, summarize, to_markdown, write_report
-from transformers_kad.recipes.evaluation.results import ResultsFolder, config_hash
+from transformers_kad.recipes.evaluation.results import ResultsFolder, batch_name, config_hash
 from transformers_kad.recipes.intervals import wilson_interval
 
 
@@ -92,7 +92,12 @@ def made(path, ended, **changes):
             own = {"name": method, "shown_parameters": {}} | ({"aligned": "some/large"} if method == "aligned" else {})
             config = {"task": "tiny", "method": method, "shared": SHARED | changes, "own": own}
             folder.describe([config])
-            place = {"batch": method, "batch_number": 0, "batch_size": 20, "config": config_hash(config)}
+            place = {
+                "batch": batch_name("tiny", method, 0, 0),
+                "batch_number": 0,
+                "batch_size": 20,
+                "config": config_hash(config),
+            }
             folder.append({**line(i, method, ended=i < count), **place, "row": i} for i in range(20))
         folder.merge()
     return make_report(folder)
@@ -166,7 +171,7 @@ def folder(tmp_path):
                     **line(i, method.label, "1" if i < right else "2", **more),
                     "seconds": seconds,
                     **{
-                        "batch": method.label,
+                        "batch": batch_name("tiny", method.label, 0, 0),
                         "batch_number": 0,
                         "batch_size": 8,
                         "row": i,
@@ -218,7 +223,12 @@ def test_a_method_that_was_stopped_is_listed_as_unfinished_and_compared_with_not
             again.append(
                 {
                     **line(i, config["method"], sample=sample),
-                    **{"batch": f"{config['method']} {sample}", "batch_number": 0, "batch_size": 3, "row": i},
+                    **{
+                        "batch": batch_name("tiny", config["method"], sample, 0),
+                        "batch_number": 0,
+                        "batch_size": 3,
+                        "row": i,
+                    },
                     "config": config_hash(config),
                 }
                 for i in range(3)

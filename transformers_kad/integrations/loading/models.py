@@ -21,6 +21,7 @@ from ...models.adapters import model_below
 from ...models.model_settings import text_setting
 from ...utils.sources import check_source, resolve_name
 from .merging import merge_and_compare, reason_not_to_merge, trained_tokens
+from .reading import NO_CODE, NO_PICKLE, PICKLE_ADVICE, check_adapter_weights, readable
 
 
 def below_adapter(path: str | Path) -> str | None:
@@ -30,12 +31,13 @@ def below_adapter(path: str | Path) -> str | None:
 
     Raises:
         FileNotFoundError: there is no folder `path`, or the folder that the adapter names does not exist.
-        ValueError: the adapter does not name a model.
+        ValueError: the adapter does not name a model, or its configuration can't be read.
     """
-    if find_adapter_config_file(check_source(path)) is None:
-        return None
-    named = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
-    if not named:
+    with readable(path):
+        if find_adapter_config_file(check_source(path)) is None:
+            return None
+        named = PeftConfig.from_pretrained(str(path)).base_model_name_or_path
+    if not isinstance(named, str) or not named:
         raise ValueError(
             f"The adapter {str(path)!r} does not say which model it belongs to: write the model's Hub id or folder "
             "into its adapter_config.json as `base_model_name_or_path`."
@@ -67,12 +69,15 @@ def load_model(
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
         merge: merge the adapter into the weights. An adapter that is not merged costs time at every step; False always
             gives a `PeftModel`.
-        **kwargs: for `AutoModelForCausalLM.from_pretrained`: `device_map`, `quantization_config` and so on.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained`: `device_map`, `quantization_config` and so on. Code of
+            the model is run only with `trust_remote_code=True`, and weights that are no safetensors are read only
+            with `use_safetensors=None`.
 
     Raises:
         FileNotFoundError: `path` looks like a path, and there is no such folder.
+        OSError: there are no weights in the format safetensors, or no model at all.
         ValueError: the adapter was trained on top of another one that can't be merged, or with more tokens whose
-            embeddings it does not contain.
+            embeddings it does not contain; files are damaged; weights are missing; or the model needs code of its own.
     """
     model, reason = _load(path, merge=merge, device=device, dtype=dtype, **kwargs)
     if reason is not None:
@@ -103,23 +108,27 @@ def load_merged(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model or an adapter, with padding on the left.
 
-    An adapter without a tokenizer uses that of its model.
+    An adapter without a tokenizer uses that of its model. `kwargs` are arguments of `AutoTokenizer.from_pretrained`;
+    code of the model is run only with `trust_remote_code=True`.
 
     Raises:
         ValueError: there is no tokenizer.
         FileNotFoundError: `path` looks like a path, and there is no such folder.
     """
     source = check_source(path)
+    kwargs = {**NO_CODE, "padding_side": "left", **kwargs}
     try:
-        return AutoTokenizer.from_pretrained(source, padding_side="left")
+        with readable(path):
+            return AutoTokenizer.from_pretrained(source, **kwargs)
     except (OSError, ValueError) as error:
         below = below_adapter(path)
         if below is None:
             raise ValueError(f"No tokenizer could be loaded from {str(path)!r}: {error}") from error
-        return AutoTokenizer.from_pretrained(below, padding_side="left")
+        with readable(below):
+            return AutoTokenizer.from_pretrained(below, **kwargs)
 
 
 def _load(
@@ -128,12 +137,7 @@ def _load(
     """Load a model. The second value is the reason why its adapter was not merged; None if it was or need not be."""
     below = below_adapter(path)
     if below is None:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **kwargs)
-        except OSError as error:
-            if Path(path).is_dir():
-                raise
-            raise OSError(f"{str(path)!r} is not a folder, and could not be loaded from the Hub: {error}") from error
+        model = _load_whole(path, dtype=dtype, **kwargs)
         return (model if kwargs.get("device_map") else model.to(device)).eval(), None
 
     def load_adapted() -> PeftModel:
@@ -152,17 +156,57 @@ def _load(
     return adapted, reason
 
 
+def _load_whole(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a model that is no adapter.
+
+    Raises:
+        OSError: it is neither a folder with a model nor on the Hub, or has no weights in the format safetensors.
+        ValueError: its files are damaged, or weights are missing.
+    """
+    kwargs = {**NO_CODE, **NO_PICKLE, **kwargs}
+    try:
+        with readable(path):
+            model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
+    except OSError as error:
+        if Path(path).is_dir():
+            advice = "" if any(Path(path).glob("*.safetensors")) else f" {PICKLE_ADVICE}"
+            raise OSError(f"{error}{advice}") from error
+        raise OSError(f"{str(path)!r} is not a folder, and could not be loaded from the Hub: {error}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"Weights of {str(path)!r} have other shapes than its configuration says. Copy or download the model "
+            "again."
+        ) from error
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"{len(missing)} weights of {str(path)!r} are missing, {missing[0]!r} for example, and would be random. "
+            "Copy or download the model again."
+        )
+    return model
+
+
 def _put_adapter(model: PreTrainedModel, path: str) -> PeftModel:
     """Load the adapter in `path` on top of a model, after resizing the model's embeddings to those of the adapter.
 
     Raises:
-        ValueError: the adapter was trained on a model of another shape.
+        ValueError: the adapter was trained on a model of another shape, or its weights are damaged or missing.
     """
+    check_adapter_weights(path)
     rows = _rows_of_adapter(model, path)
     if rows != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)  # the adapter's rows take the place of all new ones
     try:
-        return PeftModel.from_pretrained(model, path)
+        with readable(path), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, path)
+    except UserWarning as error:
+        raise ValueError(
+            f"Weights of the adapter {path!r} are missing, and would be random. Copy or download it again. "
+            f"({error!s:.300})"
+        ) from error
     except RuntimeError as error:
         if "size mismatch" not in str(error):
             raise
@@ -178,13 +222,14 @@ def _rows_of_adapter(model: PreTrainedModel, path: str) -> int:
     Raises:
         ValueError: the model has another number, and the adapter does not contain all of the missing embeddings.
     """
-    config = PeftConfig.from_pretrained(path)
+    with readable(path):
+        config, weights = PeftConfig.from_pretrained(path), load_peft_weights(path, device="cpu")
     ends = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     names = {end: name for end, module in ends.items() for name, other in model.named_modules() if other is module}
     present = ends["input"].weight.shape[0]
     whole = {
         end: weight.shape[0]
-        for key, weight in load_peft_weights(path, device="cpu").items()
+        for key, weight in weights.items()
         for end, name in names.items()
         if re.fullmatch(rf"base_model\.model\.{re.escape(name)}\.((token_adapter\.)?base_layer\.)?weight", key)
     }

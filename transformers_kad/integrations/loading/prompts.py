@@ -66,7 +66,7 @@ def encode(
     if chat is None:
         chat = bool(chats) or tokenizer.chat_template is not None
     if chats and not chat:
-        raise ValueError(f"A chat needs the chat template, but `chat=False` was given: {chats[0]!r}.")
+        raise ValueError(f"A chat needs the chat template, but `chat=False` was given: {shorten(chats[0])}.")
     if not chat:
         return _tensors(tokenizer, tokenizer(list(prompts)), model).to(device)
     if tokenizer.chat_template is None:
@@ -83,7 +83,8 @@ def encode(
         )
     except TEMPLATE_ERRORS as error:
         raise ValueError(
-            f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was {messages[0]!r}."
+            f"The chat template of {tokenizer.name_or_path!r} refused the prompt: {error}. It was "
+            f"{shorten(messages[0])}."
         ) from error
     return _tensors(tokenizer, encoded, model).to(device)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from ...configuration import KADConfig
 from ...integrations.loading.models import below_adapter
+from ...integrations.loading.reading import load_architecture
 from ..arguments import ModelArguments
 from ..resumable import JsonLinesStore
 from .bounds import fit_exponent
@@ -65,7 +66,7 @@ class GrowthSettings:
 def load_configs(models: ModelArguments, random_weights: Mapping[str, str]) -> dict[str, PreTrainedConfig]:
     """The architectures of base and proxy: those of `random_weights` if given, else those of the models."""
     paths = random_weights or {"base": str(models.base), "proxy": str(models.proxy)}
-    return {name: AutoConfig.from_pretrained(below_adapter(path) or path) for name, path in paths.items()}
+    return {name: load_architecture(below_adapter(path) or path) for name, path in paths.items()}
 
 
 def measure_growth(

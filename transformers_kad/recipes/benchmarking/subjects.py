@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...configuration import KADConfig
 from ...integrations.loading.devices import pick_device
 from ...integrations.loading.models import clear_generation_config
 from ...integrations.loading.prompts import Prompt, encode
+from ...integrations.loading.reading import NO_CODE, load_architecture
 from ...logits_process import KADLogitsProcessor
 from ...models.offloading import execution_device
 from ...rules.registry import RULES
@@ -86,7 +87,7 @@ def load_subject(
         device, dtype = pick_device(models.device), models.dtype
         torch.manual_seed(seed)
         base, proxy = (
-            random_model(AutoConfig.from_pretrained(check_source(random_weights[name])), device=device, dtype=dtype)
+            random_model(load_architecture(check_source(random_weights[name])), device=device, dtype=dtype)
             for name in ("base", "proxy")
         )
         subject = Subject(base, proxy)
@@ -116,7 +117,7 @@ def random_model(
         setattr(text, name, value)
     wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted, **NO_CODE).eval()
     clear_generation_config(model)
     return model.requires_grad_(False)
 

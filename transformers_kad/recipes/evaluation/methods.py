@@ -8,6 +8,7 @@ from typing import Any
 
 from ...configuration import KADConfig
 from ...rules.registry import RULES, unknown_name_message
+from ...utils.strict_json import parse_json
 
 # Methods without a rule.
 PLAIN_METHODS: Mapping[str, str] = {
@@ -197,6 +198,8 @@ def _parse_assignment(text: str, word: str) -> tuple[str, list[Any]]:
 
 def _parse_value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise ValueError(f"The value {text!r:.80} of a parameter can't be used: {error}.") from error

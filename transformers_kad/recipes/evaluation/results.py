@@ -11,13 +11,14 @@ from typing import IO, Any
 
 from ...utils.files import write_whole
 from ...utils.strict_json import parse_json_object
-from ..resumable import append_json_lines, describe_differences, json_line, lock, read_json_lines
+from ..record_fields import ADVICE, Shape, check_fields
+from ..resumable import append_json_lines, describe_differences, json_line, open_locked, read_json_lines
 
 RESULTS, CONFIGS, LOCK = "results.jsonl", "configs.json", ".lock"
 
 
 # The fields of every line and their types. Some methods and tasks add more fields.
-FIELDS: Mapping[str, tuple[type, ...]] = {
+FIELDS: Mapping[str, Shape] = {
     "task": (str,),
     "method": (str,),
     "instance": (str,),
@@ -34,7 +35,29 @@ FIELDS: Mapping[str, tuple[type, ...]] = {
     "tokens": (int,),
     "seconds": (int, float),
 }
-CONFIG_FIELDS: Mapping[str, tuple[type, ...]] = {"task": (str,), "method": (str,), "shared": (dict,), "own": (dict,)}
+CONFIG_FIELDS: Mapping[str, Shape] = {"task": (str,), "method": (str,), "shared": (dict,), "own": (dict,)}
+
+
+# Fields that not every line has.
+OPTIONAL_FIELDS: Mapping[str, Shape] = {
+    "text": (str,),
+    "ended": (bool,),
+    "correct_lenient": (bool,),
+    "deferral_masses": [(int, float)],
+}
+# The fields of lines of methods with a rule.
+DECODING_FIELDS: Mapping[str, Shape] = {
+    "rounds": (int,),
+    "drafted": (int,),
+    "accepted": (int,),
+    "acceptance_histogram": [(int,)],
+    "deferral_mass": (int, float, type(None)),
+}
+
+
+def batch_name(task: str, method: str, sample: int, number: int) -> str:
+    """The name of a batch, unique in a results folder."""
+    return f"{task}/{method}/{sample}/{number}"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -106,8 +129,7 @@ class ResultsFolder:
             ValueError: another run is writing to the folder.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / LOCK).open("a", encoding="utf-8")
-        lock(self._lock, self.path)
+        self._lock = open_locked(self.path / LOCK, shown=self.path)
         return self.merge(retry_failed=retry_failed)
 
     def describe(self, configs: Sequence[Mapping[str, Any]]) -> None:
@@ -157,7 +179,10 @@ class ResultsFolder:
         except ValueError as error:
             raise ValueError(f"{str(path)!r} is not a JSON object: {error}.") from error
         for name, config in configs.items():
-            _check_fields(config, CONFIG_FIELDS, f"{str(path)!r}, {name!r}")
+            where = f"{str(path)!r}, {name!r:.80}"
+            check_fields(config, CONFIG_FIELDS, where)
+            if name != config_hash(config):
+                raise ValueError(f"{where} is the hash of other settings than those that follow. {ADVICE}")
         return configs
 
     def read(self) -> list[dict[str, Any]]:
@@ -207,7 +232,8 @@ class ResultsFolder:
             for key, batch in batches.items():
                 # An interrupted batch is repeated after its own first lines. The complete one counts.
                 whole = batch[-batch[0]["batch_size"] :]
-                if [record["row"] for record in whole] != list(range(batch[0]["batch_size"])):
+                complete = len(whole) == batch[0]["batch_size"]
+                if not complete or [record["row"] for record in whole] != list(range(len(whole))):
                     incomplete.append(key[1])
                 elif retry_failed and any(record["error"] is not None for record in whole):
                     retried.append(key[1])
@@ -226,21 +252,29 @@ class ResultsFolder:
 
 
 def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Call `read_json_lines`, and check every record."""
-    records, torn = read_json_lines(path)
+    """Read the records of a file, see `read_json_lines`.
+
+    Raises:
+        ValueError: a line is not a record; the message has its number.
+    """
+    records, torn = read_json_lines(path, FIELDS)
     for number, record in enumerate(records, start=1):
-        _check_fields(record, FIELDS, f"{str(path)!r}, line {number}")
+        where = f"{str(path)!r}, line {number}"
+        name = batch_name(record["task"], record["method"], record["sample"], record["batch_number"])
+        if record["batch"] != name:
+            raise ValueError(f"{where}: 'batch' is {record['batch']!r:.80}, not {name!r:.80}. {ADVICE}")
+        check_fields(record, {key: shape for key, shape in OPTIONAL_FIELDS.items() if key in record}, where)
+        if "rounds" in record:
+            _check_decoding(record, where)
     return records, torn
 
 
-def _check_fields(found: Any, fields: Mapping[str, tuple[type, ...]], where: str) -> None:
-    """Raise a ValueError unless an object has all fields with the right types."""
-    advice = "It was not written by this program, or was changed: correct it, or choose another --output."
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} must be an object, got {found!r:.80}. {advice}")
-    for name, types in fields.items():
-        if name not in found:
-            raise ValueError(f"{where} has no {name!r}. {advice}")
-        if not isinstance(found[name], types):
-            kinds = " or ".join("null" if kind is type(None) else kind.__name__ for kind in types)
-            raise ValueError(f"{where}: {name!r} is {found[name]!r:.80}, not of type {kinds}. {advice}")
+def _check_decoding(record: Mapping[str, Any], where: str) -> None:
+    """Check the statistics of a method with a rule."""
+    check_fields(record, DECODING_FIELDS, where)
+    if record["accepted"] > record["drafted"]:
+        raise ValueError(
+            f"{where}: 'accepted' is {record['accepted']}, more than 'drafted', {record['drafted']}. {ADVICE}"
+        )
+    if (record["deferral_mass"] or 0) > 1:
+        raise ValueError(f"{where}: 'deferral_mass' is {record['deferral_mass']}, more than 1. {ADVICE}")

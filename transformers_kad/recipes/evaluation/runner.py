@@ -12,7 +12,7 @@ from ..processes import Processes
 from ..progress import Progress
 from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
-from .results import RESULTS, Repairs, ResultsFolder, config_hash
+from .results import RESULTS, Repairs, ResultsFolder, batch_name, config_hash
 from .task import Instance, Task
 
 
@@ -81,7 +81,7 @@ class Batch:
     @property
     def key(self) -> str:
         """The name of the batch, unique in a results folder."""
-        return f"{self.workload.task.name}/{self.method.label}/{self.sample}/{self.number}"
+        return batch_name(self.workload.task.name, self.method.label, self.sample, self.number)
 
     @property
     def seed(self) -> int:

@@ -150,6 +150,11 @@ class Task:
             ) from error
         except ValueError as error:
             raise ValueError(f"Row {number} of {source}: {error}") from error
+        for name, value in (("question", question), ("answer", answer), ("solution", solution)):
+            if not isinstance(value, str):
+                raise ValueError(f"Row {number} of {source} has the {name} {value!r:.80}, which is not text.")
+        if not question.strip():
+            raise ValueError(f"Row {number} of {source} has no question.")
         if (self.has_right_answers and not answer) or (self.comparison == "number" and number_value(answer) is None):
             raise ValueError(f"Row {number} of {source} has no answer that can be compared: {answer!r}.")
         if identity is None:

@@ -57,6 +57,8 @@ def multiple_choice(*, letters: str, options: Callable[[Row], tuple[Sequence[str
 
     def lettered(row: Row) -> tuple[list[tuple[str, str]], str]:
         texts, right = options(row)
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"options must be text, got {list(texts)!r:.200}.")
         if not 0 <= right < len(texts) <= len(letters):
             raise ValueError(f"of {len(texts)} options (at most {len(letters)} are known), the right one is {right}.")
         return list(zip(letters, texts, strict=False)), letters[right]

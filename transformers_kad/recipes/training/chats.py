@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ...integrations.loading.prompts import message_text
+from ...utils.strict_json import parse_json
 from . import AlignmentError
 from .rows import Rows
 
@@ -74,7 +75,7 @@ def template_settings(content: Mapping[str, Any]) -> Settings:
     tools, others = (content.get(name) for name in TEMPLATE_FIELDS)
     if isinstance(tools, str):  # the form that TRL takes, since schemas differ from tool to tool
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools)
         except ValueError as error:
             raise AlignmentError(f"`tools` is text, but not JSON ({error})") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):

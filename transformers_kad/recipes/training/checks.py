@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ...integrations.loading.models import below_adapter, load_tokenizer
 from ...integrations.loading.prompts import no_padding_error, pad_token_id
+from ...integrations.loading.reading import load_architecture
 from ...models.model_settings import text_setting
 from ...models.vocabulary import describe_different_ids
 from . import AlignmentError
@@ -152,7 +153,7 @@ def load_config(path: str, option: str) -> PreTrainedConfig:
     try:
         while (below := below_adapter(path)) is not None:
             path = below
-        config = AutoConfig.from_pretrained(path)
+        config = load_architecture(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise AlignmentError(f"{option} {path!r} is not a folder or Hub id of a model: {reason}") from error

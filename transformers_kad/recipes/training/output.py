@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from accelerate import PartialState
 
 from ...utils.files import write_whole
+from ...utils.strict_json import parse_json_object
+from ..record_fields import Shape, check_fields
 from . import AlignmentError
 from .arguments import AlignmentArguments
 
@@ -22,9 +25,23 @@ FREE_ARGUMENTS = (
 
 
 def read_record(output_dir: str | Path) -> dict[str, Any] | None:
-    """Read `training.json` in a folder; None if there is none."""
+    """Read `training.json` in a folder; None if there is none.
+
+    Raises:
+        AlignmentError: it is not the record of a run.
+    """
     path = Path(output_dir) / RECORD_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return _read_object(path, {"finished": (bool,), "settings": {}}) if path.is_file() else None
+
+
+def _read_object(path: Path, fields: Mapping[str, Shape]) -> dict[str, Any]:
+    """Read a file with a JSON object that has some fields."""
+    try:
+        content = parse_json_object(path.read_bytes())
+        check_fields(content, fields, "it")
+    except ValueError as error:
+        raise AlignmentError(f"{str(path)!r} can't be used: {error}") from error
+    return content
 
 
 def write_record(output_dir: str | Path, record: dict[str, Any]) -> None:
@@ -83,7 +100,8 @@ def newest_checkpoint(checkpoints: str | Path) -> str | None:
 
     `Trainer` writes its state last, so an incomplete checkpoint has none.
     """
-    complete = [path.parent for path in Path(checkpoints).glob("checkpoint-*/trainer_state.json")]
+    found = [path.parent for path in Path(checkpoints).glob("checkpoint-*/trainer_state.json")]
+    complete = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
@@ -91,7 +109,8 @@ def checkpoint_to_resume(arguments: AlignmentArguments) -> str | None:
     """The checkpoint for `--resume_from_checkpoint`; None to start from the beginning.
 
     Raises:
-        AlignmentError: the named folder is not a complete checkpoint, or the best checkpoint so far is not found.
+        AlignmentError: the named folder is not a complete checkpoint, its state can't be read, or the best checkpoint
+            so far is not found.
     """
     wanted = arguments.resume_from_checkpoint
     if wanted == "auto":
@@ -103,7 +122,7 @@ def checkpoint_to_resume(arguments: AlignmentArguments) -> str | None:
         raise AlignmentError(
             f"--resume_from_checkpoint {wanted!r} is not a complete checkpoint: it has no trainer_state.json."
         )
-    best = json.loads(state.read_text(encoding="utf-8"))["best_model_checkpoint"]
+    best = _read_object(state, {"best_model_checkpoint": (str, type(None))})["best_model_checkpoint"]
     if best is not None and not Path(best).is_dir():
         raise AlignmentError(
             f"The best checkpoint so far, {best!r}, was not found. Continue in the working directory in which the run "

@@ -1,6 +1,5 @@
 """Writes and uploads the result of a run: adapter, tokenizer, KADConfig, model card, and code that uses them."""
 
-import json
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from ...configuration import KADConfig
 from ...integrations.loading.models import below_adapter
 from ...utils.sources import looks_like_path, portable_name
+from ...utils.strict_json import parse_json_object
 from ..environment import describe_environment
 from . import AlignmentError
 from .arguments import AlignmentArguments, log
@@ -199,8 +199,9 @@ def hub_id(name: str) -> str | None:
     below = below_adapter(name)
     if below is not None:
         return hub_id(below)
-    origin = json.loads(Path(name, "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return origin if origin and not looks_like_path(origin) and not Path(origin).exists() else None
+    origin = parse_json_object(Path(name, "config.json").read_bytes()).get("_name_or_path")
+    is_id = isinstance(origin, str) and origin and not looks_like_path(origin) and not Path(origin).exists()
+    return origin if is_id else None
 
 
 def check_upload(arguments: AlignmentArguments) -> None:

@@ -103,10 +103,10 @@ def _read_dataset(name: str, config: str | None, split: str) -> Rows:
                 contents = list(datasets.load_dataset(name, config, split=split, cache_dir=cache))
         else:
             contents = list(datasets.load_dataset(name, config, split=split))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the readers of datasets raise many kinds of errors on malformed files
+        reason = next(iter(str(error).splitlines()), repr(error))
         raise AlignmentError(
-            f"{name!r} is not a file, and could not be loaded as a data set of the Hub (split {split!r}): "
-            f"{str(error).splitlines()[0]}"
+            f"{name!r} is not a file, and could not be loaded as a data set of the Hub (split {split!r}): {reason}"
         ) from error
     return Rows(f"{name} ({split})", "row", range(1, len(contents) + 1), contents)
 
