@@ -6,6 +6,8 @@ from architectures import LONGROPE
 from tiny_families import tiny_family
 from tiny_models import tiny_model
 
+from transformers_kad.models.base_model import BaseModel
+from transformers_kad.models.cache_rollback import layers_of
 from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.models.text_reader import TextReader
 
@@ -191,6 +193,47 @@ def test_a_model_without_a_cache_reads_all_again():
     check_logits(model, cached.extend(draft, logits_to_keep=4), [rows[0] + draft[0].tolist()])
     cached.take_back([3])
     check_logits(model, cached.extend(draft), [rows[0] + draft[0, :1].tolist() + draft[0].tolist()])
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_padding_is_no_token_in_any_chunk_of_a_prompt(family, chunk):
+    """Layers with states ignore the mask of a forward over a single column."""
+    model = tiny_family(family)
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :6] = 0
+    for reader in (CachedModel(model), BaseModel(model, ids, mask, {})):
+        got = reader.logits(ids, mask, chunk_size=chunk)
+        torch.testing.assert_close(got[:1], plain(model, ids[:1, 6:]), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got[1:], plain(model, ids[1:]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_next", "lfm2"])
+def test_columns_that_all_rows_were_moved_by_leave_the_cache(family):
+    """Rows that take turns in accepting their drafts hold no more columns than the longest text has."""
+    model, generator = tiny_family(family), torch.Generator().manual_seed(0)
+    reader, texts = CachedModel(model), random_ids(2, 4).tolist()
+    reader.logits(torch.tensor(texts))
+    for turn in range(8):
+        for _ in range(3):
+            new = torch.randint(3, 50, (2, 1), generator=generator)
+            logits = reader.extend(new)
+            texts = [[*text, int(token)] for text, token in zip(texts, new, strict=True)]
+        back = [2, 0] if turn % 2 else [0, 2]
+        reader.take_back(back)
+        texts = [text[: len(text) - count] for text, count in zip(texts, back, strict=True)]
+        assert reader.cached_length == max(map(len, texts))
+    reader.take_back([0, 0])
+    new = torch.randint(3, 50, (2, 1), generator=generator)
+    logits = reader.extend(new)
+    for row, text in enumerate(texts):
+        expected = plain(model, torch.tensor([[*text, int(new[row])]]))
+        torch.testing.assert_close(logits[row : row + 1], expected, atol=1e-4, rtol=1e-4)
+    for layer in layers_of(reader._cache):
+        if getattr(layer, "keys", None) is not None and not getattr(layer, "is_sliding", False):
+            assert layer.keys.shape[-2] == reader.cached_length
+    reader.select_rows([0])
+    assert reader.cached_length == len(texts[0]) + 1
 
 
 @pytest.mark.parametrize(("following", "forwards"), [(4, 1), (2, 2)])

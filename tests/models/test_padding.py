@@ -76,6 +76,21 @@ def test_rows_that_take_back_different_numbers_end_in_the_same_column():
     assert PaddedTexts(IDS).take_back([1, 2]).mask.tolist() == [[1, 1, 1], [0, 1, 1]]
 
 
+def test_columns_that_all_rows_were_moved_by_are_left_out():
+    """Otherwise the texts would grow in every round by as many columns as the row with the most new tokens."""
+    texts = PaddedTexts(IDS, MASK).take_back([0, 2])
+    assert texts.moved == (0, 2)
+    texts = texts.extend(torch.tensor([[1, 2], [3, 4]]), None).take_back([1, 0])
+    assert texts.ids.tolist() == [[0, 5, 6, 7, 1], [0, 8, 9, 3, 4]]
+    assert texts.moved == (0, 1)
+    alone = texts.select_rows([1]).without_moved()
+    assert (alone.ids.tolist(), alone.moved) == ([[8, 9, 3, 4]], (0,))
+    texts = texts.extend(torch.tensor([[1, 2], [3, 4]]), None).take_back([2, 0])
+    assert texts.ids.tolist() == [[0, 0, 5, 6, 7, 1], [8, 9, 3, 4, 3, 4]]
+    assert texts.mask.tolist() == [[0, 0, 1, 1, 1, 1], [1] * 6]
+    assert texts.moved == (1, 0)
+
+
 def test_zeros_between_tokens_are_gaps_and_padding_is_none():
     assert not PaddedTexts(IDS).has_gaps
     assert not PaddedTexts(IDS, MASK).has_gaps

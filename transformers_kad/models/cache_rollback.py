@@ -143,11 +143,12 @@ def has_columns(cache: Cache, tokens: int) -> bool:
     return True
 
 
-def drop_columns(cache: Cache, counts: Sequence[int]) -> None:
+def drop_columns(cache: Cache, counts: Sequence[int], *, first: int = 0) -> None:
     """Take back the last `counts[b]` columns of each row b.
 
-    Rows that take back more than others are moved to the right, so that all rows end in the same column. Recurrent
-    states, and the convolutions beside them, are left as they are.
+    Rows that take back more than others are moved to the right, so that all rows end in the same column. Then the
+    `first` columns, which are padding in all rows, are left out. Recurrent states, and the convolutions beside them,
+    are left as they are.
     """
     if _is_own_class(cache):
         if cache.is_croppable:
@@ -156,7 +157,7 @@ def drop_columns(cache: Cache, counts: Sequence[int]) -> None:
     for layer in layers_of(cache):
         if type(layer) in _KNOWN_LAYERS:
             if isinstance(layer, DynamicLayer):
-                _drop_from_attention(layer, counts)
+                _drop_from_attention(layer, counts, first)
             if isinstance(layer, LinearAttentionCacheLayerMixin):
                 _drop_from_convolutions(layer, [0] if has_recurrent_state(layer) else counts)
         elif "crop" in vars(type(layer)):
@@ -167,13 +168,13 @@ def _is_window(layer: object) -> bool:
     return bool(getattr(layer, "is_sliding", False))
 
 
-def _drop_from_attention(layer: Any, counts: Sequence[int]) -> None:
+def _drop_from_attention(layer: Any, counts: Sequence[int], first: int) -> None:
     if not layer.is_initialized or layer.keys is None or layer.keys.numel() == 0:
         return
     held = layer.keys.shape[-2]
-    columns = held - min(counts)
+    columns = held - min(counts) - first
     if _is_window(layer):
-        layer.cumulative_length -= min(counts)
+        layer.cumulative_length -= min(counts) + first
         if layer.cumulative_length >= layer.sliding_window:
             columns = layer.sliding_window - 1
         else:

@@ -186,6 +186,19 @@ class CachedForwards:
         self._select_cached_rows(rows)
         if self._texts is not None and self.longrope_switch is not None:
             self._drop_padding()
+        elif self._texts is not None:
+            self._keep_texts(self._texts.without_moved(), [0] * len(self._texts.ids))
+
+    def _keep_texts(self, texts: PaddedTexts, counts: list[int]) -> None:
+        """Go on with `texts`, which lack the last `counts[b]` columns of each row b, and perhaps some first ones.
+
+        The cache drops the same columns.
+        """
+        assert self._texts is not None
+        first = self._texts.columns - min(counts) - texts.columns
+        if self._cache is not None and (first or any(counts)):
+            drop_columns(self._cache, counts, first=first)
+        self._texts = texts
 
     def _drop_padding(self) -> None:
         """Drop the columns that are padding in all rows, so that the longest text is as long as it has columns."""
@@ -222,6 +235,8 @@ class CachedForwards:
         """Forward what the cache does not hold yet of texts, which it holds then."""
         start = self.cached_length
         step = 1 if self._reads_one_by_one and start else chunk_size
+        if step == 1 and not self._reads_one_by_one and texts.mask is not None:
+            step = 2  # layers with states ignore the mask of a single column, and would take padding for a token
         stops = range(start + step, texts.columns - logits_to_keep + 1, step) if step and self.has_cache else ()
         for stop in stops:
             self._call(texts.crop(stop), stop - start, 1)

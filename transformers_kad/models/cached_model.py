@@ -9,7 +9,7 @@ import torch
 
 from ..utils.transfers import send
 from .activated_lora import first_difference, tokens_before_activation
-from .cache_rollback import FROM_COPIES, Rollback, drop_columns, gather_columns, has_columns, join_rows
+from .cache_rollback import FROM_COPIES, Rollback, gather_columns, has_columns, join_rows
 from .cached_forwards import CachedForwards, in_mode_of_cache
 from .fingerprint import fingerprint
 from .model_errors import describe
@@ -188,18 +188,16 @@ class CachedModel(CachedForwards):
         elif max(tokens) == min(tokens):
             self.crop(self._texts.columns - tokens[0])
         else:
-            if self._cache is not None and has_columns(self._cache, max(tokens)):
-                drop_columns(self._cache, tokens)
-            else:
+            if self._cache is not None and not has_columns(self._cache, max(tokens)):
                 self._cache = None
             self._take_back_columns(tokens)
 
     def _take_back_columns(self, counts: list[int]) -> None:
-        """Take back so many columns of the texts of each row, which moves the others to the right."""
+        """Take back so many columns of each row, of its text and in the cache; see `PaddedTexts.take_back`."""
         assert self._texts is not None
         if max(counts) > min(counts):
             self._inputs.forget_prompt_columns()
-        self._texts = self._texts.take_back(counts)
+        self._keep_texts(self._texts.take_back(counts), counts)
 
     def _restore(self, ended: Round, tokens: list[int]) -> None:
         """Restore the last states from before the tokens that are taken back; what was kept behind them waits."""
@@ -224,11 +222,11 @@ class CachedModel(CachedForwards):
             self._waiting = torch.stack(rows)
         if restored_whole:
             self._cache = ended.copies[ends[0]].cache if ends[0] < len(ended.copies) else self._cache
+            self._texts = self._texts.take_back(dropped)
         else:
             copies = [*ended.copies, StateCopy(self._cache, self._rollback)]
-            drop_columns(self._cache, dropped)
+            self._take_back_columns(dropped)
             StateCopy.restore_rows(self._cache, [copies[end] for end in ends])
-        self._take_back_columns(dropped)
 
     def _hide(self, kept: torch.Tensor) -> None:
         """Of the last k columns keep those that are marked, `(B, k)` boolean, on the CPU; each row its own.

@@ -16,11 +16,14 @@ class PaddedTexts(NamedTuple):
         mask: zeros at padding and holes, `(B, n)`; None while there have been none. A mask is kept when its zeros are
             gone, since attention with a mask and without one differs by rounding.
         lengths: how many tokens each row had after the last `keep`, `(B,)` on the CPU; None if nobody counted them.
+        moved: how many columns each row has been moved to the right in `take_back`, so that as many columns of padding
+            came before it; None while none has been.
     """
 
     ids: torch.Tensor
     mask: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    moved: tuple[int, ...] | None = None
 
     @property
     def columns(self) -> int:
@@ -34,7 +37,8 @@ class PaddedTexts(NamedTuple):
 
     def crop(self, columns: int) -> "PaddedTexts":
         """The first columns of the texts."""
-        return PaddedTexts(self.ids[:, :columns], None if self.mask is None else self.mask[:, :columns])
+        mask = None if self.mask is None else self.mask[:, :columns]
+        return PaddedTexts(self.ids[:, :columns], mask, moved=self.moved)
 
     def last(self, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The ids of the last columns, and their mask on the CPU; None for one column, which holds tokens alone."""
@@ -64,15 +68,16 @@ class PaddedTexts(NamedTuple):
         """Some of the rows, in this order."""
         index = send(rows, self.ids.device)
         lengths = None if self.lengths is None else self.lengths[list(rows)]
-        return PaddedTexts(self.ids[index], None if self.mask is None else self.mask[index], lengths)
+        moved = None if self.moved is None else tuple(self.moved[row] for row in rows)
+        return PaddedTexts(self.ids[index], None if self.mask is None else self.mask[index], lengths, moved)
 
     def extend(self, ids: torch.Tensor, mask: torch.Tensor | None) -> "PaddedTexts":
         """The texts continued by `ids` `(B, k)`, whose `mask` `(B, k)`, on the CPU, has zeros at what is no token."""
         longer = torch.cat([self.ids, ids], dim=-1)
         if self.mask is None and (mask is None or bool(mask.all())):
-            return PaddedTexts(longer, None, self.lengths)
+            return PaddedTexts(longer, None, self.lengths, self.moved)
         added = torch.ones_like(ids) if mask is None else send(mask, ids.device).to(ids)
-        return PaddedTexts(longer, torch.cat([self.full_mask, added], dim=-1), self.lengths)
+        return PaddedTexts(longer, torch.cat([self.full_mask, added], dim=-1), self.lengths, self.moved)
 
     def keep(self, begin: int, kept: torch.Tensor) -> "PaddedTexts":
         """The first `begin` columns and the k behind them, with holes where `kept` `(B, k)`, on the CPU, is False."""
@@ -84,13 +89,27 @@ class PaddedTexts(NamedTuple):
         return PaddedTexts(self.ids[:, :columns], mask, lengths + kept.sum(dim=-1))
 
     def take_back(self, counts: Sequence[int]) -> "PaddedTexts":
-        """The texts without the last `counts[b]` columns of each row b, all ending in the same column."""
+        """The texts without the last `counts[b]` columns of each row b, all ending in the same column.
+
+        Rows that take back more than others move to the right. The columns that all rows have been moved by are left
+        out, so that the texts grow by no more columns than the row with the most new tokens.
+        """
         columns = self.columns - min(counts)
         if max(counts) == min(counts):
             return self.crop(columns)
+        before = self.moved or (0,) * len(counts)
+        moved = tuple(shift + count - min(counts) for shift, count in zip(before, counts, strict=True))
         ends = [self.columns - count for count in counts]
         ids, mask = (keep_ends(values, ends, columns, dim=-1) for values in (self.ids, self.full_mask))
-        return PaddedTexts(ids, mask)
+        return PaddedTexts(ids, mask, moved=moved).without_moved()
+
+    def without_moved(self) -> "PaddedTexts":
+        """The texts without the first columns, as many as all rows have been moved by."""
+        least = min(self.moved or (0,))
+        if not least:
+            return self
+        texts = self.without_first(least)
+        return texts._replace(moved=tuple(shift - least for shift in self.moved or ()))
 
     @property
     def has_gaps(self) -> bool:

@@ -1,0 +1,127 @@
+"""Fuzz `generate`: many random sessions of one processor each, and what was seen of them.
+
+    python tests/fuzz/fuzz.py --examples 100000 --seed 0 --workers 2 --output fuzz.json
+
+The sessions are run in chunks, each with a seed of its own, so that the same arguments run the same sessions. What is
+done is in the output file, and a run with the same file goes on with the chunks that are missing. A failure ends its
+chunk; its smallest session is in the file, as an expression that `fuzz_checks.check` takes.
+"""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from fuzz_checks import Account, check
+from fuzz_models import FAMILIES
+from fuzz_sessions import Session, sessions
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from transformers.utils import logging
+
+CHUNK = 250  # sessions
+
+
+def fuzz(kind: str, examples: int, number: int, phases: Sequence[Phase] = tuple(Phase)) -> Account:
+    """Check so many random sessions whose base has a cache of a kind; equal numbers give equal sessions.
+
+    Raises:
+        AssertionError: something does not hold. The account that is its attribute `account` has the smallest session.
+    """
+    account = Account()
+
+    @seed(number)
+    @settings(
+        max_examples=examples,
+        phases=phases,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(sessions(kind))
+    def run(session: Session) -> None:
+        check(session, account)
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", RuntimeWarning)
+            run()
+    except AssertionError as error:
+        error.account = account  # type: ignore[attr-defined]
+        raise
+    finally:
+        logging.set_verbosity(verbosity)
+    return account
+
+
+def run_chunk(kind: str, examples: int, number: int) -> dict[str, Any]:
+    """What was seen in a chunk, as JSON has it."""
+    torch.set_num_threads(1)
+    failure = None
+    try:
+        account = fuzz(kind, examples, number)
+    except AssertionError as error:
+        account = error.account  # type: ignore[attr-defined]
+        failure = {"session": repr(account.session), "error": "".join(traceback.format_exception_only(error))}
+    return {"counts": dict(account.counts), "refusals": dict(account.refusals), "failure": failure}
+
+
+def summary(chunks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The counts of all chunks together."""
+    counts, refusals = Counter[str](), Counter[str]()
+    for chunk in chunks.values():
+        counts.update(chunk["counts"])
+        refusals.update(chunk["refusals"])
+    failures = {name: chunk["failure"] for name, chunk in chunks.items() if chunk["failure"]}
+    return {"counts": dict(sorted(counts.items())), "refusals": dict(refusals.most_common()), "failures": failures}
+
+
+def main() -> int:
+    """Run the chunks that are missing in the output file; the status is 1 where something did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=100_000, help="number of sessions")
+    parser.add_argument("--seed", type=int, default=0, help="of the first chunk; the next has the next number")
+    parser.add_argument("--workers", type=int, default=1, help="number of processes")
+    parser.add_argument("--output", type=Path, default=Path("fuzz.json"), help="file of the counts and failures")
+    arguments = parser.parse_args()
+    chunks = json.loads(arguments.output.read_text())["chunks"] if arguments.output.exists() else {}
+    kinds, missing = list(FAMILIES), {}
+    for number in range(-(-arguments.examples // CHUNK)):
+        kind, chosen = kinds[number % len(kinds)], arguments.seed + number
+        name = f"{kind} {chosen}"
+        if name not in chunks:
+            missing[name] = kind, min(CHUNK, arguments.examples - CHUNK * number), chosen
+    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(run_chunk, *chunk): name for name, chunk in missing.items()}
+        for future in as_completed(running):
+            chunks[running[future]] = future.result()
+            result = {**summary(chunks), "chunks": chunks}
+            partial = arguments.output.with_suffix(".partial")
+            partial.write_text(json.dumps(result, indent=1))
+            partial.replace(arguments.output)
+            done = result["counts"].get("sessions: all", 0)
+            print(f"{done} sessions, {len(result['failures'])} failures", flush=True)
+    for failure in summary(chunks)["failures"].values():
+        print(failure["session"], failure["error"], sep="\n", flush=True)
+    return 1 if summary(chunks)["failures"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
