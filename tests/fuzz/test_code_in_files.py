@@ -177,7 +177,8 @@ def with_code(folder, marker):
     """Make a model need code of its own, which creates the file `marker`."""
     (folder / "code.py").write_text(
         f"open({str(marker)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model, PreTrainedTokenizerFast as Tokens\n"
+        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
+        "from transformers import PreTrainedTokenizerFast as Tokens\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {
