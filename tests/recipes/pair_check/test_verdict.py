@@ -21,7 +21,8 @@ COMPATIBILITY = {
     "templates": {"base": True, "proxy": True, "prompts_equal": True},
     "ends": {"of_call": [2], "proxy": 1, "proxy_shared": 1},
     "parameters": {"base": 1000, "proxy": 100},
-    "proxy_reads": "same",
+    "chat": "auto",
+    "proxy_chat": "same",
 }
 FIGURES = {
     "prompts": 40,
@@ -73,11 +74,13 @@ CASES = [
     ({"figures__texts__proxy__ended": 0}, "proxy_does_not_end", "note"),
     ({"compatibility__templates__proxy": False}, "no_proxy_template", "doubtful"),
     ({"compatibility__templates__prompts_equal": False}, "templates_differ", "doubtful"),
+    ({"compatibility__chat": "no"}, "proxy_reads_plain_text", "doubtful"),
+    ({"compatibility__proxy_chat": "no"}, "proxy_reads_plain_text", "doubtful"),
     ({"compatibility__templates__base": False}, "base_reads_proxy_template", "note"),
     ({VOCABULARY + "difference": "ids differ", VOCABULARY + "shares": 0.9}, "vocabulary_aligned", "doubtful"),
     ({VOCABULARY + "difference": "ids differ", VOCABULARY + "shares": 0.7}, "vocabulary", "bad"),
     (
-        {VOCABULARY + "difference": "x", VOCABULARY + "refusal": "WordPiece", VOCABULARY + "shares": 0},
+        {VOCABULARY + "difference": "x", VOCABULARY + "refusal": "WordPiece.", VOCABULARY + "shares": 0},
         "vocabulary",
         "bad",
     ),
@@ -116,7 +119,14 @@ def test_a_base_that_is_never_sure_is_not_contradicted():
 
 
 def test_prompts_of_the_proxy_s_own_may_differ_from_the_base_s():
-    assert findings(compatibility__templates__prompts_equal=False, compatibility__proxy_reads="own") == []
+    assert findings(compatibility__templates__prompts_equal=False, compatibility__proxy_chat="yes") == []
+    plain = {"compatibility__chat": "no", "compatibility__proxy_chat": "yes", "compatibility__templates__base": False}
+    assert findings(**plain) == []
+
+
+def test_plain_text_is_right_for_a_proxy_without_a_template():
+    plain = {"base": False, "proxy": False, "prompts_equal": None}
+    assert findings(compatibility__templates=plain, compatibility__chat="no") == []
 
 
 def test_the_same_model_twice_is_one_reason():
@@ -129,4 +139,6 @@ def test_without_texts_the_tokenizers_are_the_reason():
     vocabulary = {"difference": "ids differ", "shares": 0.3, "refusal": "too little", "report": None}
     (finding,) = find({**COMPATIBILITY, "vocabulary": vocabulary}, None, None)
     assert isinstance(finding, Finding)
+    assert "can't be aligned. too little" in finding.text
+    (finding,) = find({**COMPATIBILITY, "vocabulary": {**vocabulary, "report": {"shared": 7}}}, None, None)
     assert "share only 30% of the tokens" in finding.text

@@ -87,6 +87,7 @@ def test_the_figures_of_the_rules_are_consistent(tiny):
     assert {rule["rule"] for rule in rules} == {"dual", "primal", "paced"}
 
 
+@pytest.mark.slow
 def test_the_expected_figures_are_those_of_decoding(tiny, tmp_path):
     """Acceptance and mass of the rule that wrote the texts, against speculative decoding of other samples."""
     (expected,) = (rule for rule in report_of(tiny)["figures"]["rules"] if rule["parameters"].get("threshold") == 0.5)
@@ -191,6 +192,7 @@ def permuted_proxy(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_proxy_with_other_ids_for_the_same_tokens_has_the_same_figures(tiny, tmp_path):
     report, expected = check(tmp_path / "out", proxy=permuted_proxy(tmp_path / "permuted")), report_of(tiny)
     assert names_of(report, "doubtful") == ["vocabulary_aligned", "takes_over"]
@@ -266,6 +268,12 @@ def without_end(folder, model):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**config, "eos_token_id": None}))
     return folder
+
+
+def test_texts_of_a_single_token_have_figures(tmp_path):
+    report = check(tmp_path, settings=("--limit", "2", "--max_new_tokens", "1", *QUICK[4:]))
+    assert [text["tokens_per_text"] for text in report["figures"]["texts"].values()] == [1, 1, 1]
+    assert {rule["tokens_per_round"] for rule in report["figures"]["rules"]} == {1}
 
 
 def test_one_prompt_is_enough_for_figures_and_too_few_for_a_good_verdict(tmp_path):

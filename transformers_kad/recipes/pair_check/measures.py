@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...rules.base import DeferralRule, Rule, StatefulRule, deferral_mass
+from ...rules.base import DeferralRule, Rule, StatefulRule, mix_and_mass
 from .reading import Positions
 from .rounds import expected_rounds
 
@@ -95,10 +95,10 @@ class _RuleOnText:
         p, q = block.base_probs, block.proxy_probs
         if isinstance(self.rule, StatefulRule):
             target, mass = self._step(self.rule, p, q)
+        elif isinstance(self.rule, DeferralRule):
+            target, mass = mix_and_mass(p, q, self.rule.defer(p, q))
         else:
             target, mass = self.rule(p, q), None
-            if isinstance(self.rule, DeferralRule):
-                mass = deferral_mass(p, self.rule.defer(p, q))
         if mass is not None:
             self.mass = (self.mass or 0.0) + float(mass.sum())
         self.acceptance.append(torch.minimum(q, target).sum(-1).clamp(0, 1).cpu())

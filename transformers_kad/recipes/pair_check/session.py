@@ -58,7 +58,7 @@ def check_pair(models: ModelArguments, arguments: CheckArguments, *, default_pai
     vocabulary = compare_vocabularies(base, proxy, prompts)
     templates = compare_templates(base, proxy, prompts[0], {**arguments.template, **lines[0].template})
     compatibility: dict[str, Any] = {"vocabulary": asdict(vocabulary), "templates": asdict(templates)}
-    compatibility["proxy_reads"] = "same" if arguments.proxy_chat == "same" else "own"
+    compatibility |= {"chat": arguments.chat, "proxy_chat": arguments.proxy_chat}
     figures = recommended = None
     environment = describe_environment("cpu")
     if vocabulary.refusal is None:

@@ -76,11 +76,15 @@ class TextMeter:
         return min((limit - length for limit, length in zip(limits, lengths, strict=True) if limit), default=None)
 
     def _in_tokens_of_base(self, answer: Answer) -> list[int]:
-        """The proxy's text in the tokens of the base. A token at its end that the base lacks is left out."""
+        """The proxy's text in the tokens of the base, without an end of the turn that the base lacks.
+
+        A text of which nothing is left is read as one unknown token.
+        """
         pair = self._decoder.pair
         if pair.alignment is None:
             return list(answer.ids)
-        ids = pair.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
-        end = pair.alignment.base_id(answer.ids[-1]) if answer.ended else None
+        own = list(answer.ids)
+        end = pair.alignment.base_id(own.pop()) if answer.ended else None
+        ids = pair.tokenizer(pair.proxy_tokenizer.decode(own), add_special_tokens=False)["input_ids"]
         ids += [] if end is None else [end]
         return ids or [pair.tokenizer.unk_token_id or 0]

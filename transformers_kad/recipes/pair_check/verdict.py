@@ -62,7 +62,7 @@ def find(
 
     Args:
         compatibility: the JSON values of `Vocabularies`, `Templates` and `Ends` by the names `vocabulary`, `templates`
-            and `ends`, with `parameters`, the sizes of base and proxy, and `proxy_reads`, "same" or "own".
+            and `ends`, with `parameters`, the sizes of base and proxy, and `chat` and `proxy_chat` as they were given.
         figures: the figures of `summarize`; None if no text could be made.
         recommended: the figures of the recommended rule; None if no text could be made.
     """
@@ -79,7 +79,11 @@ def find(
 def _of_vocabulary(vocabulary: Mapping[str, Any]) -> Iterator[Finding]:
     if vocabulary["difference"] is None:
         return
-    if vocabulary["refusal"] is not None or vocabulary["shares"] < SHARED_TOKENS:
+    if vocabulary["refusal"] is not None and (vocabulary["report"] is None or vocabulary["shares"] >= SHARED_TOKENS):
+        text = f"Base and proxy have different tokenizers, which can't be aligned. {vocabulary['refusal']}"
+        yield Finding("vocabulary", "bad", text)
+        return
+    if vocabulary["shares"] < SHARED_TOKENS:
         text = (
             f"Base and proxy have different tokenizers, which share only {vocabulary['shares']:.0%} of the tokens of "
             f"the prompts; at least {SHARED_TOKENS:.0%} are needed: take a proxy of the base's family."
@@ -175,7 +179,7 @@ def _of_prompts(compatibility: Mapping[str, Any], figures: Mapping[str, Any]) ->
             "and the ids that end a turn."
         )
         yield Finding("short_texts", "doubtful", text)
-    yield from _of_templates(compatibility["templates"], reads_same=compatibility["proxy_reads"] == "same")
+    yield from _of_templates(compatibility["templates"], compatibility["chat"], compatibility["proxy_chat"])
     ends, ended = compatibility["ends"], {name: text["ended"] for name, text in texts.items()}
     if not ends["of_call"]:
         text = "Neither model names a token that ends a turn: set `eos_token_id`, or no text ends by itself."
@@ -194,21 +198,25 @@ def _of_prompts(compatibility: Mapping[str, Any], figures: Mapping[str, Any]) ->
         yield Finding("proxy_does_not_end", "note", text)
 
 
-def _of_templates(templates: Mapping[str, Any], *, reads_same: bool) -> Iterator[Finding]:
-    if not templates["proxy"]:
+def _of_templates(templates: Mapping[str, Any], chat: str, proxy_chat: str) -> Iterator[Finding]:
+    proxy_reads_chat = chat != "no" if proxy_chat == "same" else proxy_chat == "yes"
+    if templates["proxy"] and not proxy_reads_chat:
+        text = "The proxy has a chat template, but reads plain text: pass --proxy_chat yes, so that it reads chats."
+        yield Finding("proxy_reads_plain_text", "doubtful", text)
+    elif not templates["proxy"] and proxy_reads_chat:
         text = "The proxy has no chat template" + (
             ", and reads the base's, on which it may not have been trained."
-            if templates["base"] and reads_same
+            if templates["base"]
             else ": both models read plain text. An aligned proxy normally brings a template; check its tokenizer."
         )
         yield Finding("no_proxy_template", "doubtful", text)
-    elif templates["prompts_equal"] is False and reads_same:
+    elif templates["prompts_equal"] is False and proxy_chat == "same":
         text = (
             "The chat templates of base and proxy render the same prompt differently, and the proxy reads the base's: "
             "pass --proxy_chat yes, so that the proxy reads its own."
         )
         yield Finding("templates_differ", "doubtful", text)
-    elif not templates["base"]:
+    elif not templates["base"] and chat != "no":
         text = "The base has no chat template and reads the proxy's. For plain text, pass --chat no --proxy_chat yes."
         yield Finding("base_reads_proxy_template", "note", text)
 
