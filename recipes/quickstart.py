@@ -323,11 +323,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parse the command line and run."""
     (arguments,) = parse_arguments([QuickstartArguments], __doc__, argv)
     silence_libraries()
-    if arguments.base is None:
-        run_tiny_pair(arguments)
-    else:
-        session = Session(arguments, arguments.base, arguments.proxy)
-        show_answers(session, arguments.prompt or "Why is the sky blue?")
+    try:
+        if arguments.base is None:
+            run_tiny_pair(arguments)
+        else:
+            session = Session(arguments, arguments.base, arguments.proxy)
+            show_answers(session, arguments.prompt or "Why is the sky blue?")
+    except (OSError, TypeError, ValueError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

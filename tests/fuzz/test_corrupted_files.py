@@ -13,7 +13,6 @@ import traceback
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import generate
@@ -23,10 +22,10 @@ import run_eval
 import train_tiny_pair
 import tune
 from file_corruptions import BYTES, DOCUMENT_CHANGES, HARMLESS, IN_ITS_PLACE, ONE_DRAW, change_document, change_line
+from recipes_without_models import PROMPTS, Echo, EchoDecoder
 
-from transformers_kad import KADConfig, KADStatistics
+from transformers_kad import KADConfig
 from transformers_kad.recipes.evaluation import session
-from transformers_kad.recipes.evaluation.decoding import Answer
 from transformers_kad.recipes.evaluation.tasks import get_task
 from transformers_kad.recipes.training import AlignmentError
 from transformers_kad.recipes.training.arguments import AlignmentArguments
@@ -34,7 +33,6 @@ from transformers_kad.recipes.training.chats import as_chat, template_settings, 
 from transformers_kad.recipes.training.data import make_examples
 from transformers_kad.recipes.training.output import check_output, checkpoint_to_resume, settings_of, write_record
 from transformers_kad.recipes.training.rows import read_rows
-from transformers_kad.records.statistics import SequenceStatistics
 
 FIXTURES = Path(__file__).resolve().parents[1] / "recipes" / "evaluation" / "fixtures"
 pytestmark = pytest.mark.slow
@@ -207,35 +205,6 @@ def same(found, expected):
 
 # --- generate.py --------------------------------------------------------------------------------------------------
 
-PROMPTS = (
-    "Ada has 1 hat.\n"
-    '{"prompt": "Why?", "id": 7}\n'
-    "\n"
-    '{"messages": [{"role": "user", "content": "Wer?"}], "tools": [{"name": "sum"}]}\n'
-    "Déjà vu\n"
-    '{"prompt": "So", "chat_template_kwargs": {"brief": true}, "more": [1, 2.5, {"a": null}]}\n'
-)
-
-
-class Echo(generate.Generator):
-    """Answers with the seed, without any model."""
-
-    def __init__(self, models, config, sampling, **_):
-        self.sampling = sampling
-        self.kad = SimpleNamespace(statistics=KADStatistics(tokens=1))
-
-    def check_template(self, template, arguments):
-        pass
-
-    def answer(self, prompt, arguments, seed, streamer=None, template=None):
-        return [seed]
-
-    def text(self, ids):
-        return str(ids[0])
-
-    def ended(self, ids):
-        return True
-
 
 @pytest.fixture
 def echo(monkeypatch, capsys):
@@ -343,26 +312,6 @@ def test_prompts(echo, answered, tmp_path, capsys):
 
 
 # --- run_eval.py and sweep.py --------------------------------------------------------------------------------------
-
-
-class EchoDecoder:
-    """Answers with the seed, without any model."""
-
-    def __init__(self):
-        models = SimpleNamespace(
-            base="b", proxy="q", reference=None, dtype="auto", quantization=None, align_vocabularies=False
-        )
-        self.pair = SimpleNamespace(models=models, device="cpu", base=SimpleNamespace(dtype="float32"))
-        self.settings, self.speculative, self.aligned = {"do_sample": True}, False, None
-        self.chat, self.proxy_chat, self.template_arguments = None, "same", {}
-
-    def prepare(self, method):
-        pass
-
-    def answer(self, method, prompts, seed, max_new_tokens):
-        drafts = SequenceStatistics(tokens=3, rounds=2, drafted=4, accepted=1, deferral_mass=0.5)
-        statistics = None if method.config is None else drafts
-        return [Answer(f"The answer is {(seed + at) % 100}.", True, 3, 0.25, statistics) for at in range(len(prompts))]
 
 
 def results_of(folder):
