@@ -12,14 +12,23 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from fuzz_models import IN_FLOAT32_INSIDE, PADDING, VOCABULARY, base_model, proxy_model, tokenizer
+from fuzz_models import (
+    IN_FLOAT32_INSIDE,
+    PADDING,
+    VOCABULARY,
+    WITHOUT_GIVEN_CACHE,
+    base_model,
+    proxy_model,
+    tokenizer,
+)
 from fuzz_oracle import NO_TOKEN, BeamOracle, Force, Oracle, PlainRule, Position
 from fuzz_parts import CRITERIA, PROCESSORS
 from fuzz_sessions import WARPERS, Call, Session
-from transformers import Cache, GenerationConfig, StoppingCriteriaList
+from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList
 
 import transformers_kad
 from transformers_kad import KADLogitsProcessor, attach, detach, kad_generate
@@ -30,6 +39,7 @@ PACKAGE = str(Path(transformers_kad.__file__).parent)
 # Combinations that the library documents as refused: a message that matches none of these is a defect.
 REFUSALS = (
     r"`trace=True` is not available with beams",
+    r"`compile=True` decodes from `input_ids` alone .* got a filled cache",
     r"after the processors behind KAD in `logits_processor`, so that no token can be chosen",
     r"are NaN, \+inf or all -inf",
 )
@@ -61,7 +71,8 @@ def check(session: Session, account: Account | None = None) -> None:
     """Run the calls of a session, and raise `AssertionError` where something does not hold."""
     account = Account() if account is None else account
     account.session = session
-    Run(session, account).check()
+    with patch.object(torch, "compile", lambda model, **settings: model):  # a minute for every shape
+        Run(session, account).check()
 
 
 class Refused(Exception):
@@ -75,11 +86,17 @@ class Run:
         self.session, self.account = session, account
         self.base = base_model(session.base, session.dtype)
         self.proxy = proxy_model(
-            session.proxy, session.proxy_dtype, session.proxy_vocabulary, session.noisy, session.adapted
+            session.proxy,
+            session.proxy_dtype,
+            session.proxy_vocabulary,
+            session.noisy,
+            session.adapted,
         )
         self.settings = dict(session.processor)
         temperature = self.settings.get("component_temperature", 1.0)
         self.rule = PlainRule(session.rule, dict(session.parameters), temperature)
+        self.longest = 0  # columns of a cache
+        self.cache: Any = None  # what the last call returned
         self.texts: list[list[int]] = []  # of the last call, without padding
         self.remembered: list[tuple[list[int], int, list[float | None]]] = []  # of a rule with a memory
         dtypes = {session.dtype, session.proxy_dtype}
@@ -93,7 +110,11 @@ class Run:
         session = self.session
         self.account.add(sessions="all", base=session.base, proxy=session.proxy, rule=session.rule)
         self.account.add(dtypes=f"{session.dtype} and {session.proxy_dtype}", adapted=session.adapted)
-        self.account.add(vocabulary=session.proxy_vocabulary, calls=len(session.calls), again=session.again)
+        self.account.add(
+            vocabulary=session.proxy_vocabulary,
+            calls=len(session.calls),
+            again=session.again,
+        )
         self.account.add(**self.settings)
         weights = {name: value.clone() for name, value in self.proxy.state_dict().items()}
         kad = self._new_processor()
@@ -111,7 +132,12 @@ class Run:
                 self.proxy.set_adapter("first")
 
     def _new_processor(self) -> KADLogitsProcessor:
-        return KADLogitsProcessor(self.proxy, self.session.rule, **self.settings, **dict(self.session.parameters))
+        return KADLogitsProcessor(
+            self.proxy,
+            self.session.rule,
+            **self.settings,
+            **dict(self.session.parameters),
+        )
 
     def _change(self, call: Call, kad: KADLogitsProcessor) -> None:
         """What happens before a call."""
@@ -156,11 +182,17 @@ class Run:
         self._count(call, prompts)
         arguments = self._arguments(call, prompts)
         before = self._snapshot(arguments)
+        if call.cache and len(prompts) == call.beams == call.returned == 1:
+            arguments["past_key_values"] = self._cache_for(call)
         try:
             output = self._generate(kad, call, arguments)
         except Exception as error:
             self._check_untouched(before, arguments)
-            self.texts, self.remembered = prompts, [] if kad.state.remembered == [] else self.remembered
+            self.cache = None
+            self.texts, self.remembered = (
+                prompts,
+                [] if kad.state.remembered == [] else self.remembered,
+            )
             if is_refusal(error):
                 self.account.refusals[re.sub(r"[^a-zA-Z` ]+", "_", str(error))[:80]] += 1
                 self.account.add(calls_refused="all")
@@ -174,6 +206,7 @@ class Run:
         check_statistics(kad.statistics, call, self.settings, self.is_speculative(call))
         check_trace(kad, result)
         self._check_caches(kad, result)
+        self.cache = getattr(output, "past_key_values", None) if len(ids) == 1 else None
         self.account.add(calls="all")
         if call.beams > 1:
             self._check_beams(call, result)
@@ -182,13 +215,30 @@ class Run:
         self.texts = [prompt + tokens for prompt, tokens in zip(result.prompts_of_rows, result.tokens, strict=True)]
         return result
 
+    def _cache_for(self, call: Call) -> Cache | None:
+        """The cache of the caller's that a call reads its text into."""
+        if self.session.base in WITHOUT_GIVEN_CACHE:
+            return None
+        is_held = isinstance(self.cache, Cache) and call.continues
+        self.account.add(cache="held" if is_held else "new")
+        return self.cache if is_held else DynamicCache(config=self.base.config.get_text_config(decoder=True))
+
     def is_speculative(self, call: Call) -> bool:
         """Whether a call is decoded with drafts."""
         return call.path != "tokens" and call.beams == 1
 
     def _count(self, call: Call, prompts: list[list[int]]) -> None:
-        self.account.add(path=call.path, do_sample=call.do_sample, beams=call.beams, rows=len(prompts))
-        self.account.add(continues=call.continues, change=call.change, proxy_prompt=bool(call.proxy_prompts))
+        self.account.add(
+            path=call.path,
+            do_sample=call.do_sample,
+            beams=call.beams,
+            rows=len(prompts),
+        )
+        self.account.add(
+            continues=call.continues,
+            change=call.change,
+            proxy_prompt=bool(call.proxy_prompts),
+        )
         self.account.add(as_config=call.as_config, returned=call.returned)
         for kind in ("before", "after", "criteria"):
             for name in getattr(call, kind):
@@ -207,7 +257,11 @@ class Run:
         length = max(map(len, prompts)) + call.padding
         ids = torch.tensor([[PADDING] * (length - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        settings = {"max_new_tokens": call.limit, "do_sample": call.do_sample, "num_beams": call.beams}
+        settings = {
+            "max_new_tokens": call.limit,
+            "do_sample": call.do_sample,
+            "num_beams": call.beams,
+        }
         settings |= copy.deepcopy(dict(call.settings)) | {
             "num_return_sequences": call.returned,
             "pad_token_id": PADDING,
@@ -235,8 +289,15 @@ class Run:
                 own["kad"] = kad
         listed = list(own["logits_processor"])
         torch.manual_seed(call.seed)
-        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-        with attached(self.base, kad) if call.path == "attached" else nullcontext(), self._proxy_prompt(kad, call):
+        states = (
+            torch.get_rng_state(),
+            random.getstate(),
+            np.random.get_state()[1].tolist(),
+        )
+        with (
+            attached(self.base, kad) if call.path == "attached" else nullcontext(),
+            self._proxy_prompt(kad, call),
+        ):
             output = self.base.generate(**arguments, **own)
         assert [*map(id, own["logits_processor"])] == [*map(id, listed)], "the list of processors was changed"
         assert random.getstate() == states[1]
@@ -260,13 +321,18 @@ class Run:
         """What a call must not change."""
         models = (self.base, self.proxy)
         values = {}
-        for name in arguments.keys() - {"tokenizer", "stopping_criteria"}:
+        for name in arguments.keys() - {
+            "past_key_values",
+            "tokenizer",
+            "stopping_criteria",
+        }:
             value = arguments[name]
             values[name] = value.to_dict() if isinstance(value, GenerationConfig) else copy.deepcopy(value)
         criteria = [*map(id, arguments.get("stopping_criteria", []))]
         configs = [config.to_dict() for model in models for config in (model.config, model.generation_config)]
         weights = [parameter._version for model in models for parameter in model.parameters()]
-        attributes = [sorted(vars(model)) for model in models] + [model.training for model in models]
+        names = [[name for name in sorted(vars(model)) if name != "_kad_static_models"] for model in models]
+        attributes = [*names, *(model.training for model in models)]
         hooks = [len(m._forward_pre_hooks) + len(m._forward_hooks) for model in models for m in model.modules()]
         return [values, criteria, configs, weights, attributes, hooks]
 
@@ -281,6 +347,8 @@ class Run:
         columns = longest + (0 if result.call.proxy_prompts else result.call.padding)
         if len(result.ids) > 1:
             columns = math.ceil(columns / (1 - LARGEST_SHARE_OF_HOLES))
+        if self.settings.get("lazy"):  # a call that does not ask the proxy leaves the cache of an earlier one as it is
+            columns = self.longest = max(columns, self.longest)
         for cached in kad.state.models:
             held = cached.cached_length
             assert held <= columns, f"the {cached.role} has {held} tokens in its cache, and the text {columns}"
@@ -295,13 +363,23 @@ class Run:
             state, longest = self.rule.first_state, 0
             for ids, prompt_length, along in self.remembered:
                 pairs = enumerate(zip(ids, prompt, strict=False))
-                shared = next((at for at, (own, other) in pairs if own != other), min(len(ids), len(prompt)))
+                shared = next(
+                    (at for at, (own, other) in pairs if own != other),
+                    min(len(ids), len(prompt)),
+                )
                 if shared >= prompt_length and shared > longest:
                     state, longest = along[shared - prompt_length], shared
             states.append(state)
         return states
 
-    def _run_oracle(self, call: Call, prompts: list[list[int]], processors: list[Any], *, fills_up: bool) -> Any:
+    def _run_oracle(
+        self,
+        call: Call,
+        prompts: list[list[int]],
+        processors: list[Any],
+        *,
+        fills_up: bool,
+    ) -> Any:
         """The same call of transformers, with other processors in its list."""
         if self.is_speculative(call):  # in transformers' own loop not every base can read a prompt in chunks
             call_settings = dict(call.settings)
@@ -347,10 +425,20 @@ class Run:
         if self.rule.name == "paced":
             assert [text.ids for text in kad.state.remembered] == [ids for ids, *_ in self.remembered]
             for text, (ids, length, _) in zip(kad.state.remembered, self.remembered, strict=True):
-                assert (text.prompt_length, len(text.states)) == (length, len(ids) - length + 1)
+                assert (text.prompt_length, len(text.states)) == (
+                    length,
+                    len(ids) - length + 1,
+                )
 
     def _faults(
-        self, call: Call, result: "Result", kad: KADLogitsProcessor, row: int, at: int, token: int, position: Position
+        self,
+        call: Call,
+        result: "Result",
+        kad: KADLogitsProcessor,
+        row: int,
+        at: int,
+        token: int,
+        position: Position,
     ) -> list[str]:
         """What is wrong with a token, as far as can be told from its position."""
         faults, settings, close = [], dict(call.settings), 20 * self.tolerance
@@ -390,7 +478,11 @@ class Run:
         for _ in range(PERTURBATIONS):
             noisy = [
                 None if logits is None else logits + self.tolerance * torch.randn(len(logits), generator=generator)
-                for logits in (position.scores, position.proxy_logits, position.reference_logits)
+                for logits in (
+                    position.scores,
+                    position.proxy_logits,
+                    position.reference_logits,
+                )
             ]
             state = position.state
             if state is not None:
@@ -569,6 +661,8 @@ def difference(one: Any, other: Any) -> str:
     if isinstance(one, dict) and isinstance(other, dict):
         names = [name for name in {**one, **other} if not same(one.get(name), other.get(name))]
         return f"{names[0]}: {difference(one.get(names[0]), other.get(names[0]))}" if names else "the keys"
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+    if isinstance(one, list) and isinstance(other, list) and len(one) != len(other):
+        return f"what is in only one: {[value for value in (*one, *other) if one.count(value) != other.count(value)]}"
+    if isinstance(one, list) and isinstance(other, list):
         return next(difference(a, b) for a, b in zip(one, other, strict=True) if not same(a, b))
     return f"{one!r:.200} to {other!r:.200}"

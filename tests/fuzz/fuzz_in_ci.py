@@ -7,7 +7,7 @@ from fuzz_sessions import CHANGES_OF_SCORES, ENDS, RULES, WARPERS, WAYS_TO_RUN
 
 EXAMPLES = 1_000
 MOST_REFUSED = 0.05
-MOST_UNDECIDED = 0.002
+MOST_UNDECIDED = 0.005
 
 
 def check_kind(kind: str, number: int = 0) -> None:
@@ -37,11 +37,21 @@ def missing_of(account: Account) -> set[str]:
         "change": ("weights", "load", "reset", "adapter"),
         "again": ("same", "fresh"),
         "beams": (2, 3),
+        "cache": ("new", "held"),
         "rows": (1, 2, 3),
         "returned": (1, 2),
     }
     wanted |= dict.fromkeys(
-        ("lazy", "trace", "adapted", "do_sample", "proxy_prompt", "continues", "as_config"), (True,)
+        (
+            "lazy",
+            "trace",
+            "adapted",
+            "do_sample",
+            "proxy_prompt",
+            "continues",
+            "as_config",
+        ),
+        (True,),
     )
     names = {f"{dimension}: {value}" for dimension, values in wanted.items() for value in values}
     return {name for name in names if not account.counts[name]}

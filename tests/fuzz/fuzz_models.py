@@ -21,13 +21,36 @@ NOISE = 0.15  # of the proxy's weights, in standard deviations of the base's
 FAMILIES = {
     "full": ("llama", "gpt2", "qwen3", "gpt_neox", "opt", "deepseek_v3"),
     "windows": ("mistral", "gemma3_text", "llama4_text", "cohere2", "olmo3", "phi3"),
-    "states": ("mamba", "mamba2", "falcon_h1", "lfm2", "qwen3_next", "jamba", "minimax", "rwkv"),
+    "states": (
+        "mamba",
+        "mamba2",
+        "falcon_h1",
+        "lfm2",
+        "qwen3_next",
+        "jamba",
+        "minimax",
+        "rwkv",
+    ),
 }
-NOT_IN_FLOAT64 = ("jamba", "minimax", "qwen3_next")  # their experts are multiplied in at most float32
+NOT_IN_FLOAT64 = (
+    "jamba",
+    "minimax",
+    "qwen3_next",
+)  # their experts are multiplied in at most float32
 WITHOUT_PADDING = ("rwkv",)  # in transformers, padding on the left changes its logits
 IN_FLOAT32_INSIDE = ("falcon_h1", "mamba2")  # whatever the dtype of their weights is
+WITHOUT_GIVEN_CACHE = (
+    "mamba",
+    "mamba2",
+    "minimax",
+    "rwkv",
+)  # they take no `DynamicCache` from outside
 # Linear layers that an adapter is put on.
-ADAPTED = {"llama": ["q_proj", "v_proj"], "qwen3": ["q_proj", "down_proj"], "mistral": ["v_proj"]}
+ADAPTED = {
+    "llama": ["q_proj", "v_proj"],
+    "qwen3": ["q_proj", "down_proj"],
+    "mistral": ["v_proj"],
+}
 
 
 @functools.cache
@@ -47,7 +70,11 @@ def proxy_model(family: str, dtype: str, vocabulary: int, noisy: bool, adapted: 
                 scale = NOISE * float(parameter.std()) if parameter.numel() > 1 else 0.0
                 parameter.add_(scale * torch.randn(parameter.shape))
     if adapted:
-        settings = {"r": 2, "init_lora_weights": False, "target_modules": ADAPTED[family]}
+        settings = {
+            "r": 2,
+            "init_lora_weights": False,
+            "target_modules": ADAPTED[family],
+        }
         model = get_peft_model(model, LoraConfig(**settings), adapter_name="first")
         model.add_adapter("second", LoraConfig(**settings))
     return model.eval().to(getattr(torch, dtype))
@@ -58,5 +85,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     """One character for each id, for stop strings."""
     characters = {chr(FIRST_CHARACTER + token): token for token in range(VOCABULARY)}
     plain = Tokenizer(WordLevel(characters, unk_token="a"))
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    plain.pre_tokenizer, plain.decoder = (
+        pre_tokenizers.Split("", "isolated"),
+        decoders.Fuse(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="a", pad_token="a")

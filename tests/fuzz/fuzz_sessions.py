@@ -4,17 +4,30 @@ The repr of a `Session` is the Python expression that makes it, without what is 
 example can be copied into a test: `check(Session(...))`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from fuzz_models import ADAPTED, FAMILIES, FIRST_CHARACTER, NOT_IN_FLOAT64, VOCABULARY, WITHOUT_PADDING
+from fuzz_models import (
+    ADAPTED,
+    FAMILIES,
+    FIRST_CHARACTER,
+    NOT_IN_FLOAT64,
+    VOCABULARY,
+    WITHOUT_PADDING,
+)
 from hypothesis import strategies as st
 
 
 class _ShortRepr:
+    """The repr of a dataclass without the fields that are at their defaults."""
+
     def __repr__(self) -> str:
         shown = [f for f in fields(self) if getattr(self, f.name) != f.default or f.name in ("base", "calls")]
         return f"{type(self).__name__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """For Hypothesis, which would show every field."""
+        printer.text(repr(self))
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,6 +51,8 @@ class Call(_ShortRepr):
         as_config: whether `settings` are passed within a `GenerationConfig`.
         proxy_prompts: prompts of the proxy's own, one for each row; none by default.
         padding: columns of padding before the longest prompt.
+        cache: whether the call brings a cache: the one that the call before returned where the prompt continues its
+            text, a new one otherwise. For a single text.
         change: what is done before the call: "weights" or "load" changes the proxy's weights, "adapter" its active
             adapter, "reset" drops the processor's caches.
     """
@@ -58,6 +73,7 @@ class Call(_ShortRepr):
     as_config: bool = False
     proxy_prompts: tuple[tuple[int, ...], ...] = ()
     padding: int = 0
+    cache: bool = False
     change: str = ""
 
 
@@ -97,14 +113,20 @@ class Session(_ShortRepr):
 
 LIMITS = (8, 12, 11, 10, 9, 7, 6, 5, 3, 2, 1)
 TOKENS = st.integers(1, VOCABULARY - 1)
-PROBABILITIES = st.one_of(st.sampled_from([0.0, 1.0, 0.5, 0.9]), st.floats(0.01, 0.99).map(lambda x: round(x, 3)))
+PROBABILITIES = st.one_of(
+    st.sampled_from([0.0, 1.0, 0.5, 0.9]),
+    st.floats(0.01, 0.99).map(lambda x: round(x, 3)),
+)
 RULES = {
     "dual": {"threshold": PROBABILITIES.filter(bool)},
     "primal": {"budget": PROBABILITIES},
     "exact": {"budget": PROBABILITIES, "tolerance": st.sampled_from([1e-4, 1e-2])},
     "nudging": {"threshold": PROBABILITIES},
     "confidence_bet": {"margin": PROBABILITIES},
-    "cascade": {"variant": st.sampled_from(["diff", "opt", "token_v2", "token_v3"]), "alpha": PROBABILITIES},
+    "cascade": {
+        "variant": st.sampled_from(["diff", "opt", "token_v2", "token_v3"]),
+        "alpha": PROBABILITIES,
+    },
     "paced": {
         "budget": PROBABILITIES,
         "threshold": st.sampled_from([0.2, 0.4, 0.8]),
@@ -118,7 +140,9 @@ LAZY_RULES = ("dual", "primal", "exact", "nudging", "paced")
 OWN_PROCESSORS = ("bias", "counted bias", "in place", "finite bans", "double")
 LIBRARY_PROCESSORS = ("normalized", "penalty", "no repeats", "only some", "prefix")
 PROCESSORS = st.lists(
-    st.sampled_from([*LIBRARY_PROCESSORS, *OWN_PROCESSORS, "counted bias", "counted bias"]), min_size=1, max_size=2
+    st.sampled_from([*LIBRARY_PROCESSORS, *OWN_PROCESSORS, "counted bias", "counted bias"]),
+    min_size=1,
+    max_size=2,
 ).map(tuple)
 WARPERS = {
     "temperature": st.sampled_from([0.5, 1.7]),
@@ -181,10 +205,19 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
     if adapted:
         proxy = draw(st.sampled_from(sorted(ADAPTED)))
     else:
-        proxy = draw(st.one_of(st.just(base), st.sampled_from(FAMILIES["full"]), st.sampled_from(FAMILIES[kind])))
+        proxy = draw(
+            st.one_of(
+                st.just(base),
+                st.sampled_from(FAMILIES["full"]),
+                st.sampled_from(FAMILIES[kind]),
+            )
+        )
     dtype, proxy_dtype = (
         draw(st.sampled_from(["float32", "bfloat16"] if family in NOT_IN_FLOAT64 else ["float64"] * 6 + types))
-        for family, types in ((base, ["float32", "bfloat16"]), (proxy, ["float32", "bfloat16"]))
+        for family, types in (
+            (base, ["float32", "bfloat16"]),
+            (proxy, ["float32", "bfloat16"]),
+        )
     )
     # What has a state is drawn more often than the rest.
     names = ["implicit_reward"] * 3 * adapted + [name for name in RULES if name != "implicit_reward"] + ["paced"] * 3
@@ -199,11 +232,14 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
         "verification": draw(st.sampled_from(["token", "block"])),
         "lazy": lazy,
         "trace": not lazy and draw(st.booleans()),
+        "compile": kind != "states" and not lazy and not automatic and draw(one_in(8)),
     }
     rows = draw(st.integers(1, 1 if base in WITHOUT_PADDING or proxy in WITHOUT_PADDING else 3))
     calls = []
     for number in range(draw(st.integers(1, 3))):
         calls.append(draw(one_call(rows, lazy=lazy, first=number == 0, adapted=adapted, padded=rows > 1)))
+    if rows == 1 and not lazy and draw(st.booleans()):
+        calls = [as_turn_of_a_chat(call, first=number == 0) for number, call in enumerate(calls)]
     return Session(
         base,
         tuple(calls),
@@ -218,6 +254,21 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
         processor=tuple(processor.items()),
         again=draw(st.sampled_from(["", "same", "fresh"])),
         kind=kind,
+    )
+
+
+def as_turn_of_a_chat(call: Call, *, first: bool) -> Call:
+    """The call as a turn of a chat, whose cache goes from call to call."""
+    settings = {name: v for name, v in call.settings if name not in ("use_cache", "cache_implementation")}
+    settings |= {"return_dict_in_generate": True}
+    return replace(
+        call,
+        continues=not first,
+        cache=True,
+        beams=1,
+        returned=1,
+        padding=0,
+        settings=tuple(settings.items()),
     )
 
 
@@ -236,7 +287,11 @@ def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bo
     if not eos:
         settings.pop("exponential_decay_length_penalty", None)
     if draw(one_in(3)):
-        settings |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        settings |= {
+            "return_dict_in_generate": True,
+            "output_scores": True,
+            "output_logits": True,
+        }
     attached = path in ("attached", "argument")
     criteria = draw(st.sampled_from(["", "", "odd", "counted", "own eos"])) if beams == 1 else ""
     changes = ["", "", "weights", "load", "reset", *["adapter"] * adapted]
