@@ -315,7 +315,7 @@ def run_speed(
 ) -> None:
     """Measure all methods at all batch sizes, and report everything in the folder."""
     folder = Path(speed.output)
-    with JsonLinesStore(folder / "runs.jsonl", settings) as store:
+    with JsonLinesStore(folder / "runs.jsonl", settings, checked=True) as store:
         subject = load_subject(models, random_weights=speed.configs, inflated=speed.inflated, seed=speed.seed)
         sizes = ", ".join(f"{name} {model.num_parameters() / 1e6:.1f} M" for name, model in subject.models.items())
         log(f"Parameters: {sizes}. Device: {settings['environment']['device']}.")
@@ -348,7 +348,7 @@ def run_growth(
         speed.max_new_tokens,
         speed.seed,
     )
-    with JsonLinesStore(folder / "growth.jsonl", settings) as store:
+    with JsonLinesStore(folder / "growth.jsonl", settings, checked=True) as store:
         for axis in speed.growth:
             measure_growth(
                 growth, axis, speed.grown[axis], speed.chosen, store, repetitions=speed.repetitions, log=log

@@ -254,7 +254,7 @@ def run(models: ModelArguments, arguments: VerificationArguments) -> int:
     # The last two names of a local path, so that results don't contain paths of a machine.
     settings |= {name: "/".join(Path(str(getattr(models, name))).parts[-2:]) for name in ("base", "proxy")}
     settings |= {"dtype": models.dtype, "environment": describe_environment(str(subject.device))}
-    with JsonLinesStore(arguments.output / "runs.jsonl", settings) as store:
+    with JsonLinesStore(arguments.output / "runs.jsonl", settings, checked=True) as store:
         measure(arguments, subject, store)
         records = store.records
     rows = make_rows(records)

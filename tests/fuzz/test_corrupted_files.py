@@ -27,6 +27,7 @@ from recipes_without_models import PROMPTS, Echo, EchoDecoder
 from transformers_kad import KADConfig
 from transformers_kad.recipes.evaluation import session
 from transformers_kad.recipes.evaluation.tasks import get_task
+from transformers_kad.recipes.resumable import JsonLinesStore
 from transformers_kad.recipes.training import AlignmentError
 from transformers_kad.recipes.training.arguments import AlignmentArguments
 from transformers_kad.recipes.training.chats import as_chat, template_settings, unused_fields
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.slow
 COUNTS: Counter[str] = Counter()
 DRAWS = 4
 LONGEST_MESSAGE = 4000  # characters of an error message
-KINDS, LEAST = 24, 2000  # kinds of files, and the number of damaged ones at least
+KINDS, LEAST = 25, 2000  # kinds of files, and the number of damaged ones at least
 
 
 class Refused(Exception):
@@ -426,6 +427,37 @@ def test_the_study_of_tune(monkeypatch, capsys, tmp_path, tmp_path_factory):
         return Subject(folder / "study.db", lambda: run(folder), judge, json=False, binary=True, draws=3, moves=True)
 
     check("tune.py study.db", make, tmp_path, capsys)
+
+
+# --- Benchmarks ---------------------------------------------------------------------------------------------------
+
+
+def test_measurements_of_an_interrupted_benchmark(tmp_path, capsys):
+    """As benchmark_speed.py, its presets and benchmark_verification.py store them."""
+    settings = {"seed": 0}
+    runs = {"base": {"seconds": 1.5, "counts": [["base", 1]]}}
+    records = [{"batch_size": 2, "repetition": at, "load": 0.5 + at, "runs": runs} for at in range(4)]
+
+    def read(path):
+        with JsonLinesStore(path, settings, checked=True) as store:
+            return store.records, store.torn
+
+    def judge(before, damaged, result, kind):
+        found, torn = result
+        assert all(record in records for record in found)
+        assert len(found) == len({record["repetition"] for record in found})
+        lines = [] if damaged is None else damaged.split(b"\n")[:-1]
+        assert len(found) == len(lines)
+        if damaged and not damaged.endswith(b"\n"):
+            assert torn is not None
+
+    def make(folder):
+        with JsonLinesStore(folder / "runs.jsonl", settings, checked=True) as store:
+            for record in records:
+                store.append(record)
+        return Subject(folder / "runs.jsonl", reading(lambda: read(folder / "runs.jsonl")), judge, lines=True)
+
+    check("runs.jsonl of benchmarks", make, tmp_path, capsys)
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------

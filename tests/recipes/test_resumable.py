@@ -265,3 +265,90 @@ def test_a_device_has_nothing_to_complete():
     with JsonLinesStore(os.devnull, SETTINGS) as store:
         store.append({"line": 1})
         store.complete()
+
+
+# --- Damaged files ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_removed_from_a_file_that_is_refused(tmp_path):
+    """The incomplete last line stays if an earlier line can't be read."""
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS):
+        pass
+    path.write_text('{"line": 1}\n{broken\n{"line": 3')
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+        JsonLinesStore(path, SETTINGS)
+    assert path.read_text() == '{"line": 1}\n{broken\n{"line": 3'
+
+
+def test_lines_that_end_with_a_carriage_return_alone_are_no_incomplete_line(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS):
+        pass
+    path.write_bytes(b'{"line": 1}\r{"line": 2}\r')
+    with pytest.raises(ValueError, match="carriage return alone"):
+        JsonLinesStore(path, SETTINGS)
+    assert path.read_bytes() == b'{"line": 1}\r{"line": 2}\r'
+
+
+def test_records_have_the_fields_that_are_asked_for(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, SETTINGS) as store:
+        store.append({"line": 1})
+        store.append({"line": "2"})
+    with pytest.raises(ValueError, match=r"results\.jsonl', line 2: 'line' is '2', not of type int"):
+        JsonLinesStore(path, SETTINGS, fields={"line": (int,)})
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ('{"line": [1]}\n', r"part1', line 1: 'line' is \[1\]"),
+        ('{"line": 1, "x": 2}\n', "part1', line 1 is not equal"),
+    ],
+)
+def test_a_part_whose_lines_do_not_belong_is_refused_and_kept(tmp_path, part, message):
+    path = tmp_path / "results.jsonl"
+    write(path, [1], {}, complete=False)
+    Path(f"{path}.part1").write_text(part)
+    with pytest.raises(ValueError, match=message):
+        JsonLinesStore(path, SETTINGS)
+    assert Path(f"{path}.part1").read_text() == part
+    assert lines(path) == [{"line": 1}]
+
+
+def test_a_line_that_is_twice_in_a_part_is_taken_over_once(tmp_path):
+    path = tmp_path / "results.jsonl"
+    write(path, [1], {1: [2, 2, 3]}, complete=False)
+    with JsonLinesStore(path, SETTINGS) as store:
+        assert [record["line"] for record in store.records] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text.replace("0.5", "0.6"), "line 1 is not as it was written"),
+        (lambda text: text + text.splitlines(keepends=True)[0], "line 3 is a copy of line 1"),
+        (lambda text: text.replace("check", "chess"), "line 1 is not as it was written"),
+    ],
+)
+def test_a_checked_line_that_was_changed_is_found(tmp_path, damage, message):
+    path = tmp_path / "results.jsonl"
+    records = [{"seconds": 0.5, "sizes": [1, 2]}, {"seconds": 0.75}]
+    with JsonLinesStore(path, SETTINGS, checked=True) as store:
+        for record in records:
+            store.append(record)
+    with JsonLinesStore(path, SETTINGS, checked=True) as store:
+        assert store.records == records
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        JsonLinesStore(path, SETTINGS, checked=True)
+
+
+def test_a_difference_of_a_huge_setting_is_shortened(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with JsonLinesStore(path, {"seed": "x" * 10_000}) as store:
+        store.append({"line": 1})
+    with pytest.raises(ValueError, match="seed is 'xxx") as error:
+        JsonLinesStore(path, {"seed": 0})
+    assert len(str(error.value)) < 1000

@@ -1,6 +1,7 @@
 """JSON Lines files that a run appends its results to, and that a later run continues."""
 
 import glob
+import hashlib
 import json
 import os
 import stat
@@ -19,6 +20,9 @@ except ImportError:  # Windows, where two runs that write to one file are not de
     fcntl = None  # type: ignore[assignment]
 
 
+CHECK = "check"
+
+
 class JsonLinesStore:
     """A file of results, one JSON object in each line, each written to the disk immediately.
 
@@ -35,6 +39,8 @@ class JsonLinesStore:
         settings: the settings that determine the results, as JSON values. A missing setting counts as None.
         order: the field that tells records apart, and by which `complete` sorts them. It is an integer.
         fields: fields that every record has, for `check_fields`.
+        checked: whether every line gets a field "check", a hash of the others, by which a line that was changed or
+            is there twice is found. For files whose records have too many fields to check each of them.
 
     Attributes:
         records: the records that the file held when it was opened.
@@ -62,8 +68,9 @@ class JsonLinesStore:
         *,
         order: str = "line",
         fields: Mapping[str, Shape] = MappingProxyType({}),
+        checked: bool = False,
     ) -> None:
-        self.path, self.order, self.fields = Path(path), order, fields
+        self.path, self.order, self.fields, self._checked = Path(path), order, fields, checked
         if self.path.is_dir():
             raise ValueError(f"Results go into a file, got the folder {str(self.path)!r}.")
         self.records, self.torn = list[dict[str, Any]](), None
@@ -77,6 +84,8 @@ class JsonLinesStore:
         try:
             self._check_settings(json.loads(json.dumps(settings)))
             self.records, self.torn = read_json_lines(self.path, self.fields)
+            if self._checked:
+                self._verify_checks()
             self._take_over_parts()
         except BaseException:
             self._file.close()
@@ -98,7 +107,18 @@ class JsonLinesStore:
         Raises:
             OSError: it could not be written.
         """
-        append_json_lines(self._file, [record])
+        append_json_lines(self._file, [{**record, CHECK: _hash(record)} if self._checked else record])
+
+    def _verify_checks(self) -> None:
+        """Verify and remove the field "check" of all records."""
+        lines: dict[str, int] = {}
+        for number, record in enumerate(self.records, start=1):
+            where = f"{str(self.path)!r}, line {number}"
+            if record.pop(CHECK, None) != _hash(record):
+                raise ValueError(f"{where} is not as it was written. Remove the line, and it is measured again.")
+            first = lines.setdefault(_hash(record), number)
+            if first != number:
+                raise ValueError(f"{where} is a copy of line {first}. Remove one of the two.")
 
     def complete(self) -> None:
         """At the end of a run, take over the records of all part files, and sort the file if it is not in order.
@@ -199,6 +219,10 @@ def append_json_lines(file: IO[str], records: Iterable[Mapping[str, Any]]) -> No
     file.flush()
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         os.fsync(file.fileno())
+
+
+def _hash(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()[:12]
 
 
 def json_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:

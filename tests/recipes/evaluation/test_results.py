@@ -7,6 +7,7 @@ import pytest
 
 from transformers_kad.recipes.evaluation.results import ResultsFolder, config_hash
 
+RULED = {"rounds": 2, "drafted": 4, "accepted": 3, "acceptance_histogram": [1, 2], "deferral_mass": 0.5}
 CONFIG = {"task": "tiny", "method": "kad-dual", "shared": {"seed": 0}, "own": {"threshold": 0.4}}
 
 
@@ -99,6 +100,14 @@ def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_pa
         (lambda line: json.dumps(line | {"error": 404}), "'error' is 404"),
         (lambda line: json.dumps(line | {"row": "0"}), "'row' is '0'"),
         (lambda line: json.dumps(line | {"seconds": [1.0]}), "'seconds' is"),
+        (lambda line: json.dumps(line | {"row": True}), "'row' is True"),
+        (lambda line: json.dumps(line | {"seconds": float("nan")}), "'seconds' is nan"),
+        (lambda line: json.dumps(line | {"tokens": -1}), "'tokens' is -1"),
+        (lambda line: json.dumps(line | {"sample": 1}), "'batch' is 'tiny/kad-dual/0/2', not 'tiny/kad-dual/1/2'"),
+        (lambda line: json.dumps(line | {"ended": "no"}), "'ended' is 'no'"),
+        (lambda line: json.dumps(line | {"rounds": 2}), "no 'drafted'"),
+        (lambda line: json.dumps(line | RULED | {"accepted": 9}), "'accepted' is 9, more than 'drafted', 4"),
+        (lambda line: json.dumps(line | RULED | {"deferral_mass": 1.5}), "'deferral_mass' is 1.5, more than 1"),
         (json.dumps, None),
         (lambda line: json.dumps([line]), "not a JSON object"),
         (lambda line: "{", "not a JSON object"),
@@ -241,3 +250,19 @@ def test_a_file_is_no_folder(tmp_path):
 def test_the_hash_tells_configurations_apart_and_not_their_order():
     assert config_hash(CONFIG) == config_hash(dict(reversed(CONFIG.items())))
     assert config_hash(CONFIG) != config_hash({**CONFIG, "shared": {"seed": 1}})
+
+
+def test_a_batch_of_a_billion_answers_is_interrupted_and_fills_no_memory(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0), lines(1, batch_size=10**9))
+    assert opened(tmp_path).incomplete == ("tiny/kad-dual/0/1",)
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
+
+
+def test_settings_that_do_not_have_their_hash_are_refused(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0))
+    path = tmp_path / "configs.json"
+    path.write_text(path.read_text().replace("0.4", "0.5"))
+    with pytest.raises(ValueError, match=r"configs\.json', '\w+' is the hash of other settings"):
+        opened(tmp_path)

@@ -271,3 +271,13 @@ def test_a_failed_answer_is_wrong_and_keeps_its_reason():
         assert (line["prediction"], line["correct"], line["correct_lenient"]) == (None, False, False)
         assert line["error"] == "ValueError: too long"
         assert "rounds" not in line
+
+
+@pytest.mark.parametrize(("name", "value"), [("instance", "x"), ("answer", "5000")])
+def test_a_line_of_another_question_than_the_one_in_its_place_is_refused(tmp_path, name, value):
+    run(tmp_path, FakeDecoder())
+    path = tmp_path / "results.jsonl"
+    first, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([json.dumps(json.loads(first) | {name: value}) + "\n", *others]))
+    with pytest.raises(ValueError, match=r"results\.jsonl', line 1 is of the question"):
+        run(tmp_path, FakeDecoder())

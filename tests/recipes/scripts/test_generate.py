@@ -32,6 +32,7 @@ PAIR = SCRIPT.parent / "tiny_pair"
 MODELS = ["--base", str(PAIR / "base"), "--proxy", str(PAIR / "proxy"), "--threshold", "0.6", "--device", "cpu"]
 PROBLEMS = make_problems("test", 8, seed=9)
 QUESTION = PROBLEMS[0].question
+ANSWERED = {"line": 1, "prompt": "So", "text": "x", "tokens": 1}
 ANSWER = re.compile(r"We get (\d+ [+-] \d+ = \d+\. (Then )?)+The answer is \d+\.")
 
 
@@ -701,3 +702,47 @@ def test_two_processes_divide_the_lines_and_leave_the_file_of_one(tmp_path, prom
         "divided.jsonl",
         "divided.jsonl.settings.json",
     ]
+
+
+# --- Damaged files ------------------------------------------------------------------------------------------------
+
+
+def stored(tmp_path, *rows):
+    with JsonLinesStore(tmp_path / "answers.jsonl", {}) as store:
+        for row in rows:
+            store.append(row)
+    return JsonLinesStore(tmp_path / "answers.jsonl", {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([ANSWERED, ANSWERED], "line 2 is the second record of line 1 of the input"),
+        ([ANSWERED | {"line": 7}], r"answers\.jsonl' was: line 7, which has an answer, is not there any more"),
+        ([{"line": 1, "prompt": "So"}], "line 1 has no 'text'"),
+        ([ANSWERED | {"line": True}], "line 1: 'line' is True"),
+        ([{"line": 1, "prompt": "So", "error": None}], "line 1: 'error' is None"),
+    ],
+)
+def test_records_that_are_no_answers_to_the_lines_of_the_input_are_refused(tmp_path, no_models, rows, message):
+    with stored(tmp_path, *rows) as store, pytest.raises(ValueError, match=message):
+        generate.run_lines(no_models, generate.PromptArguments(), list(generate.read_prompts(["So"])), store)
+    with stored(tmp_path) as store:
+        assert len(store.records) == len(rows)  # nothing was answered
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_a_file_of_another_encoding_is_no_prompt(tmp_path, encoding):
+    (tmp_path / "prompts.txt").write_bytes("So\nWhy?\n".encode(encoding))
+    lines = list(generate.read_prompts(generate.read_file(str(tmp_path / "prompts.txt"))))
+    assert lines
+    assert all("NUL" in line.error for line in lines)
+
+
+def test_a_changed_line_of_ten_megabytes_is_not_shown_as_a_whole(tmp_path, no_models):
+    with (
+        stored(tmp_path, ANSWERED) as store,
+        pytest.raises(ValueError, match="line 1 was 'So' and is 'xxx") as error,
+    ):
+        generate.run_lines(no_models, generate.PromptArguments(), list(generate.read_prompts(["x" * 10**7])), store)
+    assert len(str(error.value)) < 1000

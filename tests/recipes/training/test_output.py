@@ -1,6 +1,7 @@
 """The output folder of a run: what may be written to, what is continued, and from which checkpoint."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +63,26 @@ def test_a_checkpoint_without_a_state_or_whose_best_one_is_missing_is_refused(tm
     path = checkpoint(tmp_path, 3, best=str(tmp_path / "gone"))
     with pytest.raises(AlignmentError, match="gone', was not found"):
         checkpoint_to_resume(arguments(tmp_path, resume_from_checkpoint=path))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"finished": 1, "settings": {}}', '{"finished": true}', "\0", "[" * 5000]
+)
+def test_a_record_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(AlignmentError, match=r"training\.json' can't be used"):
+        check_output(arguments(tmp_path, resume_from_checkpoint="auto"))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"best_model_checkpoint": 5}'])
+def test_a_state_that_is_none_is_named(tmp_path, text):
+    (Path(checkpoint(tmp_path, 3)) / "trainer_state.json").write_text(text)
+    with pytest.raises(AlignmentError, match=r"trainer_state\.json' can't be used"):
+        checkpoint_to_resume(arguments(tmp_path, resume_from_checkpoint="auto"))
+
+
+def test_a_folder_that_is_no_checkpoint_by_its_name_is_passed_over(tmp_path):
+    newest = checkpoint(tmp_path, 3)
+    (tmp_path / "checkpoints" / "checkpoint-backup").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint-backup" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path / "checkpoints") == newest

@@ -105,7 +105,7 @@ def log_plan(preset: Preset, time_limit: float, log: Log) -> None:
 def _run_pair(preset: Preset, pair: PresetPair, device: str, folder: Path, ends: float, log: Log) -> int:
     """Measure the rows of a pair, and write its report. Returns how many rows are left."""
     settings = _settings(preset, pair, describe_environment(device))
-    with JsonLinesStore(folder / "rows.jsonl", settings) as store:
+    with JsonLinesStore(folder / "rows.jsonl", settings, checked=True) as store:
         done = {(record["batch_size"], record["method"]) for record in store.records}
         missing = [row for row in pair.rows if (row.batch_size, row.key) not in done]
         try:

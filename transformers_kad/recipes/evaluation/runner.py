@@ -10,6 +10,7 @@ from typing import Any
 from ..environment import describe_environment
 from ..processes import Processes
 from ..progress import Progress
+from ..record_fields import ADVICE
 from .decoding import Answer, Decoder, own_settings, shared_settings
 from .methods import Method
 from .results import RESULTS, Repairs, ResultsFolder, batch_name, config_hash
@@ -135,6 +136,7 @@ def run_evaluation(
     def prepare_folder() -> set[tuple[str, str]]:
         _log_repairs(folder.prepare(retry_failed=retry_failed), log)
         folder.describe(list(configs.values()))
+        _check_instances(folder, batches)
         return folder.batches()
 
     processes.check_shared(folder.path)
@@ -145,6 +147,21 @@ def run_evaluation(
     _answer_batches(decoder, {key: batches[key] for key in processes.share(left)}, folder, shown=processes.is_main)
     processes.run(folder.close_part)
     processes.run_in_main(lambda: _merge(folder, batches.keys()))
+
+
+def _check_instances(folder: ResultsFolder, batches: Mapping[tuple[str, str], "Batch"]) -> None:
+    """Raise a `ValueError` if a stored line is of another question than the one with its place in its batch."""
+    for number, record in enumerate(folder.read(), start=1):
+        batch = batches.get((record["config"], record["batch"]))
+        if batch is None or record["row"] >= len(batch.instances):
+            continue
+        instance = batch.instances[record["row"]]
+        if (record["instance"], record["answer"]) != (instance.id, instance.answer):
+            raise ValueError(
+                f"{str(folder.path / RESULTS)!r}, line {number} is of the question {record['instance']!r:.80} with "
+                f"the answer {record['answer']!r:.80}, but in its place is {instance.id!r} with the answer "
+                f"{instance.answer!r:.80}. {ADVICE}"
+            )
 
 
 def _settings(configs: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[str, Any]:
