@@ -246,3 +246,16 @@ def test_a_task_without_right_answers_can_t_be_tuned(tmp_path, capsys):
     asked = ["--task", "chat", "--prompts", str(prompts), "--trials", "1", "--output", str(tmp_path / "out")]
     assert tune.main(asked) == 2
     assert "The task 'chat' has no right answers, so accuracy can't be tuned" in capsys.readouterr().err
+
+
+def test_the_page_has_the_quality_of_every_method_of_its_command():
+    """That its tables are those of the report is tested with the other tables of the page."""
+    report = report_of(ROOT / "recipes" / "results" / "tiny_pair")
+    quality = report["quality"]["tiny"]
+    assert quality["judge"] == "recipes/tiny_pair/aligned"
+    assert [row["method"] for row in quality["rows"]] == [row["method"] for row in report["rows"]]
+    figures = {row["method"].split()[0]: row["figures"] for row in quality["rows"]}
+    perplexity = {name: one["perplexity"]["value"] for name, one in figures.items()}
+    assert 1 <= perplexity["kad-dual"] < perplexity["nudging"] < perplexity["proxy"] < perplexity["base"]
+    assert figures["base"]["in_form"]["value"] == 0
+    assert all(row["figures"]["perplexity"]["instances"] == 500 for row in quality["rows"])

@@ -81,7 +81,8 @@ def _differences(
             other, sign = (c["method_b"], 1) if c["method_a"] == reference else (c["method_a"], -1)
             width = "" if c["half_width"] is None else f" ± {c['half_width']:.3f}"
             mark = "*" if c["adjusted_p_value"] < SIGNIFICANT else ""
-            cells[other, c["figure"]] = f"{sign * c['difference'] or 0.0:.3f}{width}{mark}"
+            shown = round(sign * c["difference"], 3) + 0.0  # which is 0.000 where it would be -0.000
+            cells[other, c["figure"]] = f"{shown:.3f}{width}{mark}"
     lines = [
         [row["method"], *(cells.get((row["method"], name), "–") for name in names)]
         for row in rows

@@ -115,6 +115,9 @@ def make_report(
             shared, own = (configs[of_method[0]["config"]][part] for part in ("shared", "own"))
             named = {name: own[name] for name in ("aligned", "reference") if name in own}
             settings.setdefault(task, dict(shared)).update(named)
+            for name in ("base", "proxy", *named):
+                if settings[task].get(name) is not None:
+                    settings[task][name] = _from_here(settings[task][name])
             summary["speedup"] = summary["tokens_per_second"] / base if base else None
             summary["parameters"], summary["name"] = own["shown_parameters"], own["name"]
         rows += summaries
@@ -128,6 +131,13 @@ def make_report(
         "unfinished": unfinished,
         "environment": environment,
     }
+
+
+def _from_here(name: str) -> str:
+    """A model's folder relative to the working directory, if it is below it; any other name unchanged."""
+    folder = Path(name)
+    below = folder.is_absolute() and folder.is_relative_to(Path.cwd())
+    return str(folder.relative_to(Path.cwd())) if below else name
 
 
 def complete_records(folder: ResultsFolder) -> tuple[dict[str, dict[str, list[Record]]], list[dict[str, Any]]]:
