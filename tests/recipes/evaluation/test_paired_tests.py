@@ -9,7 +9,7 @@ import pytest
 from transformers_kad.recipes.evaluation.comparison import compare_methods
 from transformers_kad.recipes.evaluation.paired_tests import (
     compare_figures,
-    paired_p_value,
+    paired_p_values,
     prefer,
     summarize_parts,
 )
@@ -55,7 +55,7 @@ def test_few_differences_have_the_exact_p_value_of_all_signs():
     differences = np.array([0.5, 1.25, -0.25, 2.0, 0.75, 1.0, -0.1])
     sums = [abs(np.dot(signs, differences)) for signs in itertools.product((1, -1), repeat=7)]
     exact = np.mean([one >= abs(differences.sum()) - 1e-9 for one in sums])
-    assert paired_p_value(differences) == pytest.approx(exact)
+    assert paired_p_values([differences])[0] == pytest.approx(exact)
 
 
 def test_differences_of_one_sign_or_another_are_tested_as_accuracy_is():
@@ -70,15 +70,26 @@ def test_differences_of_one_sign_or_another_are_tested_as_accuracy_is():
 
 def test_many_differences_have_a_uniform_p_value_without_an_effect_and_a_small_one_with():
     rng = np.random.default_rng(5)
-    none = [paired_p_value(rng.normal(0, 1, size=40)) for _ in range(200)]
+    none = paired_p_values([rng.normal(0, 1, size=40) for _ in range(200)])
     assert 0.02 <= np.mean([p < 0.1 for p in none]) <= 0.2
     assert 0.4 <= np.mean(none) <= 0.6
-    assert paired_p_value(rng.normal(1, 1, size=40)) < 0.001
+    assert paired_p_values([rng.normal(1, 1, size=40)])[0] < 0.001
+
+
+def test_samples_of_any_sizes_are_tested_together():
+    rng = np.random.default_rng(8)
+    samples = [rng.normal(0.3, 1, size=size) for size in (30, 1, 8, 30)] + [np.array([1.0, 1.0, -1.0, 1.0, 0.0])]
+    together = paired_p_values(samples)
+    alone = [paired_p_values([sample])[0] for sample in samples]
+    assert together == pytest.approx(alone, abs=0.03)
+    assert together[1] == 1.0
+    assert together[2] == alone[2]  # all 2^8 choices of signs
+    assert together[4] == 10 / 16  # sums of four signs: 6/16 are 0
 
 
 def test_a_seed_makes_p_values_and_intervals_repeatable():
     values = np.random.default_rng(6).normal(0.2, 1, size=50)
-    assert paired_p_value(values) == paired_p_value(values)
+    assert paired_p_values([values]) == paired_p_values([values])
     parts = [(value, 1) for value in values]
     assert summarize_parts(parts, is_share=False) == summarize_parts(parts, is_share=False)
 
