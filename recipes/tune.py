@@ -276,7 +276,14 @@ def main(argv: list[str] | None = None) -> int:
     types = (ModelArguments, TuningEvaluationArguments, EvaluationSampling, TuningArguments)
     arguments = parse_arguments(types, __doc__, argv)
     silence_libraries()
-    return exit_status(lambda: run(*arguments))
+
+    def search() -> int:
+        try:
+            return run(*arguments)
+        except optuna.exceptions.StorageInternalError as error:  # on a full disk, for example
+            raise OSError(f"The study could not be written: {error.__cause__ or error}") from error
+
+    return exit_status(search)
 
 
 if __name__ == "__main__":

@@ -485,3 +485,11 @@ def test_a_path_that_is_neither_a_folder_nor_a_repo_is_named(tmp_path):
     missing = str(tmp_path / "not" / "there")
     with pytest.raises(FileNotFoundError, match=r"Folder not found: '.*/not/there'"):
         KADConfig.from_pretrained(missing)
+
+
+@pytest.mark.parametrize("name", ["base", "proxy"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_model_without_a_name_is_refused(name, value):
+    """It would be taken for the folder that the file lies in."""
+    with pytest.raises(TypeError, match=f"`{name}` must be the id or path of a model"):
+        KADConfig(**{name: value})

@@ -20,6 +20,7 @@ from pathlib import Path
 import generate
 import pytest
 import run_eval
+import tune
 from recipes_without_models import Echo, EchoDecoder
 
 from transformers_kad.recipes import resumable
@@ -310,3 +311,23 @@ def test_a_terminated_process_that_was_not_disturbed_by_another(name, tmp_path, 
     assert main(command) == 0
     assert "already done" in capsys.readouterr().err
     assert own(tmp_path / "stopped") == own(tmp_path / "undisturbed")
+
+
+def test_a_study_that_cannot_grow(tmp_path, monkeypatch, capsys):
+    """tune.py ends with an error, and goes on from there once there is room."""
+    monkeypatch.setattr(tune, "make_decoder", lambda *_, **__: EchoDecoder())
+    monkeypatch.setattr(tune, "plot", lambda *_: [])
+    monkeypatch.setattr(tune, "replace", lambda config, **_: config)
+    asked = ["--limit", "2", "--trials", "3", "--no_speculative", "--batch_size", "2", "--goal", "accuracy"]
+    assert tune.main([*asked, "--output", str(tmp_path / "undisturbed")]) == 0
+    whole = (tmp_path / "undisturbed" / "study.db").stat().st_size
+    drawn = random.Random("study")
+    for number in range(10):
+        command = [*asked, "--output", str(tmp_path / str(number))]
+        capsys.readouterr()
+        with files_up_to(drawn.randrange(whole)):
+            assert tune.main(command) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+        assert tune.main(command) == 0
+        trials = json.loads((tmp_path / str(number) / "tuning.json").read_text())["trials"]
+        assert [trial["state"] for trial in trials] == ["complete"] * 3

@@ -70,3 +70,11 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path):
         write_whole(tmp_path / "page", "new \ud83d")
     assert (tmp_path / "page").read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_folder_that_is_missing_is_named_with_the_file(tmp_path):
+    """And not the second file, which the text goes to first."""
+    link = tmp_path / "page.html"
+    link.symlink_to(tmp_path / "gone" / "page.html")
+    with pytest.raises(FileNotFoundError, match=r"page\.html' can't be written: there is no folder '.*gone'"):
+        write_whole(link, "new")

@@ -88,6 +88,8 @@ def test_the_rule_of_a_config():
         (["assisted:num_assistant_tokens=auto"], {}, ValueError, "transformers' own decoding"),
         (["kad-dual:num_assistant_tokens=2.5"], {}, ValueError, "2.5"),
         (["kad-dual:verification=blok"], {}, ValueError, "verification 'blok'. Did you mean 'block'"),
+        (["kad-dual:threshold=" + "1" * 5000], {}, ValueError, "The value '111.*can't be used"),
+        (["kad-dual:threshold=" + "[" * 5000], {}, ValueError, "nested more than"),
         (["base"], {"settings": {"verification": "block"}}, ValueError, "verification"),
     ],
 )

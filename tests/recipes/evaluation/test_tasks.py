@@ -511,3 +511,25 @@ def test_tasks_are_declared_without_the_extra():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == f"{len(TASKS)}\n"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"question": 5}, "Row 1 of openai/gsm8k .* has the question 5, which is not text"),
+        ({"question": " "}, "Row 1 of openai/gsm8k .* has no question"),
+        ({"answer": None}, "Row 1 of openai/gsm8k .* does not have the layout"),
+    ],
+)
+def test_a_question_is_text(tmp_path, changed, message):
+    row = {"question": "How many?", "answer": "Two.\n#### 2"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | changed) + "\n")
+    with pytest.raises(ValueError, match=message):
+        get_task("gsm8k").load(data_dir=tmp_path / "test.jsonl")
+
+
+def test_an_option_is_text(tmp_path):
+    row = {"question": "Which?", "choices": [1.5, 2.5, 3.5, 4.5], "answer": 1}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"Row 1 of cais/mmlu .*: options must be text"):
+        get_task("mmlu").load(data_dir=tmp_path / "test.jsonl")

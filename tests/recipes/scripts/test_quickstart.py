@@ -102,6 +102,9 @@ def test_the_script_runs_as_a_single_file_copied_elsewhere(tmp_path):
         ({"parameters": "threshold=1"}, "threshold=1"),
         ({"rule": "duel"}, "Did you mean 'dual'"),
         ({"parameters": '{"threshold": 2}'}, "got 2"),
+        ({"parameters": "[0.5]"}, "a JSON object is needed"),
+        ({"parameters": '{"threshold": 0.5, "threshold": 0.6}'}, "'threshold' twice"),
+        ({"parameters": "[" * 5000}, "nested more than"),
     ],
 )
 def test_bad_arguments_are_echoed(arguments, message):

@@ -304,3 +304,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=re.escape(str(tmp_path))):
         recipe.main(["--smoke", "--out", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "caf\udce9", "[" * 5000])
+def test_settings_that_cannot_be_read_are_named(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ValueError, match=r"settings\.json' can't be used"):
+        recipe.check_settings(tmp_path, recipe.Settings.smoke(0))

@@ -139,6 +139,44 @@ def test_settings_of_other_draft_lengths_are_groups_of_their_own(tmp_path, monke
     assert tune.plot({"trials": trials[4:], "base_tokens_per_second": 10.0}, tmp_path) == []
 
 
+def searched(folder, *methods):
+    """A study with a finished trial of each threshold."""
+    study = tune.open_study(folder, tune.Goal(speed=False), seed=0)
+    for threshold in methods:
+        trial = study.ask()
+        trial.suggest_categorical("method", ["kad-dual"])
+        trial.suggest_float("kad-dual.threshold", threshold, threshold, step=0.01)
+        trial.set_user_attr("method", tune.method_of(trial.params).label)
+        trial.set_user_attr("accuracy", 0.5)
+        trial.set_user_attr("speedup", 1.5)
+        study.tell(trial, 0.5)
+    study.set_user_attr("settings", {"goal": {"accuracy": True, "speed": False}})
+    return study
+
+
+def test_a_study_is_opened_again(tmp_path):
+    searched(tmp_path, 0.3, 0.4)
+    assert len(tune.open_study(tmp_path, tune.Goal(speed=False), seed=0).trials) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+        lambda path: path.write_bytes(b"no database"),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'settings{"goal"', b'setzings{"goal"')),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"accuracy", b"accurazy")),
+        lambda path: path.write_bytes(path.read_bytes().replace(b"threshold=0.3", b"threshold=0.9")),
+        lambda path: (path.unlink(), path.mkdir()),
+    ],
+)
+def test_a_damaged_study_is_named_with_what_to_do(tmp_path, damage):
+    searched(tmp_path, 0.3)
+    damage(tmp_path / "study.db")
+    with pytest.raises(ValueError, match=r"study\.db' can't be read: .*Move the file away"):
+        tune.open_study(tmp_path, tune.Goal(speed=False), seed=0)
+
+
 @pytest.mark.parametrize(
     ("accuracy", "speed", "front", "said"),
     [

@@ -102,3 +102,10 @@ def test_one_row_cannot_be_split(tmp_path):
     rows = read_rows(write_lines(tmp_path / "rows.jsonl", [{"a": 1}]))
     with pytest.raises(AlignmentError, match="--eval_share 0"):
         rows.split(0.5, seed=0)
+
+
+def test_an_empty_file_of_a_data_set_is_an_error_of_the_recipe(tmp_path):
+    """Readers of datasets raise errors of many kinds, here a StopIteration without a message."""
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(AlignmentError, match="could not be loaded as a data set"):
+        read_rows(str(tmp_path))
