@@ -38,7 +38,7 @@ def fuzz(kind: str, examples: int, number: int, phases: Sequence[Phase] = tuple(
     """Check so many random sessions whose base has a cache of a kind; equal numbers give equal sessions.
 
     Raises:
-        AssertionError: something does not hold. The account that is its attribute `account` has the smallest session.
+        Exception: something does not hold. The account that is its attribute `account` has the smallest session.
     """
     account = Account()
 
@@ -63,7 +63,7 @@ def fuzz(kind: str, examples: int, number: int, phases: Sequence[Phase] = tuple(
             warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", RuntimeWarning)
             run()
-    except AssertionError as error:
+    except Exception as error:
         error.account = account  # type: ignore[attr-defined]
         raise
     finally:
@@ -77,7 +77,7 @@ def run_chunk(kind: str, examples: int, number: int) -> dict[str, Any]:
     failure = None
     try:
         account = fuzz(kind, examples, number)
-    except AssertionError as error:
+    except Exception as error:
         account = error.account  # type: ignore[attr-defined]
         failure = {"session": repr(account.session), "error": "".join(traceback.format_exception_only(error))}
     return {"counts": dict(account.counts), "refusals": dict(account.refusals), "failure": failure}

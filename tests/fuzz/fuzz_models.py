@@ -21,30 +21,16 @@ NOISE = 0.15  # of the proxy's weights, in standard deviations of the base's
 FAMILIES = {
     "full": ("llama", "gpt2", "qwen3", "gpt_neox", "opt", "deepseek_v3"),
     "windows": ("mistral", "gemma3_text", "llama4_text", "cohere2", "olmo3", "phi3"),
-    "states": (
-        "mamba",
-        "mamba2",
-        "falcon_h1",
-        "lfm2",
-        "qwen3_next",
-        "jamba",
-        "minimax",
-        "rwkv",
-    ),
+    "states": ("mamba", "mamba2", "falcon_h1", "lfm2", "qwen3_next", "jamba", "minimax", "granitemoehybrid"),
 }
 NOT_IN_FLOAT64 = (
+    "granitemoehybrid",
     "jamba",
     "minimax",
     "qwen3_next",
 )  # their experts are multiplied in at most float32
-WITHOUT_PADDING = ("rwkv",)  # in transformers, padding on the left changes its logits
 IN_FLOAT32_INSIDE = ("falcon_h1", "mamba2")  # whatever the dtype of their weights is
-WITHOUT_GIVEN_CACHE = (
-    "mamba",
-    "mamba2",
-    "minimax",
-    "rwkv",
-)  # they take no `DynamicCache` from outside
+WITHOUT_GIVEN_CACHE = ("mamba", "mamba2", "minimax")  # they take no `DynamicCache` from outside
 # Linear layers that an adapter is put on.
 ADAPTED = {
     "llama": ["q_proj", "v_proj"],

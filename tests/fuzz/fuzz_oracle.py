@@ -186,6 +186,7 @@ class BeamOracle(LogitsProcessor):
         self.rule, self._proxy, self._prompts, self._beams = rule, proxy, prompts, beams
         self._prompt_length = prompt_length
         self._states: dict[tuple[int, tuple[int, ...]], float | None] = {(row, ()): s for row, s in enumerate(states)}
+        self.positions: list[Position] = []
         self.masses: dict[tuple[int, tuple[int, ...]], float | None] = {}  # by the prompt and the tokens behind it
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -200,5 +201,6 @@ class BeamOracle(LogitsProcessor):
             for token in range(VOCABULARY):
                 self._states[row, (*tokens, token)] = self.rule.next_state(position)
             self.masses[row, tokens] = position.mass
+            self.positions.append(position)
             rows.append(position.r)
         return torch.tensor(rows, dtype=torch.float64).log().to(torch.float32)

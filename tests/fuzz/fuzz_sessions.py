@@ -13,7 +13,6 @@ from fuzz_models import (
     FIRST_CHARACTER,
     NOT_IN_FLOAT64,
     VOCABULARY,
-    WITHOUT_PADDING,
 )
 from hypothesis import strategies as st
 
@@ -234,10 +233,10 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
         "trace": not lazy and draw(st.booleans()),
         "compile": kind != "states" and not lazy and not automatic and draw(one_in(8)),
     }
-    rows = draw(st.integers(1, 1 if base in WITHOUT_PADDING or proxy in WITHOUT_PADDING else 3))
+    rows = draw(st.integers(1, 3))
     calls = []
     for number in range(draw(st.integers(1, 3))):
-        calls.append(draw(one_call(rows, lazy=lazy, first=number == 0, adapted=adapted, padded=rows > 1)))
+        calls.append(draw(one_call(rows, lazy=lazy, first=number == 0, adapted=adapted)))
     if rows == 1 and not lazy and draw(st.booleans()):
         calls = [as_turn_of_a_chat(call, first=number == 0) for number, call in enumerate(calls)]
     return Session(
@@ -273,7 +272,7 @@ def as_turn_of_a_chat(call: Call, *, first: bool) -> Call:
 
 
 @st.composite
-def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bool, padded: bool) -> Call:
+def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bool) -> Call:
     """A call with so many rows, for a processor that is lazy or not."""
     continues = not first and draw(st.booleans())
     path = draw(st.sampled_from(["drafts"] * 4 + ["loop", "attached", "argument", "tokens"])) if not lazy else "tokens"
@@ -311,6 +310,6 @@ def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bo
         settings=tuple(settings.items()),
         as_config=draw(one_in(4)),
         proxy_prompts=draw(some_texts(rows, 5)) if draw(one_in(6)) else (),
-        padding=draw(st.integers(0, 3)) if padded else 0,
+        padding=draw(st.integers(0, 3)),
         change="" if first else draw(st.sampled_from(changes)),
     )
