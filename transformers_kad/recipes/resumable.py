@@ -37,7 +37,8 @@ class JsonLinesStore:
     Args:
         path: the file, or a link to it; its folder is created if it is missing.
         settings: the settings that determine the results, as JSON values. A missing setting counts as None.
-        order: the field that tells records apart, and by which `complete` sorts them. It is an integer.
+        order: the field that tells records apart, and by which `complete` sorts them. It is an integer,
+            unless `fields` has it with another type.
         fields: fields that every record has, for `check_fields`.
         checked: whether every line gets a field "check", a hash of the others, by which a line that was changed or
             is there twice is found. For files whose records have too many fields to check each of them.
@@ -128,7 +129,7 @@ class JsonLinesStore:
         """
         if not self.path.is_file():
             return
-        self.records, _ = read_json_lines(self.path, {**self.fields, self.order: (int,)})
+        self.records, _ = read_json_lines(self.path, {self.order: (int,), **self.fields})
         self._take_over_parts()
         in_order = sorted(self.records, key=lambda record: record[self.order])
         if in_order != self.records:
@@ -137,7 +138,7 @@ class JsonLinesStore:
 
     def _take_over_parts(self) -> None:
         """Append the records of all part files, and remove these files."""
-        fields = {**self.fields, self.order: (int,)}
+        fields = {self.order: (int,), **self.fields}
         for part in self._parts():
             for number, record in enumerate(self.records, start=1):
                 check_fields(record, fields, f"{str(self.path)!r}, line {number}")

@@ -1,6 +1,7 @@
 """Scores that are kept: nothing is computed twice, and nothing of another model is mixed in."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -70,3 +71,11 @@ def test_another_judge_or_other_settings_have_scores_of_their_own(tmp_path):
 def test_the_same_text_after_another_prompt_is_another_text():
     other = PromptedText([{"role": "user", "content": "r"}], "a")
     assert TEXTS[0].key == TEXTS[3].key != other.key
+
+
+def test_a_score_that_was_changed_is_named_with_its_line(tmp_path):
+    scores = replace(kept(tmp_path, Counter()), fields={"length": (int,)})
+    scores.score(TEXTS, Processes())
+    scores.path.write_text(scores.path.read_text().replace('"length": 3', '"length": "3"'))
+    with pytest.raises(ValueError, match=r"judge-.*, line \d: 'length' is '3', not of type int"):
+        scores.score(TEXTS, Processes())

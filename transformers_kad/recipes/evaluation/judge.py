@@ -16,8 +16,12 @@ from ...models.model_errors import describe
 from ...models.model_settings import context_length
 from ..arguments import ModelArguments
 from ..pair import load_large
+from ..record_fields import Shape
 from .decoding import as_text
 from .kept_scores import PromptedText, Score
+
+# The fields of a score and their types.
+JUDGE_FIELDS: Mapping[str, Shape] = {"nll": (int, float, type(None)), "tokens": (int,), "cut": (bool,)}
 
 
 @dataclass(frozen=True)

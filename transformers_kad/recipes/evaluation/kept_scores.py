@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ...integrations.loading.prompts import Prompt
 from ..processes import Processes
 from ..progress import Progress
+from ..record_fields import Shape
 from ..resumable import JsonLinesPart, JsonLinesStore
 
 Score = dict[str, Any]
@@ -50,6 +51,7 @@ class KeptScores:
         settings: all settings that determine the scores, as JSON values.
         load: loads the model. It is called only if there are texts without scores.
         batch_size: the number of texts in a batch.
+        fields: the fields of a score, which are checked when the file is read.
     """
 
     folder: Path
@@ -57,6 +59,7 @@ class KeptScores:
     settings: Mapping[str, Any]
     load: Callable[[], Scorer]
     batch_size: int
+    fields: Mapping[str, Shape] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -78,7 +81,7 @@ class KeptScores:
 
         def find_missing() -> list[PromptedText]:
             nonlocal store
-            store = JsonLinesStore(self.path, self.settings, order="key")
+            store = JsonLinesStore(self.path, self.settings, order="key", fields={"key": (str,), **self.fields})
             known = {record["key"] for record in store.records}
             missing = {text.key: text for text in texts if text.key not in known}
             # Texts of similar length share a batch, which then has little padding. The longest come first.

@@ -1,14 +1,14 @@
 """Measures the quality of the texts in a results folder, by programs, by a judge and by a reward model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ...utils.sources import check_source
 from ..arguments import ModelArguments
 from ..processes import Processes
-from .judge import Judge
+from .judge import JUDGE_FIELDS, Judge
 from .kept_scores import KeptScores, PromptedText, Score
 from .methods import Method
 from .quality_report import Record, TextScores, prompted_text, summarize_quality
@@ -140,7 +140,8 @@ class QualityRun:
             return {}
         settings = {**self._settings(), "judge": judge, "template_arguments": dict(self.template_arguments)}
         load = lambda: Judge.load(judge, self.models, self.template_arguments)  # noqa: E731
-        return self._kept("judge", settings, load).score(texts, processes)
+        kept = self._kept("judge", settings, load)
+        return replace(kept, fields=JUDGE_FIELDS).score(texts, processes)
 
     def _rewards(self, texts: Sequence[PromptedText], processes: Processes) -> dict[str, Score]:
         if (name := self.arguments.reward_model) is None:
