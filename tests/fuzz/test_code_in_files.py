@@ -21,9 +21,12 @@ import serve
 import sweep
 import torch
 import tune
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import dynamic_module_utils
 
 from transformers_kad.integrations.loading.models import load_model, load_tokenizer
+from transformers_kad.recipes.training import AlignmentError
+from transformers_kad.recipes.training.checks import check_pair
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*(ROOT / "transformers_kad").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")])
@@ -177,8 +180,10 @@ def with_code(folder, marker):
     """Make a model need code of its own, which creates the file `marker`."""
     (folder / "code.py").write_text(
         f"open({str(marker)!r}, 'w').close()\n"
-        "from transformers import LlamaConfig as Config, LlamaForCausalLM as Model\n"
-        "from transformers import PreTrainedTokenizerFast as Tokens\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class Config(LlamaConfig):\n    model_type = 'unknown'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Config\n"
+        "class Tokens(PreTrainedTokenizerFast):\n    pass\n"
     )
     config = json.loads((folder / "config.json").read_text())
     config |= {
@@ -233,7 +238,9 @@ def test_no_recipe_runs_code_of_a_model(name, pair, tmp_path, monkeypatch, capsy
     assert sys.stdin.readline() == "y\n"  # nothing was read
 
 
-def test_code_of_a_model_runs_if_the_user_says_so(pair, tmp_path):
+def test_code_of_a_model_runs_if_the_user_says_so(pair, tmp_path, monkeypatch):
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
     with_code(pair / "base", tmp_path / "executed")
     load_model(pair / "base", trust_remote_code=True)
     assert (tmp_path / "executed").exists()
@@ -278,8 +285,6 @@ def change_json(path, **changes):
 
 
 def rename_a_weight(path):
-    from safetensors.torch import save_file  # noqa: PLC0415
-
     weights = load_file(path)
     name = next(name for name in weights if "mlp" in name)
     weights[f"renamed.{name}"] = weights.pop(name)
@@ -287,8 +292,6 @@ def rename_a_weight(path):
 
 
 def cut_a_weight(path):
-    from safetensors.torch import save_file  # noqa: PLC0415
-
     weights = load_file(path)
     name = next(name for name in weights if "mlp" in name)
     weights[name] = weights[name][:3].clone()
@@ -323,6 +326,16 @@ def test_damaged_configurations_are_refused_with_their_folder(file, text, pair):
     (pair / file).write_text(text)
     with pytest.raises((OSError, ValueError), match=re.escape(str((pair / file).parent))):
         load_model((pair / file).parent)
+
+
+@pytest.mark.parametrize("text", [*JSON_DAMAGES[:-1], '{"eos_token_id": "x"}', '{"eos_token_id": [1, true]}'])
+def test_a_damaged_generation_config_is_not_passed_over(text, pair):
+    """transformers takes the ends of a turn from another file then, or from nowhere."""
+    (pair / "base" / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        load_model(pair / "base")
+    with pytest.raises(AlignmentError, match=r"generation_config\.json"):
+        check_pair(str(pair / "base"), str(pair / "proxy"))
 
 
 @pytest.mark.parametrize("text", JSON_DAMAGES[:-2])

@@ -21,7 +21,7 @@ from ...models.adapters import model_below
 from ...models.model_settings import text_setting
 from ...utils.sources import check_source, resolve_name
 from .merging import merge_and_compare, reason_not_to_merge, trained_tokens
-from .reading import NO_CODE, NO_PICKLE, PICKLE_ADVICE, check_adapter_weights, readable
+from .reading import NO_CODE, NO_PICKLE, PICKLE_ADVICE, check_adapter_weights, check_generation_config, readable
 
 
 def below_adapter(path: str | Path) -> str | None:
@@ -164,6 +164,7 @@ def _load_whole(path: str | Path, **kwargs: Any) -> PreTrainedModel:
         ValueError: its files are damaged, or weights are missing.
     """
     kwargs = {**NO_CODE, **NO_PICKLE, **kwargs}
+    check_generation_config(path)
     try:
         with readable(path):
             model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)

@@ -11,7 +11,9 @@ from huggingface_hub.errors import StrictDataclassError
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+
+from ...utils.strict_json import parse_json_object
 
 # Arguments of `from_pretrained`. Without the first, transformers asks on standard input whether code of the model may
 # run, and takes a prompt that lies there for the answer.
@@ -60,6 +62,25 @@ def load_architecture(path: str | Path) -> PreTrainedConfig:
     """The configuration of a model, which is no adapter. Raises as `AutoConfig.from_pretrained` and `readable`."""
     with readable(path):
         return AutoConfig.from_pretrained(path, **NO_CODE)
+
+
+def check_generation_config(path: str | Path) -> None:
+    """Check the `generation_config.json` in the folder of a model, if there is one.
+
+    transformers passes over a file that is not JSON. A model whose ends of a turn are only there would not stop.
+
+    Raises:
+        ValueError: it is not a JSON object, or its `eos_token_id` is neither an id nor a list of ids.
+    """
+    file = Path(path) / GENERATION_CONFIG_NAME
+    if not file.is_file():
+        return
+    try:
+        ends = parse_json_object(file.read_bytes()).get("eos_token_id")
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is not a JSON object: {error}.") from error
+    if not all(type(end) is int for end in (ends if isinstance(ends, list) else [] if ends is None else [ends])):
+        raise ValueError(f"{str(file)!r}: `eos_token_id` must be an id or a list of ids, got {ends!r:.200}.")
 
 
 def check_adapter_weights(path: str | Path) -> None:

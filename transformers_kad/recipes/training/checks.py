@@ -7,7 +7,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 
 from ...integrations.loading.models import below_adapter, load_tokenizer
 from ...integrations.loading.prompts import no_padding_error, pad_token_id
-from ...integrations.loading.reading import load_architecture
+from ...integrations.loading.reading import check_generation_config, load_architecture
 from ...models.model_settings import text_setting
 from ...models.vocabulary import describe_different_ids
 from . import AlignmentError
@@ -154,6 +154,7 @@ def load_config(path: str, option: str) -> PreTrainedConfig:
         while (below := below_adapter(path)) is not None:
             path = below
         config = load_architecture(path)
+        check_generation_config(path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise AlignmentError(f"{option} {path!r} is not a folder or Hub id of a model: {reason}") from error
