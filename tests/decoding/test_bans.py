@@ -66,6 +66,23 @@ def test_no_banned_token_is_emitted(base, eager, kind, path):
     assert not torch.isin(tempered, torch.tensor(BANNED)).any()
 
 
+class BanLast(LogitsProcessor):
+    """Bans the token that is forced at the end, behind the processors of the configuration."""
+
+    def __call__(self, input_ids, scores):
+        return scores.index_fill(-1, torch.tensor(BANNED), -torch.inf)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
+def test_a_forced_token_that_is_banned_leaves_the_others_alike(base, eager, path, temperature):
+    """All other tokens are at the smallest float then, where a temperature must not take them out of the numbers."""
+    forced = {"forced_eos_token_id": BANNED[0], "remove_invalid_values": True, "eos_token_id": BANNED[0]}
+    text = generate(base, eager, path, [BanLast()], component_temperature=temperature, **forced)
+    assert text.shape[1] == 12
+    assert not torch.isin(text, torch.tensor(BANNED)).any()
+
+
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(
     "ban",

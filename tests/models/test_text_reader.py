@@ -9,7 +9,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad.models.cached_model import CachedModel
-from transformers_kad.models.model_errors import ContextLengthError
+from transformers_kad.models.model_errors import ContextLengthError, is_unusable
 from transformers_kad.models.text_reader import TextReader, tempered
 
 BASE, PROXY = "tiny pair", "byte-level"
@@ -104,6 +104,22 @@ def test_a_temperature_of_one_leaves_the_logits():
     logits = torch.tensor([1.0, 3.0])
     assert tempered(logits, 1.0) is logits
     assert tempered(logits, 0.5).tolist() == [2.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.1, 0.6, 3.0])
+def test_a_temperature_takes_no_row_out_of_the_numbers(dtype, temperature):
+    """Where a forced token is banned with -inf, all that is left may lie at the smallest number of the dtype."""
+    smallest = torch.finfo(dtype).min
+    rows = [[smallest, -torch.inf, smallest], [-smallest, 1.0, -torch.inf], [1.0, smallest, 1.0]]
+    want = [[0.5, 0.0, 0.5], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]
+    assert tempered(torch.tensor(rows, dtype=dtype), temperature).double().softmax(-1).tolist() == want
+
+
+@pytest.mark.parametrize("row", [[-torch.inf, -torch.inf], [torch.inf, 0.0], [torch.nan, 0.0]])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_temperature_hides_no_unusable_row(row, temperature):
+    assert is_unusable(tempered(torch.tensor([row]), temperature)).tolist() == [True]
 
 
 @pytest.mark.parametrize("family", ["mistral", "lfm2", "qwen3_next", "zaya", "jamba"])

@@ -172,5 +172,14 @@ class TextReader:
 
 
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits divided by a temperature; themselves at 1."""
-    return logits if temperature == 1 else logits / temperature
+    """Logits `(..., V)` divided by a temperature; themselves at 1.
+
+    The likeliest tokens of a row may lie near the smallest number of the dtype, where other processors have banned all
+    others with it and the last ones with -inf. Divided by less than 1 they would overflow, so such rows are shifted
+    to 0 before, which does not change their softmax.
+    """
+    if temperature == 1:
+        return logits
+    best = logits.amax(-1, keepdim=True)
+    overflows = best.isfinite() & (best.abs() > torch.finfo(logits.dtype).max * min(temperature, 1) / 2)
+    return (logits - best.where(overflows, 0)) / temperature
