@@ -266,3 +266,10 @@ def test_settings_that_do_not_have_their_hash_are_refused(tmp_path):
     path.write_text(path.read_text().replace("0.4", "0.5"))
     with pytest.raises(ValueError, match=r"configs\.json', '\w+' is the hash of other settings"):
         opened(tmp_path)
+
+
+def test_a_deferral_mass_of_one_may_be_rounded_up(tmp_path):
+    opened(tmp_path)
+    write(tmp_path, 0, lines(0, **RULED | {"deferral_mass": 1.0000000975348733}))
+    opened(tmp_path)
+    assert keys(tmp_path) == [(0, 0), (0, 1)]
