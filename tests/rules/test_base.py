@@ -194,7 +194,7 @@ def test_numbers_of_numpy_are_numbers():
 @pytest.mark.parametrize("value", [10**400, -(10**400)])
 def test_an_integer_too_large_for_a_float_is_out_of_every_range(value):
     assert as_float(value) == (float("inf") if value > 0 else float("-inf"))
-    with pytest.raises(ValueError, match=rf"ImplicitReward\.beta.*\[0, inf\).*{value}"):
+    with pytest.raises(ValueError, match=rf"ImplicitReward\.beta.*\[0, inf\).*{str(value)[:200]}\.$"):
         ImplicitReward(value)
 
 

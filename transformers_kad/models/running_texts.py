@@ -64,18 +64,19 @@ class RunningTexts:
         self.forwards = 0
         self._without_adapter = without_adapter
         self._batches: list[_Batch] = []
-        self._row_bytes, self._token_bytes = (0, 0) if cache_bytes is None else self._measure()
+        sample = self._new_reader()  # which refuses models that can't serve
+        self._row_bytes, self._token_bytes = (0, 0) if cache_bytes is None else self._measure(sample)
 
     def _new_reader(self) -> CachedModel:
         reader = CachedModel(self.model, self.role, without_adapter=self._without_adapter)
         reader.refresh(state="running")  # the weights do not change, so that no fingerprint of them is taken
         return reader
 
-    def _measure(self) -> tuple[int, int]:
+    def _measure(self, reader: CachedModel) -> tuple[int, int]:
         """The memory of a row without tokens, and of each token, in bytes; more than that for sliding windows."""
         sizes = []
         for length in (1, 2):
-            reader = self._new_reader()
+            reader.reset()
             reader.logits(torch.zeros(1, length, dtype=torch.long, device=reader.device))
             sizes.append(reader.cache_bytes)
         per_token = sizes[1] - sizes[0]

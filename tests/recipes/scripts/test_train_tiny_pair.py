@@ -115,7 +115,7 @@ def test_pair_is_small_and_names_no_machine():
     files = [path for path in recipe.PAIR_DIR.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {path.name for path in recipe.PAIR_DIR.iterdir()} == {
-        *("base", "reference", "proxy", "settings.json", "README.md"),
+        *("base", "reference", "proxy", "aligned", "settings.json", "README.md"),
     }
     assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth"}]
     for path in files:

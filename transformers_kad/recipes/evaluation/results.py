@@ -13,6 +13,7 @@ from ...utils.files import write_whole
 from ...utils.strict_json import parse_json_object
 from ..record_fields import ADVICE, Shape, check_fields
 from ..resumable import append_json_lines, describe_differences, json_line, open_locked, read_json_lines
+from .tasks import TASKS
 
 ROUNDING = 1e-6  # a mean of float32 shares can exceed 1 by so much
 
@@ -266,6 +267,9 @@ def _read_records(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         if record["batch"] != name:
             raise ValueError(f"{where}: 'batch' is {record['batch']!r:.80}, not {name!r:.80}. {ADVICE}")
         check_fields(record, {key: shape for key, shape in OPTIONAL_FIELDS.items() if key in record}, where)
+        if record["task"] in TASKS and (record["correct"] is not None) != TASKS[record["task"]].has_right_answers:
+            kind = "true or false" if record["correct"] is None else "null"
+            raise ValueError(f"{where}: 'correct' is {record['correct']}, not {kind}. {ADVICE}")
         if "rounds" in record:
             _check_decoding(record, where)
     return records, torn

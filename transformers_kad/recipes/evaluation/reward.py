@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from ...integrations.loading.devices import pick_device
 from ...integrations.loading.models import load_tokenizer
+from ...integrations.loading.reading import NO_CODE, NO_PICKLE, load_architecture, readable
 from ...models.model_settings import context_length
 from ...utils.sources import check_source
 from ..arguments import ModelArguments
@@ -37,9 +38,10 @@ class RewardModel:
         """
         check_reward_model(name)
         placed = {key: value for key, value in device_spread(models).items() if value is not None}
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            check_source(name), dtype=models.dtype, output_loading_info=True, **placed
-        )
+        with readable(name):
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                check_source(name), dtype=models.dtype, output_loading_info=True, **placed, **NO_CODE, **NO_PICKLE
+            )
         if loading["missing_keys"]:
             missing = ", ".join(sorted(loading["missing_keys"]))
             raise ValueError(
@@ -83,7 +85,7 @@ class RewardModel:
 
 def check_reward_model(name: str) -> None:
     """Raise a `ValueError` unless a model has one output, before its weights are loaded."""
-    labels = AutoConfig.from_pretrained(check_source(name)).num_labels
+    labels = load_architecture(check_source(name)).num_labels
     if labels != 1:
         raise ValueError(
             f"--reward_model {name!r} has {labels} labels, but a reward is a single number: pass a sequence "

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from ...integrations.loading import load_tokenizer
+from ...integrations.loading.reading import load_architecture
 from ..benchmarking.subjects import random_model
 
 CONTEXT = 64
@@ -30,7 +31,7 @@ def save_random_weights(proxy: str | Path, architecture: str | Path, folder: Pat
     """
     torch.manual_seed(seed)
     tokenizer = load_tokenizer(proxy)
-    model = random_model(AutoConfig.from_pretrained(architecture), device="cpu")
+    model = random_model(load_architecture(architecture), device="cpu")
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
