@@ -34,6 +34,7 @@ from transformers_kad.recipes.evaluation.arguments import EvaluationArguments, E
 from transformers_kad.recipes.evaluation.comparison import compare_methods, holm_adjusted
 from transformers_kad.recipes.evaluation.results import ResultsFolder
 from transformers_kad.recipes.evaluation.session import evaluate, log
+from transformers_kad.recipes.markdown import markdown_table, number, p_value
 from transformers_kad.recipes.plot_style import group_style, matplotlib_style, new_figure, percent_axis, save_figure
 from transformers_kad.utils.files import write_whole
 
@@ -136,8 +137,8 @@ def compare_with_dual(report: Mapping[str, Any], folder: ResultsFolder) -> list[
                 "p_value": test.p_value,
             }
         )
-    for row, p_value in zip(rows, holm_adjusted([row["p_value"] for row in rows]), strict=True):
-        row["p_value"] = p_value
+    for row, adjusted in zip(rows, holm_adjusted([row["p_value"] for row in rows]), strict=True):
+        row["p_value"] = adjusted
     return rows
 
 
@@ -146,48 +147,37 @@ def step_size_of(row: Row) -> float:
     return float(row["parameters"].get("step_size", PacedDeferral.step_size))
 
 
-def number(value: float | None, digits: int) -> str:
-    """A number of a table, with a dash for a missing one."""
-    return "–" if value is None else f"{value:.{digits}f}"
+def figures_of(row: Row) -> list[str]:
+    """Mean deferral mass, spread, accuracy and acceptance of a row, as cells of a table."""
+    shares = [number(row[key], 3) for key in ("deferral_mass", "spread", "accuracy")]
+    return [*shares, number(row["acceptance_rate"], 2)]
 
 
 def pair_table(rows: Sequence[Row]) -> str:
     """The comparison as a Markdown table."""
-    lines = [
-        "| budget | step size | mass | spread | accuracy | acceptance | dual threshold | mass | spread | accuracy "
-        "| acceptance | difference | p (Holm) |",
-        "|---|" + "---:|" * 12,
-    ]
+    figures = ("mass", "spread", "accuracy", "acceptance")
+    header = ["budget", "step size", *figures, "dual threshold", *figures, "difference", "p (Holm)"]
+    lines = []
     for row in rows:
         paced, dual = row["paced"], row["dual"]
-        figures = [
-            cell
-            for one in (paced, dual)
-            for cell in (
-                *([] if one is paced else [f"{dual['parameters']['threshold']:g}"]),
-                *(number(one[key], 3) for key in ("deferral_mass", "spread", "accuracy")),
-                number(one["acceptance_rate"], 2),
-            )
-        ]
-        p_value = "< 0.0001" if row["p_value"] < 0.0001 else f"{row['p_value']:.4f}"
         width = "" if row["half_width"] is None else f" ± {row['half_width']:.3f}"
-        cells = [f"{paced['parameters']['budget']:g}", f"{step_size_of(paced):g}", *figures]
-        lines.append(f"| {' | '.join(cells)} | {row['difference']:+.3f}{width} | {p_value} |")
-    return "\n".join(lines) + "\n"
+        lines.append(
+            [
+                *(f"{paced['parameters']['budget']:g}", f"{step_size_of(paced):g}", *figures_of(paced)),
+                *(f"{dual['parameters']['threshold']:g}", *figures_of(dual)),
+                *(f"{row['difference']:+.3f}{width}", p_value(row["p_value"])),
+            ]
+        )
+    return markdown_table(header, lines)
 
 
 def agreeing_table(rows: Sequence[Row]) -> str:
     """What the rules do where base and proxy agree, as a Markdown table."""
-    lines = ["| method | mass | spread | accuracy | 95 % interval | acceptance |", "|---|" + "---:|" * 5]
+    lines = []
     for row in rows:
-        cells = [
-            row["method"],
-            *(number(row[key], 3) for key in ("deferral_mass", "spread", "accuracy")),
-            f"{row['low']:.3f} to {row['high']:.3f}",
-            number(row["acceptance_rate"], 2),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        *figures, acceptance = figures_of(row)
+        lines.append([row["method"], *figures, f"{row['low']:.3f} to {row['high']:.3f}", acceptance])
+    return markdown_table(["method", "mass", "spread", "accuracy", "95 % interval", "acceptance"], lines)
 
 
 def plot(report: Mapping[str, Any], folder: ResultsFolder, path_stem: Path) -> list[Path]:

@@ -50,16 +50,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers_kad import KADConfig, KADStatistics
 from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.integrations.loading.prompts import Prompt, encode
 from transformers_kad.recipes.arguments import (
+    TEMPLATE_CHOICES,
     ModelArguments,
     RuleArguments,
     SamplingArguments,
-    template_arguments,
+    TemplateArguments,
 )
 from transformers_kad.recipes.command_line import parse_arguments
 from transformers_kad.recipes.pair import Pair
@@ -85,7 +86,7 @@ from transformers import TextStreamer, set_seed
 
 
 @dataclass
-class PromptArguments:
+class PromptArguments(TemplateArguments):
     """The prompts, and where the answers are written."""
 
     prompt: str | None = field(default=None, metadata={"help": "A prompt, whose answer is streamed."})
@@ -101,26 +102,12 @@ class PromptArguments:
         },
     )
     system: str | None = field(default=None, metadata={"help": "System message at the beginning of every chat."})
-    chat: Literal["auto", "yes", "no"] = field(
-        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
-    )
-    proxy_chat: Literal["same", "yes", "no"] = field(
-        default="same",
-        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
-    )
-    template_arguments: str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
-    )
     trace: str | None = field(
         default=None,
         metadata={
             "help": "HTML page that shows how much of each token of the answer to --prompt is due to the proxy."
         },
     )
-
-    def __post_init__(self) -> None:
-        self.template = template_arguments(self.template_arguments)
 
 
 class Generator:
@@ -162,13 +149,17 @@ class Generator:
         pair, template = self.pair, {**arguments.template, **(template or {})}
         if isinstance(prompt, str):
             self.check_template(template, arguments)
-        inputs = encode(pair.tokenizer, [prompt], pair.device, chat=_flag(arguments.chat), model=pair.base, **template)
+        inputs = encode(
+            pair.tokenizer, [prompt], pair.device, chat=TEMPLATE_CHOICES[arguments.chat], model=pair.base, **template
+        )
         self.kad.reset()
         set_seed(seed)
         if arguments.proxy_chat == "same":
             ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         else:
-            own = encode(pair.proxy_tokenizer, [prompt], pair.device, chat=_flag(arguments.proxy_chat), **template)
+            own = encode(
+                pair.proxy_tokenizer, [prompt], pair.device, chat=TEMPLATE_CHOICES[arguments.proxy_chat], **template
+            )
             with self.kad.proxy_prompt(own):
                 ids = pair.base.generate(**inputs, **self.settings, streamer=streamer)
         return ids[0, inputs["input_ids"].shape[1] :].tolist()
@@ -192,10 +183,6 @@ class Generator:
     def text(self, ids: list[int]) -> str:
         """An answer without special tokens."""
         return self.pair.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def _flag(choice: str) -> bool | None:
-    return {"auto": None, "yes": True, "no": False}[choice]
 
 
 def with_system(prompt: Prompt, system: str | None) -> Prompt:

@@ -1,5 +1,6 @@
 """The command-line arguments that recipes share: models, rule, and sampling."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -163,6 +164,37 @@ class RuleArguments(RuleParameters):
         """The configuration of --config, with the given rule and parameters in place of its own."""
         parameters, own = self.given()
         return config_from(self.config, self.rule, parameters | own)
+
+
+# What the values of --chat and --proxy_chat stand for: whether a template is applied, None if there is one.
+TEMPLATE_CHOICES: Mapping[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
+
+
+@dataclass
+class TemplateArguments:
+    """How prompts are put into chat templates.
+
+    Attributes:
+        template: `template_arguments`, parsed.
+
+    Raises:
+        ValueError: `template_arguments` can't be used.
+    """
+
+    chat: Literal["auto", "yes", "no"] = field(
+        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
+    )
+    proxy_chat: Literal["same", "yes", "no"] = field(
+        default="same",
+        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
+    )
+    template_arguments: str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
+    )
+
+    def __post_init__(self) -> None:
+        self.template = template_arguments(self.template_arguments)
 
 
 @dataclass

@@ -13,6 +13,7 @@ import check_pair
 import pytest
 import run_eval
 import torch
+from command_lines import error_of
 
 from transformers_kad import DualDeferral, KADConfig
 from transformers_kad.integrations.loading import load_model, load_tokenizer
@@ -346,12 +347,7 @@ def test_another_pair_or_other_prompts_are_refused_in_the_same_folder(tiny, tmp_
 )
 def test_bad_input_is_one_clear_line(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    try:
-        status = check_pair.main(words)
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 2
-    error = capsys.readouterr().err
+    error = error_of(check_pair.main, words, capsys)
     assert message in error
     assert "Traceback" not in error
 

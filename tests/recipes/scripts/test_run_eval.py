@@ -16,6 +16,7 @@ import pytest
 import run_eval
 import sweep
 import tune
+from command_lines import error_of
 
 from transformers_kad import KADConfig
 from transformers_kad.integrations.loading.models import load_tokenizer
@@ -353,11 +354,6 @@ def test_a_run_in_which_nothing_could_be_answered_is_reported_all_the_same(tmp_p
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
-    try:
-        status = run_eval.main(["--output", str(tmp_path / "out"), *arguments])
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 2
-    error = capsys.readouterr().err
+    error = error_of(run_eval.main, ["--output", str(tmp_path / "out"), *arguments], capsys)
     assert message in error
     assert "Traceback" not in error

@@ -9,6 +9,7 @@ import pytest
 import run_eval
 import torch
 import tune
+from command_lines import error_of
 from test_ifeval import punkt  # noqa: F401
 from test_run_eval import PAIR, ROOT, run
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -229,12 +230,7 @@ def test_two_processes_give_the_scores_of_one(finished, tmp_path):
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
-    try:
-        status = run_eval.main(["--limit", "2", "--output", str(tmp_path / "out"), *arguments])
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 2
-    error = capsys.readouterr().err
+    error = error_of(run_eval.main, ["--limit", "2", "--output", str(tmp_path / "out"), *arguments], capsys)
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()

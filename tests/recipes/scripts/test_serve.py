@@ -12,6 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 import serve
+from command_lines import error_of
 
 from transformers_kad import KADConfig
 from transformers_kad.integrations.serving import build_app
@@ -64,12 +65,7 @@ def test_continuous_batching_is_refused_with_the_reason(served, capsys, option):
     ],
 )
 def test_errors_are_told_in_one_line(capsys, options, message):
-    try:
-        status = serve.main([*MODELS, *options])
-    except SystemExit as error:
-        status = error.code
-    assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert message in error_of(serve.main, [*MODELS, *options], capsys).splitlines()[-1]
 
 
 @pytest.mark.slow

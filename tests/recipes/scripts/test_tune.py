@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import run_eval
 import tune
+from command_lines import error_of
 
 from transformers_kad import KADConfig
 
@@ -95,12 +96,7 @@ def test_a_goal_out_of_reach_is_said_and_writes_no_configuration(tmp_path, capsy
     ],
 )
 def test_bad_input_is_one_clear_line(arguments, message, tmp_path, capsys):
-    try:
-        status = tune.main([*arguments, "--limit", "2", "--output", str(tmp_path)])
-    except SystemExit as stopped:
-        status = stopped.code
-    assert status == 2
-    assert message in capsys.readouterr().err
+    assert message in error_of(tune.main, [*arguments, "--limit", "2", "--output", str(tmp_path)], capsys)
 
 
 def row(number, method, parameters, accuracy=0.5, speedup=1.5):

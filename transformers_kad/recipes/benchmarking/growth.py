@@ -14,13 +14,14 @@ from ...configuration import KADConfig
 from ...integrations.loading.models import below_adapter
 from ...integrations.loading.reading import load_architecture
 from ..arguments import ModelArguments
+from ..markdown import number
 from ..resumable import JsonLinesStore
 from .bounds import fit_exponent
 from .forwards import CacheMeter
 from .inflate import inflate
 from .methods import Method, MethodRunner
 from .plots import plot_growth
-from .report import Column, measured_with, mebibytes, number, percentage, table
+from .report import Column, measured_with, mebibytes, percentage, table
 from .speed import WARM_UP_TOKENS, load_average, run_method
 from .subjects import Subject, make_inputs, random_model, threshold_that_defers
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+from ..markdown import markdown_table, number
 from .bounds import ForwardTimes, Shape, quartiles, speculative_bound
 from .methods import KINDS, Method, counts_from_json
 
@@ -355,14 +356,7 @@ Column: TypeAlias = Callable[[Mapping[str, Any]], str]
 
 def table(columns: Mapping[str, Column], rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table whose first column is left-aligned. A column is a function of the row."""
-    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += [f"| {' | '.join(show(row) for show in columns.values())} |" for row in rows]
-    return "\n".join([*lines, ""])
-
-
-def number(value: float | None, digits: int, sign: str = "") -> str:
-    """A number as text, or a dash if it is missing."""
-    return "–" if value is None else f"{sign}{value:.{digits}f}"
+    return markdown_table(list(columns), ([show(row) for show in columns.values()] for row in rows))
 
 
 def percentage(value: float | None) -> str:

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from ...configuration import KADConfig
-from ..arguments import ModelArguments, RuleParameters, SamplingArguments, template_arguments
+from ..arguments import TEMPLATE_CHOICES, ModelArguments, RuleParameters, SamplingArguments, TemplateArguments
 from ..pair import Pair
 from ..processes import assign_own_devices
-from .decoding import TEMPLATE_CHOICES, Decoder
+from .decoding import Decoder
 from .methods import Method, parse_methods
 from .runner import Workload
 from .tasks import TASKS, get_task
@@ -20,7 +20,7 @@ DEFAULT_BATCH_SIZE = 16  # token by token
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(TemplateArguments):
     """The questions, and how they are asked.
 
     Raises:
@@ -61,19 +61,9 @@ class EvaluationArguments:
     aligned: str | None = field(
         default=None, metadata={"help": "Aligned large model for the method aligned: Hub id or folder."}
     )
-    chat: Literal["auto", "yes", "no"] = field(
-        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
-    )
-    proxy_chat: Literal["same", "yes", "no"] = field(
-        default="same",
-        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
-    )
-    template_arguments: str = field(
-        default="{}",
-        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.task = list(dict.fromkeys(self.task))
         for name in self.task:
             get_task(name)
@@ -86,7 +76,6 @@ class EvaluationArguments:
             raise ValueError(
                 f"--prompts {self.prompts!r} is for the tasks {readers}, got --task {' '.join(self.task)}."
             )
-        self.template = template_arguments(self.template_arguments)
 
     def workloads(self, sampling: "EvaluationSampling", *, positions: bool = False) -> list[Workload]:
         """Load the instances of all tasks."""

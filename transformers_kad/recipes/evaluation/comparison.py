@@ -18,10 +18,10 @@ class Comparison:
     Attributes:
         method_a: the first method.
         method_b: the second.
-        difference: accuracy of a minus accuracy of b, in [-1, 1].
+        difference: the figure of a minus that of b: of accuracies in [-1, 1].
         half_width: half the width of the 95 % normal interval of the difference, over instances; None for a single
-            instance. The interval is an approximation, and has no width if all differences are equal. The test is
-            exact.
+            instance. The interval is an approximation, and has no width if all differences are equal. The test of
+            accuracies is exact.
         p_value: p-value of the two-sided sign-flip test for this pair alone.
         adjusted_p_value: the p-value after Holm's correction for all pairs of the call. If a difference is claimed
             only where it is below 0.05, the probability of any false claim is at most 5 %.

@@ -29,9 +29,6 @@ from ...rules.registry import RULES
 from ..pair import Pair
 from .methods import Method
 
-# What the values of --chat and --proxy_chat stand for, as a `Decoder` takes it.
-TEMPLATE_CHOICES: Mapping[str, Any] = {"auto": None, "yes": True, "no": False, "same": "same"}
-
 
 @dataclass(frozen=True)
 class Answer:

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.stats import bootstrap, permutation_test
 
 from ..intervals import paired_difference, wilson_interval
-from .comparison import holm_adjusted, sign_flip_p_value
+from .comparison import Comparison, holm_adjusted, sign_flip_p_value
 from .text_figures import Part
 
 SEED = 0
@@ -23,29 +23,6 @@ class Interval:
     value: float
     low: float
     high: float
-    instances: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A figure of method a minus that of method b, on the instances for which both have it.
-
-    Attributes:
-        method_a: the first method.
-        method_b: the second.
-        difference: the mean over instances of the differences between the figures of both.
-        half_width: half the width of its 95 % normal interval; None for a single instance.
-        p_value: p-value of the two-sided paired test, which flips the signs of the differences.
-        adjusted_p_value: the p-value after Holm's correction for all pairs of methods and this figure.
-        instances: the number of instances.
-    """
-
-    method_a: str
-    method_b: str
-    difference: float
-    half_width: float | None
-    p_value: float
-    adjusted_p_value: float
     instances: int
 
 
@@ -78,7 +55,7 @@ def summarize_parts(parts: Sequence[Part], *, is_share: bool) -> Interval:
     return Interval(value, low, high, len(parts))
 
 
-def compare_figures(values: Mapping[str, Mapping[str, float]]) -> list[Difference]:
+def compare_figures(values: Mapping[str, Mapping[str, float]]) -> list[Comparison]:
     """Compare every pair of methods on the instances for which both have a figure.
 
     The test is that of accuracy: if two methods are equally good, the difference of an instance is as likely as its
@@ -90,7 +67,7 @@ def compare_figures(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
         values: for each method, the figure of each instance that has one.
 
     Returns:
-        One difference for each pair that has instances in common.
+        One comparison for each pair that has instances in common.
     """
     pairs = []
     for a, b in itertools.combinations(values, 2):
@@ -103,7 +80,7 @@ def compare_figures(values: Mapping[str, Mapping[str, float]]) -> list[Differenc
     for (a, b, of_a, of_b), p, adjusted_p in zip(pairs, p_values, adjusted, strict=True):
         half_width = paired_difference([of_a], [of_b])[1] if len(of_a) > 1 else None
         mean = float(np.mean(np.array(of_a) - np.array(of_b)))
-        differences.append(Difference(a, b, mean, half_width, p, adjusted_p, len(of_a)))
+        differences.append(Comparison(a, b, mean, half_width, p, adjusted_p, len(of_a)))
     return differences
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .markdown import markdown_table, number, p_value
+from ..markdown import markdown_table, number, p_value
 from .text_figures import FIGURES
 
 SIGNIFICANT = 0.05

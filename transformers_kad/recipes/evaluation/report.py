@@ -12,9 +12,9 @@ import evaluate
 
 from ...utils.files import write_whole
 from ..environment import describe_environment
+from ..markdown import markdown_table, number, p_value
 from ..metrics import metric_path
 from .comparison import Comparison, compare_methods
-from .markdown import markdown_table, number, p_value
 from .methods import FROM_CONFIG, PLAIN_METHODS, RULE_METHODS
 from .quality_tables import quality_markdown
 from .results import ResultsFolder

@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from ...rules.registry import RULES
-from ..arguments import template_arguments
+from ..arguments import TemplateArguments
 from ..evaluation.methods import PARAMETER_GRID, Method, parse_methods
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # among which a start is recommended
@@ -14,11 +13,8 @@ GRID = tuple(word for word in PARAMETER_GRID if not word.startswith("implicit-re
 
 
 @dataclass
-class CheckArguments:
+class CheckArguments(TemplateArguments):
     """The prompts, the texts and the rules of the check.
-
-    Attributes:
-        template: `template_arguments`, parsed.
 
     Raises:
         ValueError: a value is out of range, or a method can't be checked.
@@ -50,20 +46,10 @@ class CheckArguments:
     )
     num_assistant_tokens: int = field(default=5, metadata={"help": "Draft length of the expected speed."})
     max_new_tokens: int = field(default=128, metadata={"help": "Maximum length of a text, in tokens."})
-    chat: Literal["auto", "yes", "no"] = field(
-        default="auto", metadata={"help": "Apply the base's chat template to prompts; auto: if it has one."}
-    )
-    proxy_chat: Literal["same", "yes", "no"] = field(
-        default="same",
-        metadata={"help": "Apply the proxy's own chat template; same: the proxy gets the base's prompt."},
-    )
-    template_arguments: str = field(
-        default="{}",
-        metadata={"help": "Further arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."},
-    )
     seed: int = field(default=0, metadata={"help": "Seed of the sampling, from which every prompt derives its own."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("limit", "num_assistant_tokens", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
@@ -71,7 +57,6 @@ class CheckArguments:
             path = getattr(self, name)
             if path is not None and path.is_file():
                 raise ValueError(f"--{name} must be a folder, got the file {str(path)!r}.")
-        self.template = template_arguments(self.template_arguments)
         self.methods()
 
     def methods(self) -> list[Method]:

@@ -18,9 +18,9 @@ from ...integrations.loading.prompts import PLAIN_SAMPLING
 from ...models.model_settings import vocabulary_size
 from ...utils.files import write_whole
 from ...utils.sources import shown_name
-from ..arguments import ModelArguments
+from ..arguments import TEMPLATE_CHOICES, ModelArguments
 from ..environment import describe_environment
-from ..evaluation.decoding import TEMPLATE_CHOICES, Decoder
+from ..evaluation.decoding import Decoder
 from ..pair import Pair
 from ..progress import Progress
 from ..prompt_lines import Line, seed_of

@@ -9,9 +9,9 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows), ""])
 
 
-def number(value: float | None, digits: int) -> str:
-    """A number with so many digits after the point, or a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+def number(value: float | None, digits: int, sign: str = "") -> str:
+    """A number with so many digits after the point, behind a sign such as "× ", or a dash if it is missing."""
+    return "–" if value is None else f"{sign}{value:.{digits}f}"
 
 
 def p_value(value: float) -> str:
