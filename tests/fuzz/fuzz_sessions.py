@@ -271,6 +271,11 @@ def as_turn_of_a_chat(call: Call, *, first: bool) -> Call:
     )
 
 
+def is_contradictory(settings: dict[str, Any]) -> bool:
+    """Whether no `GenerationConfig` can be made of settings, since the token that is forced is suppressed as well."""
+    return settings.get("forced_eos_token_id") in settings.get("suppress_tokens", ())
+
+
 @st.composite
 def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bool) -> Call:
     """A call with so many rows, for a processor that is lazy or not."""
@@ -308,7 +313,7 @@ def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bo
         after=draw(PROCESSORS) if draw(one_in(3)) and not attached and not lazy else (),
         criteria=(criteria,) if criteria else (),
         settings=tuple(settings.items()),
-        as_config=draw(one_in(4)),
+        as_config=draw(one_in(4)) and not is_contradictory(settings),
         proxy_prompts=draw(some_texts(rows, 5)) if draw(one_in(6)) else (),
         padding=draw(st.integers(0, 3)),
         change="" if first else draw(st.sampled_from(changes)),

@@ -234,9 +234,7 @@ class CachedForwards:
     def _forward(self, texts: PaddedTexts, logits_to_keep: int, chunk_size: int | None = None) -> torch.Tensor:
         """Forward what the cache does not hold yet of texts, which it holds then."""
         start = self.cached_length
-        step = 1 if self._reads_one_by_one and start else chunk_size
-        if step == 1 and not self._reads_one_by_one and texts.mask is not None:
-            step = 2  # layers with states ignore the mask of a single column, and would take padding for a token
+        step = self._step(texts, start, chunk_size)
         stops = range(start + step, texts.columns - logits_to_keep + 1, step) if step and self.has_cache else ()
         for stop in stops:
             self._call(texts.crop(stop), stop - start, 1)
@@ -250,6 +248,16 @@ class CachedForwards:
         self.forwards += 1
         self._texts = texts
         return logits[:, -logits_to_keep:]
+
+    def _step(self, texts: PaddedTexts, start: int, chunk_size: int | None) -> int | None:
+        """How many columns of texts, of which `start` were read, a forward may read at once; None for all."""
+        if self._reads_one_by_one and start:
+            return 1  # none of them is padding, since these caches hold whole texts
+        # Layers with states ignore the mask of a single column, and would take padding for a token.
+        may_be_padding = texts.mask is not None
+        if self._reads_one_by_one:
+            return 1 if chunk_size == 1 and not may_be_padding else None
+        return 2 if chunk_size == 1 and may_be_padding else chunk_size
 
     def _call(self, texts: PaddedTexts, new: int, logits_to_keep: int) -> torch.Tensor:
         """One forward over the last `new` columns of texts."""
