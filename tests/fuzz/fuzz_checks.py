@@ -343,7 +343,9 @@ class Run:
     def _check_caches(self, kad: KADLogitsProcessor, result: Result) -> None:
         """A cache holds no more than the longest text has tokens, and in a batch a small share of holes besides."""
         own = self._own_prompts(result.call) or result.prompts
-        longest = max(map(len, own)) + result.ids.shape[1] - result.inputs.shape[1]
+        # A beam search goes on while other beams than those that it returns are likely to win.
+        new = result.call.limit if result.call.beams > 1 else result.ids.shape[1] - result.inputs.shape[1]
+        longest = max(map(len, own)) + new
         columns = longest + (0 if result.call.proxy_prompts else result.call.padding)
         if len(result.ids) > 1:
             columns = math.ceil(columns / (1 - LARGEST_SHARE_OF_HOLES))

@@ -110,7 +110,7 @@ class Session(_ShortRepr):
     kind: str = field(default="", repr=False, compare=False)
 
 
-LIMITS = (8, 12, 11, 10, 9, 7, 6, 5, 3, 2, 1)
+LIMITS = (5, 12, 9, 8, 7, 6, 5, 4, 4, 3, 2, 1)
 TOKENS = st.integers(1, VOCABULARY - 1)
 PROBABILITIES = st.one_of(
     st.sampled_from([0.0, 1.0, 0.5, 0.9]),
@@ -235,7 +235,7 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
     }
     rows = draw(st.integers(1, 3))
     calls = []
-    for number in range(draw(st.integers(1, 3))):
+    for number in range(draw(st.sampled_from([1, 1, 1, 1, 2, 2, 3]))):
         calls.append(draw(one_call(rows, lazy=lazy, first=number == 0, adapted=adapted)))
     if rows == 1 and not lazy and draw(st.booleans()):
         calls = [as_turn_of_a_chat(call, first=number == 0) for number, call in enumerate(calls)]
@@ -251,7 +251,7 @@ def sessions(draw: st.DrawFn, kind: str) -> Session:
         rule=rule,
         parameters=tuple((name, draw(value)) for name, value in RULES[rule].items()),
         processor=tuple(processor.items()),
-        again=draw(st.sampled_from(["", "same", "fresh"])),
+        again=draw(st.sampled_from(["", "", "same", "fresh"])),
         kind=kind,
     )
 

@@ -195,7 +195,7 @@ def test_a_model_without_a_cache_reads_all_again():
     check_logits(model, cached.extend(draft), [rows[0] + draft[0, :1].tolist() + draft[0].tolist()])
 
 
-@pytest.mark.parametrize("family", ["falcon_h1", "lfm2", "qwen3_next", "mamba"])
+@pytest.mark.parametrize("family", ["falcon_h1", "granitemoehybrid", "lfm2", "mamba", "mamba2", "qwen3_next"])
 @pytest.mark.parametrize("chunk", [1, 2, 3])
 def test_padding_is_no_token_in_any_chunk_of_a_prompt(family, chunk):
     """Layers with states ignore the mask of a forward over a single column."""

@@ -156,6 +156,8 @@ class ForwardInputs:
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = kept  # some models set their own
+        if new > 1 and texts.mask is not None and inputs.get("attention_mask", texts.mask) is None:
+            inputs["attention_mask"] = texts.mask  # Mamba leaves it out behind a cache, where chunks may have padding
         if not is_synchronous(texts.ids.device):
             prepare_masks(self._below, inputs, None if is_first else inputs.get(self.cache_name))
         return inputs
