@@ -1,10 +1,11 @@
 """The code on the pages runs as written and prints what they say; tables, links and lists are those of the sources.
 
-Every block of `README.md`, `CONTRIBUTING.md`, `docs/` and the three pages in `recipes/` belongs to a known kind.
+Every block of the pages in `PAGES` belongs to a known kind.
 Python runs, block after block in one namespace; a text block is what the Python blocks before it print; each command
 of a bash block is parsed by what it calls. A block or a command of another kind fails.
 """
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -23,6 +24,7 @@ import pytest
 import test_proxy_kinds
 import yaml
 from lm_eval._cli import HarnessCLI
+from pages import ROOT, tables_in, text_of
 from sybil import Document
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
@@ -32,7 +34,6 @@ import transformers_kad
 from transformers_kad import RULES, make_rule
 from transformers_kad.integrations import vllm
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
@@ -40,6 +41,7 @@ PAGES = [
     "recipes/hub/README.md",
     "recipes/space/README.md",
     "recipes/tiny_pair/README.md",
+    "tests/README.md",
 ]
 # What the models of a page are called where its reader is to put in names.
 PLACEHOLDERS = {
@@ -71,10 +73,6 @@ WORKERS = {
     "sweep": "evaluate",
     "tune": "run",
 }
-
-
-def text_of(page):
-    return (ROOT / page).read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -135,6 +133,16 @@ def call_harness(module, words):
     assert make_rule(arguments.pop("rule"), **arguments)
 
 
+def call_pytest(words):
+    """Parse the arguments of pytest that pages use."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("-m", choices=["slow", "not slow"])
+    parser.add_argument("-n", type=int)
+    for path in parser.parse_args(words).paths:
+        assert (ROOT / path).exists(), f"there is no {path}"
+
+
 def understand(words):
     """Parse a command as what it calls would; fail for a command of an unknown kind."""
     match words:
@@ -153,8 +161,8 @@ def understand(words):
         case ["vllm", "serve", base, "--logits-processors", processor]:
             module, _, name = processor.partition(":")
             assert (ROOT / base).is_dir() and hasattr(importlib.import_module(module), name)
-        case ["python", "-m", "pytest"]:
-            pass
+        case ["python", "-m", "pytest", *rest]:
+            call_pytest(rest)
         case ["hf", "upload", "you/kad", folder, ".", "--repo-type", "space"]:
             assert (ROOT / folder / "app.py").is_file()
         case ["python", "recipes/space/app.py"]:
@@ -252,6 +260,8 @@ def test_the_blocks_of_a_page_run_in_order(page, clone):
         ("```bash\npython -m pip install transformers-kad\n```\n", "there is no|integrations.lm_eval"),
         ('```bash\npython -m pip install -c constraints.txt -e ".[no]"\n```\n', "no such extra"),
         ("```bash\npython recipes/no.py\n```\n", "there is no recipes/no.py"),
+        ("```bash\npython -m pytest tests/no\n```\n", "there is no tests/no"),
+        ('```bash\npython -m pytest -m "not fast"\n```\n', "2"),
         ("```bash\npython recipes/run_eval.py --limit many\n```\n", "2"),
         ("```bash\npython recipes/run_eval.py --method kad-dual:treshold=1\n```\n", "treshold"),
         ("```bash\npython recipes/quickstart.py && git push\n```\n", "a command of an unknown kind: git push"),
@@ -399,11 +409,7 @@ def test_every_picture_of_the_results_is_shown():
 
 def tables(page):
     """The tables of a page: a mapping of column to cell for each row."""
-    found = []
-    for lines in re.findall(r"(?:^\|.*\n)+", text_of(page), re.MULTILINE):
-        header, _, *rows = ([cell.strip() for cell in line.strip("|\n").split("|")] for line in lines.splitlines(True))
-        found.append([dict(zip(header, row, strict=True)) for row in rows])
-    return found
+    return tables_in(text_of(page))
 
 
 @pytest.mark.parametrize(

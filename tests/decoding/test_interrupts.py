@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
 from transformers_kad.decoding import generate_wrapper, open_call, processor_state, proxy_models, token_by_token
@@ -96,6 +97,36 @@ class Ask(StoppingCriteria):
     def __call__(self, input_ids, scores, **kwargs):
         self.action(input_ids)
         return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Broken(BaseStreamer):
+    """Fails at the n-th token, as where nobody reads the text any more."""
+
+    def __init__(self, at):
+        self.left = at + 1  # the prompt comes first
+
+    def put(self, value):
+        self.left -= 1
+        if self.left == 0:
+            raise BrokenPipeError
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_the_call_after_one_whose_streamer_failed_is_right(base, proxy, speculative):
+    kad = KADLogitsProcessor(proxy, DualDeferral(0.6))
+    settings = {"logits_processor": [kad], **GREEDY, "assistant_model": proxy if speculative else None}
+    expected = base.generate(PROMPT, **settings)
+    statistics = kad.statistics
+    for at in range(1, 10):
+        with pytest.raises(BrokenPipeError) as failed:
+            base.generate(PROMPT, streamer=Broken(at), **settings)
+        assert kad.statistics is statistics  # those of the last call that ended
+        assert torch.equal(base.generate(PROMPT, **settings), expected)
+        assert failed.tb  # it holds the frames of the call, so that their end frees nothing
+        statistics = kad.statistics
 
 
 @pytest.mark.parametrize("speculative", [False, True])

@@ -105,6 +105,7 @@ def test_a_batch_that_is_made_again_behind_its_torn_beginning_counts_once(tmp_pa
         (lambda line: json.dumps(line | {"tokens": -1}), "'tokens' is -1"),
         (lambda line: json.dumps(line | {"sample": 1}), "'batch' is 'tiny/kad-dual/0/2', not 'tiny/kad-dual/1/2'"),
         (lambda line: json.dumps(line | {"ended": "no"}), "'ended' is 'no'"),
+        (lambda line: json.dumps(line | {"correct": None}), "'correct' is None, not true or false"),
         (lambda line: json.dumps(line | {"rounds": 2}), "no 'drafted'"),
         (lambda line: json.dumps(line | RULED | {"accepted": 9}), "'accepted' is 9, more than 'drafted', 4"),
         (lambda line: json.dumps(line | RULED | {"deferral_mass": 1.5}), "'deferral_mass' is 1.5, more than 1"),
