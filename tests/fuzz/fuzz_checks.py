@@ -519,15 +519,17 @@ class Run:
 
     def _excuse(self, error: Exception, call: Call, prompts: list[list[int]]) -> None:
         """An error that is not the library's is excused where transformers raises it without KAD as well."""
-        before, after = ([PROCESSORS[name]() for name in names] for names in (call.before, call.after))
-        try:
-            arguments = self._arguments(call, prompts)
-            self.base.generate(**arguments, logits_processor=[*before, *after])
-        except type(error):
-            self.account.add(invalid_calls=f"{type(error).__name__}: {str(error)[:60]}")
-            return
-        except Exception:
-            pass
+        settings = tuple((name, value) for name, value in call.settings if name != "stop_strings")
+        endless = replace(call, eos=(), criteria=(), settings=settings)  # which no other text ends before the error
+        for plain in (call, endless):
+            before, after = ([PROCESSORS[name]() for name in names] for names in (call.before, call.after))
+            try:
+                self.base.generate(**self._arguments(plain, prompts), logits_processor=[*before, *after])
+            except type(error):
+                self.account.add(invalid_calls=f"{type(error).__name__}: {str(error)[:60]}")
+                return
+            except Exception:
+                pass
         raise AssertionError(f"{type(error).__name__}: {error}") from error
 
 
