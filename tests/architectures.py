@@ -21,6 +21,7 @@ from typing import Any
 
 import reference
 import torch
+import transformers
 from tiny_families import NOT_SURVEYED, VOCABULARY, has_windows, tiny_family
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -38,6 +39,12 @@ RARE = 2  # tokens of a text
 TRIES = 60  # prompts
 PAD = 0
 BEAMS = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12}
+
+# Other versions of transformers have other families, and own texts that differ in other places.
+_CONSTRAINTS = (PAGE.parents[1] / "constraints.txt").read_text(encoding="utf-8")
+_PINNED = re.search(r"^transformers==(\d+\.\d+)\.", _CONSTRAINTS, re.MULTILINE)
+assert _PINNED is not None
+IS_VERSION_OF_PAGE = transformers.__version__.startswith(f"{_PINNED[1]}.")
 
 OWN_CHECKS = ("alone", "batch", "beams")
 EQUAL, DIFFERS, OWN_DIFFER = "equal", "differs", "own texts differ"
@@ -250,6 +257,15 @@ def judged(verdicts: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str
         is_wrong = verdict == DIFFERS or verdict.startswith("error")
         result[check] = OWN_DIFFER if is_wrong and any(own[name] != EQUAL for name in needed) else verdict
     return result
+
+
+def wrong_in(verdicts: Mapping[str, str]) -> dict[str, str]:
+    """The verdicts that are faults of the library: texts that differ, and errors."""
+    return {
+        check: verdict
+        for check, verdict in verdicts.items()
+        if verdict not in (EQUAL, OWN_DIFFER) and not verdict.startswith("refused: ")
+    }
 
 
 def answers(texts: Sequence[list[int]]) -> list[list[int]]:

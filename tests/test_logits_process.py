@@ -674,6 +674,7 @@ def test_what_torch_compile_made_of_a_model_is_refused_with_what_to_do(base, pro
 @pytest.mark.parametrize("speculative", [False, True])
 def test_models_that_were_compiled_in_place(rule, speculative):
     """`model.compile()`: also of a `PeftModel` whose adapter is switched off and on between its forwards."""
+    torch.compiler.reset()  # torch counts how often a function was compiled, in other tests too
     base, below = tiny_model(seed=1), tiny_model(seed=2)
     torch.manual_seed(0)
     proxy = get_peft_model(below, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, attach, attached_processor, detach, kad_generate
+from transformers_kad.models.by_version import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
 BATCH = torch.tensor([[3, 14, 15, 9, 26], [7, 7, 7, 2, 1]])
@@ -220,11 +221,11 @@ def test_caches_that_a_call_brings(base, kad):
     expected = base.generate(PROMPT, logits_processor=[kad], **GREEDY)
     attach(base, kad)
     static = StaticCache(config=base.config, max_cache_len=64)
-    assert torch.equal(base.generate(PROMPT, past_key_values=static, **GREEDY), expected)
+    assert torch.equal(base.generate(PROMPT, **{CACHE: static}, **GREEDY), expected)
     assert kad.statistics.drafted == 0
     for inputs, drafted in ((PROMPT, True), (BATCH, False)):
         first = base(inputs[:, :-1]).past_key_values
-        found = base.generate(inputs, past_key_values=first, return_dict_in_generate=True, **GREEDY)
+        found = base.generate(inputs, **{CACHE: first}, return_dict_in_generate=True, **GREEDY)
         assert torch.equal(found.sequences[:1], expected)
         assert (kad.statistics.drafted > 0) == drafted
         assert found.past_key_values is first

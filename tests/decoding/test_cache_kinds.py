@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
 from transformers_kad.decoding import lazy
+from transformers_kad.models.by_version import CACHE
 
 RULE = DualDeferral(architectures.THRESHOLD)
 
@@ -168,7 +169,7 @@ def test_a_window_over_a_cache_without_a_configuration() -> None:
     base, proxy = pair("mistral", "base")
     texts = references(kad_choice(base, proxy), mixed=True)
     settings = {"logits_processor": [make_kad(proxy)], "assistant_model": proxy}
-    assert generated(base, prompts_of(texts), past_key_values=DynamicCache(), **settings) == texts
+    assert generated(base, prompts_of(texts), **{CACHE: DynamicCache()}, **settings) == texts
 
 
 def test_a_recurrent_base_goes_on_from_the_cache_that_a_call_returned() -> None:
@@ -180,10 +181,7 @@ def test_a_recurrent_base_goes_on_from_the_cache_that_a_call_returned() -> None:
     assert isinstance(held, Cache)
     assert 11 <= held.get_seq_length() < 17
     # Three tokens that the user adds.
-    assert (
-        base.generate(torch.tensor([text[:20]]), past_key_values=held, max_new_tokens=7, **settings)[0].tolist()
-        == text
-    )
+    assert base.generate(torch.tensor([text[:20]]), **{CACHE: held}, max_new_tokens=7, **settings)[0].tolist() == text
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "lfm2"])

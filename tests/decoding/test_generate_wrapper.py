@@ -14,6 +14,7 @@ from transformers.generation import BaseStreamer
 from transformers_kad import DualDeferral, KADLogitsProcessor, kad_generate
 from transformers_kad.decoding import generate_wrapper
 from transformers_kad.decoding.open_call import OpenCall
+from transformers_kad.models.by_version import CACHE
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26]])
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -141,7 +142,7 @@ def test_what_the_wrapper_rests_on_in_transformers(base, proxy):
         WHAT_TO_DO + "the warpers come in logits_processor"
     )
     assert seen["criteria"].max_length == PROMPT.shape[1] + 4, WHAT_TO_DO + "criteria have no max_length"
-    for name in ("past_key_values", "use_cache", "attention_mask", "position_ids", "logits_to_keep"):
+    for name in (CACHE, "use_cache", "attention_mask", "position_ids", "logits_to_keep"):
         assert name in seen, WHAT_TO_DO + f"model_kwargs lack {name}"
     assert seen["generation_config"].prefill_chunk_size is None, WHAT_TO_DO + "no prefill_chunk_size"
     prepare = inspect.signature(type(base).prepare_inputs_for_generation).parameters

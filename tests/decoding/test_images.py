@@ -8,8 +8,10 @@ import torch
 from tiny_models import tiny_model
 from tiny_vision_models import IMAGE, VOCABULARY, mllama_prompt, next_logits, prompts, row_of, tiny_vision_model
 from transformers import PreTrainedModel
+from versions import skip_if_chunks_are_wrong
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
+from transformers_kad.models.by_version import CACHE
 
 TOKENS = 16
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": TOKENS}
@@ -59,6 +61,8 @@ def test_token_by_token(kind, images, proxy):
     expected = [by_hand(base, proxy, row_of(inputs, row, kind, images)) for row in range(len(images))]
     assert new_tokens(base, kad, inputs) == expected
     if kind != "paligemma":  # of which transformers itself reads every chunk in both directions
+        if images != [None]:
+            skip_if_chunks_are_wrong()
         assert new_tokens(base, kad, inputs, prefill_chunk_size=5) == expected
 
 
@@ -98,7 +102,7 @@ def test_other_images_and_a_chat_that_goes_on(proxy, speculative):
     expected = [by_hand(base, proxy, longer)]
     assert new_tokens(base, kad, longer, **settings) == expected
     continued = {name: longer[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    assert new_tokens(base, kad, continued, past_key_values=answer.past_key_values, **settings) == expected
+    assert new_tokens(base, kad, continued, **{CACHE: answer.past_key_values}, **settings) == expected
 
 
 @pytest.mark.parametrize("speculative", [False, True])

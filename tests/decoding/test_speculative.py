@@ -27,6 +27,7 @@ from transformers_kad import (
     PrimalDeferral,
     kad_generate,
 )
+from transformers_kad.models.by_version import CACHE
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 3]])
@@ -377,7 +378,7 @@ def test_a_cache_that_holds_more_than_the_ids_is_refused(base, proxy):
     kad = KADLogitsProcessor(proxy)
     cache = base(PROMPT[:, :9]).past_key_values
     with pytest.raises(ValueError, match="holds 9 tokens, more than the 3"):
-        base.generate(PROMPT[:, 9:], past_key_values=cache, logits_processor=[kad], assistant_model=proxy, **GREEDY)
+        base.generate(PROMPT[:, 9:], **{CACHE: cache}, logits_processor=[kad], assistant_model=proxy, **GREEDY)
 
 
 def test_a_left_padded_prompt(base, proxy):
@@ -400,7 +401,7 @@ def test_a_cache_of_the_users_is_continued(base, proxy):
     with CountForwards(base) as of_base:
         ids = base.generate(
             longer,
-            past_key_values=first.past_key_values,
+            **{CACHE: first.past_key_values},
             logits_processor=[kad],
             assistant_model=proxy,
             **GREEDY,

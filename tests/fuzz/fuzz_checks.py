@@ -32,6 +32,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteria
 
 import transformers_kad
 from transformers_kad import KADLogitsProcessor, attach, detach, kad_generate
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.cache_rollback import may_be_recurrent
 from transformers_kad.models.cached_model import LARGEST_SHARE_OF_HOLES
 
@@ -183,7 +184,7 @@ class Run:
         arguments = self._arguments(call, prompts)
         before = self._snapshot(arguments)
         if call.cache and len(prompts) == call.beams == call.returned == 1:
-            arguments["past_key_values"] = self._cache_for(call)
+            arguments[CACHE] = self._cache_for(call)
         try:
             output = self._generate(kad, call, arguments)
         except Exception as error:
@@ -322,7 +323,7 @@ class Run:
         models = (self.base, self.proxy)
         values = {}
         for name in arguments.keys() - {
-            "past_key_values",
+            CACHE,
             "tokenizer",
             "stopping_criteria",
         }:

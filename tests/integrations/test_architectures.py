@@ -7,6 +7,7 @@ import pytest
 from architectures import (
     DIFFERS,
     EQUAL,
+    IS_VERSION_OF_PAGE,
     OWN_DIFFER,
     PAGE,
     ROLES,
@@ -18,6 +19,7 @@ from architectures import (
     read_page,
     reason,
     verdicts_as,
+    wrong_in,
 )
 from tiny_families import NOT_SURVEYED
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -30,12 +32,16 @@ def published():
 
 @pytest.mark.parametrize("entry", entries(), ids=lambda entry: entry.name)
 def test_a_family_and_its_base_are_what_the_page_says(entry: Entry, published):
-    model, expected = entry.build(), published[entry.name]
+    model = entry.build()
     own = own_verdicts(model)
-    assert own == expected["own"]
-    assert verdicts_as("base", model, own) == expected["base"]
+    found = verdicts_as("base", model, own)
+    assert wrong_in(found) == {}
+    if IS_VERSION_OF_PAGE:
+        assert own == published[entry.name]["own"]
+        assert found == published[entry.name]["base"]
 
 
+@pytest.mark.skipif(not IS_VERSION_OF_PAGE, reason="transformers is not of the version that the page was made with")
 def test_the_page_lists_every_family_once(published):
     assert list(published) == [entry.name for entry in entries()]
     assert {entry.family for entry in entries()} | set(NOT_SURVEYED) == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -43,14 +49,8 @@ def test_the_page_lists_every_family_once(published):
 
 
 def test_no_text_is_wrong_where_transformers_agrees_with_itself(published):
-    wrong = {
-        (name, role, check): verdict
-        for name, found in published.items()
-        for role in ROLES
-        for check, verdict in found[role].items()
-        if verdict not in (EQUAL, OWN_DIFFER) and not verdict.startswith("refused: ")
-    }
-    assert wrong == {}
+    wrong = {(name, role): wrong_in(found[role]) for name, found in published.items() for role in ROLES}
+    assert {where: found for where, found in wrong.items() if found} == {}
 
 
 def test_nothing_is_said_where_transformers_disagrees_with_itself():

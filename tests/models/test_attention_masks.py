@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from transformers import DynamicCache
 
 from transformers_kad.models.attention_masks import prepare_masks, takes_prepared_masks
+from transformers_kad.models.by_version import CACHE
 
 IDS = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 3, 4, 2, 1, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 4, 2]])
 MASK = (IDS != 0).long()
@@ -16,7 +17,7 @@ MASK = (IDS != 0).long()
 def filled(model, columns):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(IDS[:, :columns], attention_mask=MASK[:, :columns], past_key_values=cache)
+        model(IDS[:, :columns], attention_mask=MASK[:, :columns], **{CACHE: cache})
     return cache
 
 
@@ -29,13 +30,13 @@ def test_logits_are_those_of_the_mask_of_columns(family, new, implementation):
     with torch.no_grad():
         inputs = {"input_ids": IDS[:, -new:], "attention_mask": MASK}
         inputs["position_ids"] = (MASK.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        expected = model(**inputs, past_key_values=filled(model, 12 - new)).logits
+        expected = model(**inputs, **{CACHE: filled(model, 12 - new)}).logits
         cache = filled(model, 12 - new)
         prepare_masks(model, inputs, cache)
         masks = inputs["attention_mask"]
         for mask in masks.values() if isinstance(masks, dict) else [masks]:
             assert mask.shape[:3] == (2, 1, new)
-        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+        assert torch.equal(model(**inputs, **{CACHE: cache}).logits, expected)
 
 
 def test_what_the_model_would_look_at_itself_stays_as_it_is():
@@ -60,7 +61,7 @@ def test_no_value_is_read():
         cache = DynamicCache(config=model.config)
         ids, mask = IDS.to(DEVICE), MASK.to(DEVICE)
         with torch.no_grad():
-            model(ids[:, :11], attention_mask=mask[:, :11], past_key_values=cache)
+            model(ids[:, :11], attention_mask=mask[:, :11], **{CACHE: cache})
         inputs = {"input_ids": ids[:, -1:], "attention_mask": mask}
         prepare_masks(model, inputs, cache)
         assert inputs["attention_mask"].tolist() == MASK.bool()[:, None, None].tolist()

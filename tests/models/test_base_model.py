@@ -7,11 +7,12 @@ from test_cached_model import plain, random_ids
 from tiny_families import tiny_family
 from tiny_models import tiny_model
 from transformers import Cache, DynamicCache, StaticCache
-from transformers.cache_utils import BaseQuantizedLayer
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
 from transformers_kad.models.base_model import BaseModel
+from transformers_kad.models.by_version import CACHE, BaseQuantizedLayer
 from transformers_kad.models.cached_model import MOST_ONE_BY_ONE
+from transformers_kad.models.forward_inputs import ForwardInputs
 
 
 def base_of(model, ids, held=0, **further):
@@ -19,8 +20,8 @@ def base_of(model, ids, held=0, **further):
     cache = DynamicCache(config=model.config)
     if held:
         with torch.no_grad():
-            model(ids[:, :held], past_key_values=cache)
-    return BaseModel(model, ids, None, {"use_cache": True, "past_key_values": cache, **further})
+            model(ids[:, :held], **{CACHE: cache})
+    return BaseModel(model, ids, None, {"use_cache": True, CACHE: cache, **further})
 
 
 @pytest.mark.parametrize("held", [0, 5])
@@ -53,7 +54,7 @@ def test_what_a_window_of_the_call_dropped_is_read_again():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"past_key_values": StaticCache(config=tiny_model().config, max_cache_len=64)}, "static or quantized cache"),
+        ({CACHE: StaticCache(config=tiny_model().config, max_cache_len=64)}, "static or quantized cache"),
         ({"inputs_embeds": torch.zeros(1, 4, 16)}, "needs `input_ids`, got `inputs_embeds`"),
     ],
 )
@@ -66,7 +67,7 @@ def test_a_cache_that_holds_more_than_the_text_is_refused():
     model, ids = tiny_model(seed=3), random_ids(1, 9)
     cache = base_of(model, ids, 9).cache
     with pytest.raises(ValueError, match="holds 9 tokens, more than the 4 of `input_ids`"):
-        BaseModel(model, ids[:, :4], None, {"use_cache": True, "past_key_values": cache})
+        BaseModel(model, ids[:, :4], None, {"use_cache": True, CACHE: cache})
 
 
 @pytest.mark.parametrize("name", ["activated LoRA", "SHADOW", "ADAPTION_PROMPT"])
@@ -111,7 +112,7 @@ class TinyQuantizedLayer(BaseQuantizedLayer):
 def test_a_quantized_cache_is_refused() -> None:
     cache = Cache(layers=[TinyQuantizedLayer() for _ in range(2)])
     with pytest.raises(ValueError, match=r"can't take tokens back from a static or quantized cache, got Cache\("):
-        base_of(tiny_model(seed=3), random_ids(1, 4), past_key_values=cache)
+        base_of(tiny_model(seed=3), random_ids(1, 4), **{CACHE: cache})
 
 
 def test_a_base_that_reads_in_both_directions_is_refused() -> None:
@@ -126,7 +127,7 @@ def test_a_cache_of_states_alone_cannot_be_continued() -> None:
     with torch.no_grad():
         cache = model(ids, use_cache=True).cache_params
     with pytest.raises(ValueError, match="can't tell how many tokens are in a cache of recurrent states alone"):
-        BaseModel(model, ids, None, {"use_cache": True, "cache_params": cache})
+        BaseModel(model, ids, None, {"use_cache": True, ForwardInputs(model).cache_name: cache})
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "falcon_h1", "jamba", "minimax", "zaya", "lfm2"])
@@ -134,7 +135,7 @@ def test_states_that_came_with_the_call_are_continued(family: str) -> None:
     model, ids = tiny_family(family), random_ids(1, 14)
     with torch.no_grad():
         cache = model(ids[:, :9], use_cache=True).past_key_values
-    base = BaseModel(model, ids, None, {"use_cache": True, "past_key_values": cache})
+    base = BaseModel(model, ids, None, {"use_cache": True, CACHE: cache})
     assert (base.cached_length, base.reads_prompt_alone) == (9, True)
     torch.testing.assert_close(base.logits(ids), plain(model, ids), atol=1e-3, rtol=1e-3)
     draft, other = random_ids(1, 3, seed=1), random_ids(1, 2, seed=2)
@@ -149,6 +150,6 @@ def test_many_tokens_behind_states_that_are_read_one_by_one_are_read_anew() -> N
     model, ids = tiny_family("jamba"), random_ids(1, 9 + MOST_ONE_BY_ONE + 1)
     with torch.no_grad():
         cache = model(ids[:, :9], use_cache=True).past_key_values
-    base = BaseModel(model, ids, None, {"use_cache": True, "past_key_values": cache})
+    base = BaseModel(model, ids, None, {"use_cache": True, CACHE: cache})
     torch.testing.assert_close(base.logits(ids), plain(model, ids), atol=1e-3, rtol=1e-3)
     assert base.cache is not cache

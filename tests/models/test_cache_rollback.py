@@ -9,6 +9,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 from transformers import DynamicCache
 
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.cache_rollback import (
     Rollback,
     can_drop,
@@ -45,7 +46,7 @@ def cache_of(model, ids, recorded=None, **inputs):
     cache = model(ids, use_cache=True, **inputs).past_key_values
     if recorded is not None:
         record_past(cache)
-        model(recorded, past_key_values=cache)
+        model(recorded, **{CACHE: cache})
     return cache
 
 
@@ -137,9 +138,9 @@ def test_selected_rows_take_all_states_along(family):
     select_cached_rows(cache, torch.tensor([2, 0]))
     following = torch.tensor([[5], [6]])
     with torch.no_grad():
-        got = model(following, past_key_values=cache).logits
-        expected = model(following, past_key_values=cache_of(model, ids[[2, 0]])).logits
-        other = model(following, past_key_values=cache_of(model, ids[[0, 1]])).logits
+        got = model(following, **{CACHE: cache}).logits
+        expected = model(following, **{CACHE: cache_of(model, ids[[2, 0]])}).logits
+        other = model(following, **{CACHE: cache_of(model, ids[[0, 1]])}).logits
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(got, other, atol=1e-2)
 
@@ -147,7 +148,7 @@ def test_selected_rows_take_all_states_along(family):
 def test_windows_over_a_cache_without_a_configuration_are_full_attention_to_the_cache():
     """The model says that it has windows, see `ForwardInputs.rollback`."""
     model = tiny_model("mistral", seed=3)
-    cache = cache_of(model, random_ids(1, 20), past_key_values=DynamicCache())
+    cache = cache_of(model, random_ids(1, 20), **{CACHE: DynamicCache()})
     assert rollback_of(cache) is Rollback.BEHIND_MASK
     assert CachedModel(model)._inputs.rollback(rollback_of(cache)) is Rollback.BY_ROW
 

@@ -102,7 +102,9 @@ def test_graphs_of_all_other_threads_are_run_by_one(recorded: Recorded, monkeypa
 
 
 @pytest.mark.usefixtures("with_graphs", "recorded")
-def test_an_error_reaches_the_thread_of_the_call() -> None:
+def test_an_error_reaches_the_thread_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_steps, "_ISOLATES", True)
+
     def fail(x: torch.Tensor) -> torch.Tensor:
         raise ValueError("no")
 

@@ -7,6 +7,7 @@ import torch
 from tiny_families import tiny_family
 from tiny_models import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+from versions import skip_if_chunks_are_wrong
 
 from transformers_kad import DualDeferral, KADLogitsProcessor
 from transformers_kad.models import forward_inputs
@@ -250,6 +251,8 @@ def test_token_types_and_positions_of_the_call_reach_the_proxy(path, names, rows
         settings |= {"num_return_sequences": 2, "do_sample": True, "top_k": 0}
     if path == "chunks":
         settings["prefill_chunk_size"] = 4
+        if names == ("token_type_ids",) and rows == 1:
+            skip_if_chunks_are_wrong()
     plain = base.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], **settings)
     out = base.generate(**inputs, **settings)
     assert (torch.cat(plain.scores) - torch.cat(out.scores)).abs().nan_to_num(0, 0, 0).max() > 0.5  # they matter

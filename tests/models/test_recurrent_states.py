@@ -6,14 +6,16 @@ from test_cached_model import plain, random_ids
 from tiny_families import tiny_family
 from tiny_models import tiny_model
 
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.cache_rollback import Rollback, layers_of
+from transformers_kad.models.forward_inputs import ForwardInputs
 from transformers_kad.models.recurrent_states import StateCopy, reads_one_by_one
 
 
 @torch.no_grad()
 def read(model, ids, cache=None):
     """The cache behind some ids; its states are written to in place."""
-    return model(ids, past_key_values=cache, use_cache=True).past_key_values
+    return model(ids, **{CACHE: cache}, use_cache=True).past_key_values
 
 
 def states_of(cache, row):
@@ -59,7 +61,7 @@ def test_a_whole_cache_goes_on_from_its_copy():
     copied = StateCopy(cache, Rollback.BY_COPY)
     read(model, random_ids(1, 3, seed=1), cache)
     with torch.no_grad():
-        got = model(ids[:, 7:], past_key_values=copied.cache).logits
+        got = model(ids[:, 7:], **{CACHE: copied.cache}).logits
     torch.testing.assert_close(got, plain(model, ids), atol=1e-4, rtol=1e-4)
 
 
@@ -90,7 +92,7 @@ def test_a_model_that_reads_in_both_directions_reads_one_by_one():
 def test_several_tokens_behind_a_state_are_read_as_one_by_one(family):
     """What the list of such families promises."""
     model, ids = tiny_family(family), random_ids(2, 12)
-    name = "cache_params" if family == "mamba2" else "past_key_values"
+    name = ForwardInputs(model).cache_name
     with torch.no_grad():
         cache = getattr(model(ids[:, :8], use_cache=True), name)
         positions = {} if family == "mamba2" else {"position_ids": torch.arange(8, 12).expand(2, -1)}

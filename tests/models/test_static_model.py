@@ -10,6 +10,7 @@ from tiny_families import tiny_family
 from tiny_models import tiny_model
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.static_model import CAPACITY_STEP, StaticCacheModel
 
 PROMPT = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9, 3]])
@@ -100,7 +101,7 @@ def test_what_cannot_be_compiled_is_refused(uncompiled, base, proxy):
     settings = {"logits_processor": [kad], "assistant_model": proxy, **GREEDY}
     cache = base.generate(PROMPT, return_dict_in_generate=True, **GREEDY).past_key_values
     with pytest.raises(ValueError, match="a filled cache"):
-        base.generate(PROMPT.repeat(1, 5), past_key_values=cache, **settings)
+        base.generate(PROMPT.repeat(1, 5), **{CACHE: cache}, **settings)
     with pytest.raises(ValueError, match='got num_assistant_tokens="auto"'):
         KADLogitsProcessor(proxy, compile=True, num_assistant_tokens="auto")
     assert "compile=True" in repr(kad)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import EosTokenCriteria, PreTrainedModel, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 
+from ..models.by_version import CACHE
+
 
 class CallArguments:
     """What a call passes, and what the generation configurations say where it passes nothing.
@@ -34,6 +36,11 @@ class CallArguments:
         """The prompts `(B, P)`, under either of their names."""
         ids = self.arguments.get("inputs")
         return self.arguments.get("input_ids") if ids is None else ids
+
+    @property
+    def cache(self) -> Any:
+        """The cache passed, under either of its names; None without one."""
+        return self.arguments.get(CACHE, self.arguments.get("past_key_values"))
 
     @property
     def beams(self) -> int:

@@ -10,7 +10,7 @@ from .processor_state import ProcessorState
 logger = logging.get_logger(__name__)
 
 # Inputs that the proxy gets, or that are the base's alone by their meaning.
-_KNOWN_INPUTS = {"input_ids", "inputs", "attention_mask", "inputs_embeds", "past_key_values", "labels"}
+_KNOWN_INPUTS = {"input_ids", "inputs", "attention_mask", "inputs_embeds", "cache", "past_key_values", "labels"}
 
 
 def warn_about_call(state: ProcessorState, given: CallArguments, call: OpenCall) -> None:

@@ -93,7 +93,7 @@ def refuse_call(state: ProcessorState, given: CallArguments, speculative: bool) 
 def can_be_drafted(state: ProcessorState, given: CallArguments) -> bool:
     """Whether a call that does not ask for drafts can be decoded with them. `given` holds the processor already."""
     arguments, model = given.arguments, given.model
-    cache = arguments.get("past_key_values")
+    cache = given.cache
     texts = ("inputs", "input_ids", "attention_mask")
     has_more_than_text = any(torch.is_tensor(value) for name, value in arguments.items() if name not in texts)
     if (

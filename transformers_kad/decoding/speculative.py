@@ -10,6 +10,8 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ..models.base_model import BaseModel
+from ..models.by_version import CACHE
+from ..models.cache_rollback import counts_tokens
 from ..models.cached_model import CachedModel
 from ..models.forward_inputs import further_inputs
 from ..models.model_settings import context_length, vocabulary_size
@@ -63,7 +65,7 @@ def kad_generate(
     Returns:
         The sequences `(B, L)`, or with `return_dict_in_generate` a `GenerateDecoderOnlyOutput` whose `scores`
         are the processed log r and whose `logits` are the base's. Rows that ended before others are filled up with
-        the padding token, and their scores say so: 0 for that token, -inf for the rest. `past_key_values` is that of
+        the padding token, and their scores say so: 0 for that token, -inf for the rest. The cache is that of
         a single sequence; None for a batch, whose rows left it one by one, and with `compile=True`, whose cache is
         written to by the next call.
 
@@ -235,9 +237,9 @@ def _static_models(
     max_length: int | None,
 ) -> tuple[StaticCacheModel, StaticCacheModel]:
     """Base and proxy in static caches, with room for the text and one more draft."""
-    held = model_kwargs.get("past_key_values")
+    held = model_kwargs.get(CACHE)
     extra = further_inputs(model_kwargs)
-    if extra or max_length is None or (isinstance(held, Cache) and held.get_seq_length()):
+    if extra or max_length is None or (isinstance(held, Cache) and counts_tokens(held) and held.get_seq_length()):
         raise ValueError(
             "`compile=True` decodes from `input_ids` alone up to a length limit, got "
             f"{extra or ('no limit' if max_length is None else 'a filled cache')}. Leave out `compile`."

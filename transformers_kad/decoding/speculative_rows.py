@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
+from ..models.by_version import CACHE
 from ..records.recorders import RoundRecorder
 from .speculative_round import SpeculativeRound
 from .text_buffer import TextBuffer
@@ -120,7 +121,7 @@ class Output:
             sequences=sequences,
             scores=self._by_step([row.scores for row in rows]) if self._keeps_scores else None,
             logits=self._by_step([row.logits for row in rows]) if self._keeps_logits else None,
-            past_key_values=cache,
+            **{CACHE: cache},
         )
 
     def _by_step(self, rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:

@@ -146,8 +146,10 @@ class _OneModel(ModelManager):
         call = _CALL.get()
         return self._model if call is None else _GuidedModel(self._model, call), self._tokenizer
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         return [{"id": self.force_model, "object": "model", "created": self._created, "owned_by": "transformers_kad"}]
+
+    get_gen_models = list_models  # its name before transformers 5.24
 
     def shutdown(self) -> None:
         pass

@@ -6,6 +6,8 @@ import torch
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
+from .by_version import CACHE
+
 # Implementations of attention that take a mask with an entry for each query and key. Others make something else of a
 # mask of columns, and look at its values to do so.
 TAKING_PREPARED_MASKS = frozenset({"eager", "sdpa"})
@@ -38,9 +40,9 @@ def prepare_masks(model: Any, inputs: dict[str, Any], cache: object) -> None:
         config=model.config,
         inputs_embeds=torch.empty(*ids.shape, 0, dtype=model.dtype, device=ids.device),  # nothing but shape and type
         attention_mask=mask,
-        past_key_values=_Compileable(cache),
         position_ids=inputs.get("position_ids"),
         is_first_iteration=False,
+        **{CACHE: _Compileable(cache)},
     )
 
 

@@ -4,14 +4,14 @@ from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from ..utils.transfers import send
 from .activated_lora import activated, prompt_activation
-from .cache_rollback import Rollback, layers_of, may_be_recurrent, record_past, rollback_of
+from .by_version import BaseQuantizedLayer
+from .cache_rollback import Rollback, counts_tokens, layers_of, may_be_recurrent, record_past, rollback_of
 from .cached_model import CachedModel
 from .forward_inputs import PER_TOKEN, further_inputs
-from .layers_by_version import BaseQuantizedLayer
 from .model_errors import describe
 from .model_settings import text_setting
 from .padding import PaddedTexts
@@ -67,7 +67,7 @@ class BaseModel(CachedModel):
     @property
     def cache(self) -> Cache | None:
         """The cache as it is; None where its length can't be asked, so that nobody could continue it."""
-        return self._cache if self._inputs.cache_name == "past_key_values" else None
+        return self._cache if self._cache is not None and counts_tokens(self._cache) else None
 
     @property
     def reads_prompt_alone(self) -> bool:
@@ -132,12 +132,12 @@ def takes_tokens_back(cache: Cache) -> bool:
 
 def _held_tokens(cache: Cache) -> int:
     """How many tokens a cache holds."""
-    if any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache)):
+    if counts_tokens(cache):
         return int(cache.get_seq_length())
     if any(any(layer.has_previous_state.values()) for layer in layers_of(cache)):
         raise ValueError(
             "Speculative decoding can't tell how many tokens are in a cache of recurrent states alone. Pass the text "
-            "without `cache_params`, or leave out `assistant_model`."
+            "without the cache, or leave out `assistant_model`."
         )
     return 0
 
@@ -168,7 +168,7 @@ def _checked_cache(
     held = _held_tokens(cache)
     if held > input_ids.shape[1]:
         raise ValueError(
-            f"`past_key_values` holds {held} tokens, more than the {input_ids.shape[1]} of `input_ids`: pass the "
+            f"`{name}` holds {held} tokens, more than the {input_ids.shape[1]} of `input_ids`: pass the "
             "whole text as `input_ids`, also where a cache for its beginning is passed."
         )
     return cache

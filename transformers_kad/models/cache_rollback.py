@@ -10,9 +10,9 @@ from enum import Enum, auto
 from typing import Any
 
 import torch
-from peft.tuners.shadow.layers import ShadowCache
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import (
+    CacheLayerMixin,
     DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .layers_by_version import DummyLayer
+from .by_version import DummyLayer, ShadowCache
 from .padding import keep_ends
 
 
@@ -82,6 +82,11 @@ def _caches_in(cache: Cache) -> list[Cache]:
 def layers_of(cache: Cache) -> list[Any]:
     """All layers of a cache."""
     return [layer for part in _caches_in(cache) for layer in part.layers]
+
+
+def counts_tokens(cache: Cache) -> bool:
+    """Whether a cache can be asked how many tokens it holds, which one of recurrent states alone can't."""
+    return any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache))
 
 
 def has_recurrent_state(layer: object) -> bool:
@@ -184,7 +189,7 @@ def _drop_from_attention(layer: Any, counts: Sequence[int], first: int) -> None:
     layer.values = keep_ends(layer.values, ends, columns, dim=-2)
     if isinstance(layer, DynamicIndexedLayer) and layer.is_indexer_initialized:
         layer.indexer_keys = keep_ends(layer.indexer_keys, ends, columns, dim=-2)
-        if layer.indexer_position_ids is not None:
+        if getattr(layer, "indexer_position_ids", None) is not None:  # transformers 5.20 has none
             positions = layer.indexer_position_ids  # (dimensions, B, n)
             layer.indexer_position_ids = torch.stack([keep_ends(part, ends, columns, dim=-1) for part in positions])
 

@@ -10,6 +10,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from ..utils.transfers import is_synchronous, send
 from .adapters import model_below
 from .attention_masks import prepare_masks
+from .by_version import CACHE
 from .cache_rollback import Rollback
 from .model_errors import describe
 from .model_settings import context_length
@@ -20,7 +21,7 @@ from .padding import PaddedTexts
 PER_TOKEN = ("position_ids", "token_type_ids")
 # What `generate` prepares for every call, and a forward can do without.
 _PREPARED = frozenset(
-    {"cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
+    {"cache", "cache_params", "cache_position", "logits_to_keep", "past_key_values", "position_ids", "use_cache"}
 )
 
 
@@ -56,8 +57,8 @@ class ForwardInputs:
             type(self._below)._prepare_position_ids_for_generation
             is not GenerationMixin._prepare_position_ids_for_generation
         )
-        is_linear = "past_key_values" not in self.accepted and "cache_params" in self.accepted
-        self.cache_name = "cache_params" if is_linear else "past_key_values"
+        is_linear = CACHE not in self.accepted and "cache_params" in self.accepted  # before transformers 5.24
+        self.cache_name = "cache_params" if is_linear else CACHE
         length = context_length(model)
         self.last_position = None if length is None else length - 1
         self.use_prompt_inputs({}, None)

@@ -7,7 +7,7 @@ from transformers import Cache, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from ..utils.transfers import send
-from .layers_by_version import DummyLayer
+from .by_version import DummyLayer
 
 
 class TextStore:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ..utils.transfers import send
 from .activated_lora import invocation_tokens
 from .adapters import VALUES_BY_ROW, adapter_configs, injected, model_below
+from .by_version import CACHE
 from .cached_forwards import in_mode_of_cache
 from .cached_model import CachedModel
 from .compiled_steps import CompiledSteps
@@ -135,7 +136,7 @@ class StaticCacheModel(CachedModel):
         takes_masks = self._forward_rows.takes_masks
         # By this attribute transformers says that a model makes masks for static caches.
         is_static = takes_masks or getattr(model_below(self.model), "_can_compile_fullgraph", False)
-        if "past_key_values" not in self.accepted_inputs or not is_static or not has_attention_only(self.model):
+        if CACHE not in self.accepted_inputs or not is_static or not has_attention_only(self.model):
             raise ValueError(
                 "`compile=True` needs attention in all layers, full or within sliding windows, that a static cache "
                 f"can serve, and the {self.role} {describe(self.model)} has others. Leave out `compile`."
@@ -275,7 +276,7 @@ class StaticCacheModel(CachedModel):
                 inputs["position_ids"] = self._forward_rows.positions(columns)
             if "logits_to_keep" in self.accepted_inputs:
                 inputs["logits_to_keep"] = logits_to_keep
-            inputs["past_key_values"] = RowCache(self._store, len(ids), begin + start)
+            inputs[CACHE] = RowCache(self._store, len(ids), begin + start)
             logits = self.model(**inputs, use_cache=True).logits[:, -logits_to_keep:]
             start = stop
         return logits
@@ -373,7 +374,7 @@ class _RowForward:
             inputs["position_ids"] = self.positions(within)
         if self.takes_masks:
             inputs["attention_mask"] = self._masks.build(columns, cache.tokens.shape[1], self.model.dtype)
-        logits: torch.Tensor = self.model(**inputs, past_key_values=cache, use_cache=True).logits
+        logits: torch.Tensor = self.model(**inputs, **{CACHE: cache}, use_cache=True).logits
         return logits
 
 

@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_model
 from transformers import AutoConfig, DynamicCache, MambaConfig, StaticCache
 
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.static_model import StaticCacheModel
 from transformers_kad.recipes.benchmarking.bounds import Shape
 from transformers_kad.recipes.benchmarking.forwards import (
@@ -69,8 +70,8 @@ def test_forwards_that_begin_with_a_text_are_prefills(architecture, base, proxy)
     static = StaticCache(config=base.config, max_cache_len=24)
     with torch.no_grad(), ForwardMeter({"base": base, "proxy": proxy, "other": architecture}, None) as meter:
         architecture.generate(IDS, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
-        base(input_ids=IDS, past_key_values=static)
-        base(input_ids=IDS, past_key_values=static)
+        base(input_ids=IDS, **{CACHE: static})
+        base(input_ids=IDS, **{CACHE: static})
         for _ in range(2):
             proxy(IDS[:1])
     assert meter.counts[Shape("other", 2, 1)] == 3
@@ -106,7 +107,7 @@ def test_forwards_behind_a_text_find_it_in_the_cache(base):
     held = []
 
     def look(model, args, kwargs):
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         held.append((kwargs["input_ids"].shape[1], 0 if cache is None else cache.get_seq_length()))
 
     handle = base.register_forward_pre_hook(look, with_kwargs=True)
@@ -124,7 +125,7 @@ def test_every_forward_continues_the_same_text(architecture):
 
     def look(model, args, kwargs):
         assert model is architecture  # only the cache is copied
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         length = 0 if cache is None else cache.get_seq_length()
         mask = kwargs["attention_mask"]  # of columns, or prepared: for each kind of layers, query and column
         mask = mask["full_attention"] if isinstance(mask, dict) else mask
@@ -183,15 +184,15 @@ def test_padding_and_room_are_more_than_ideal(base):
     cache, mask = DynamicCache(config=base.config), torch.ones_like(IDS)
     mask[0, :3] = 0
     with torch.no_grad():
-        base(input_ids=IDS, attention_mask=mask, past_key_values=cache)
+        base(input_ids=IDS, attention_mask=mask, **{CACHE: cache})
         longer = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=-1)
         with CacheMeter({"base": base}, every=1) as caches:
-            base(input_ids=IDS[:, :1], attention_mask=longer, past_key_values=cache)
+            base(input_ids=IDS[:, :1], attention_mask=longer, **{CACHE: cache})
         assert caches.over_ideal == 12 / 9
         static = StaticCache(config=base.config, max_cache_len=24)
-        base(input_ids=IDS, past_key_values=static)
+        base(input_ids=IDS, **{CACHE: static})
         with CacheMeter({"base": base}, every=1) as caches:
-            base(input_ids=IDS[:, :1], past_key_values=static)
+            base(input_ids=IDS[:, :1], **{CACHE: static})
     assert caches.over_ideal == 4
 
 
@@ -199,10 +200,10 @@ def test_the_beginning_of_a_text_does_not_count():
     model = tiny_model()
     with torch.no_grad(), CacheMeter({"base": model}, every=1) as caches:
         static = StaticCache(config=model.config, max_cache_len=24)
-        model(input_ids=IDS[:, :2], past_key_values=static)
-        model(input_ids=IDS, past_key_values=static)  # 24 columns for 2 tokens
-        model(input_ids=IDS, past_key_values=static)  # 24 for 8
-        model(input_ids=IDS[:, :1], past_key_values=static)  # 24 for 14
+        model(input_ids=IDS[:, :2], **{CACHE: static})
+        model(input_ids=IDS, **{CACHE: static})  # 24 columns for 2 tokens
+        model(input_ids=IDS, **{CACHE: static})  # 24 for 8
+        model(input_ids=IDS[:, :1], **{CACHE: static})  # 24 for 14
     assert caches.over_ideal == 3
     with CacheMeter({"base": model}) as caches:
         pass

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from transformers_kad import KADConfig
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.models.cached_model import CachedModel
 from transformers_kad.recipes.benchmarking import speed
 from transformers_kad.recipes.benchmarking.bounds import Shape
@@ -93,7 +94,7 @@ def test_widths_that_nobody_planned_are_measured_from_then_on(measure, monkeypat
         if len(calls) == 2 * len(METHODS):
             with torch.no_grad():
                 cache = self.subject.base(ids).past_key_values
-                self.subject.base(input_ids=ids[:, :4], past_key_values=cache)
+                self.subject.base(input_ids=ids[:, :4], **{CACHE: cache})
         return ids
 
     monkeypatch.setattr(MethodRunner, "generate", generate)

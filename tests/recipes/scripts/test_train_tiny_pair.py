@@ -15,6 +15,7 @@ import train_tiny_pair as recipe
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from transformers_kad.models.by_version import CACHE
 from transformers_kad.recipes import word_problems as task
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +180,7 @@ def sample(rule, models, tokenizer, problems, *, seed=0, length=48):
     while len(completion) < length and not finished.all():
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        outputs = [m(**inputs, past_key_values=c) for m, c in zip(models, caches, strict=True)]
+        outputs = [m(**inputs, **{CACHE: c}) for m, c in zip(models, caches, strict=True)]
         caches = [output.past_key_values for output in outputs]
         target = rule(*(output.logits[:, -1].softmax(-1) for output in outputs))
         ids = torch.multinomial(target, 1, generator=generator)

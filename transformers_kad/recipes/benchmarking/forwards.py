@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from ...models.by_version import CACHE
 from ...models.cached_model import CachedModel
 from ...models.offloading import execution_device
 from ...models.static_model import StaticCacheModel
@@ -89,7 +90,7 @@ class ForwardMeter:
 
 def _filled_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     """The cache among a model's inputs, if it holds tokens already; else None."""
-    cache = kwargs.get("past_key_values", kwargs.get("cache_params"))
+    cache = kwargs.get(CACHE, kwargs.get("cache_params"))
     if not isinstance(cache, Cache):
         return None
     try:

@@ -13,6 +13,7 @@ from transformers import CompileConfig, StaticCache
 from ...configuration import KADConfig
 from ...integrations.loading.prompts import PLAIN_SAMPLING
 from ...logits_process import KADLogitsProcessor
+from ...models.by_version import CACHE
 from ...models.cached_model import CachedModel
 from ...models.static_model import CAPACITY_STEP, StaticCacheModel
 from ...records.statistics import KADStatistics
@@ -211,7 +212,7 @@ class MethodRunner:
         on_cuda = self.subject.device.type == "cuda"
         settings = CompileConfig(dynamic=False, mode="reduce-overhead" if on_cuda else "default")
         settings._compile_all_devices = True
-        return {"past_key_values": self._static, "compile_config": settings}
+        return {CACHE: self._static, "compile_config": settings}
 
     def statistics(self, method: Method) -> KADStatistics | None:
         """The statistics of the method's last call; None for methods without KAD."""

@@ -1,0 +1,35 @@
+"""What the supported versions of transformers and peft name differently, or do not all have.
+
+Classes that stand in for missing ones have no instances in those versions.
+"""
+
+import inspect
+
+from transformers import Cache
+from transformers.masking_utils import create_masks_for_generate
+
+try:
+    from transformers.cache_utils import BaseQuantizedLayer
+except ImportError:  # before transformers 5.21
+    from transformers.cache_utils import QuantizedLayer as BaseQuantizedLayer
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # before transformers 5.23
+
+    class DummyLayer:  # type: ignore[no-redef]
+        """A layer that keeps nothing."""
+
+
+try:
+    from peft.tuners.shadow.layers import ShadowCache
+except ImportError:  # before peft 0.21
+
+    class ShadowCache(Cache):  # type: ignore[no-redef]
+        """The caches of a model with a Shadow adapter and of the adapter."""
+
+
+# The argument and the output of a model that is its cache; "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
+
+__all__ = ["CACHE", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
