@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from versions import PEFT, skip_if_peft_is_behind
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
+from transformers_kad.models import adapters
 from transformers_kad.models.adapters import check_adapters
 from transformers_kad.models.cached_model import CachedModel
 
@@ -321,6 +322,17 @@ def test_a_base_that_no_draft_can_be_verified_with_is_refused(name: str) -> None
     base.generate(**settings)
     with pytest.raises(ValueError, match=r"can't verify drafts: leave out `assistant_model`"):
         base.generate(assistant_model=kad.proxy, **settings)
+
+
+def test_an_adapter_whose_cache_peft_would_lose_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    if "SHADOW" not in KINDS:
+        pytest.skip(f"peft {PEFT} has no adapter of this kind")
+    model = get_peft_model(tiny_model(seed=3), KINDS["SHADOW"].config(task_type="CAUSAL_LM")).eval()
+    monkeypatch.setattr(adapters, "PEFT_LOSES_CACHE", True)
+    with pytest.raises(ValueError, match=r"of type SHADOW, which needs peft 0\.22 or transformers before 5\.24"):
+        KADLogitsProcessor(model)
+    monkeypatch.setattr(adapters, "PEFT_LOSES_CACHE", False)
+    KADLogitsProcessor(model)
 
 
 @pytest.mark.parametrize("name", sorted(VIRTUAL_TOKENS))

@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .by_version import PEFT_LOSES_CACHE
 from .model_errors import describe
 
 ADAPTED_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)
@@ -85,6 +86,8 @@ def why_not_followable(model: nn.Module) -> str | None:
     for name, config in adapter_configs(model).items():
         if config.is_prompt_learning:
             return "has a prompt-learning adapter, whose virtual tokens do not fit the text"
+        if PEFT_LOSES_CACHE and config.peft_type == "SHADOW":
+            return f"has the adapter {name!r} of type SHADOW, which needs peft 0.22 or transformers before 5.24"
         reason = NOT_TOKEN_BY_TOKEN.get(config.peft_type)
         if reason is not None:
             return f"has the adapter {name!r} of type {config.peft_type.value}, which {reason}"

@@ -4,6 +4,7 @@ Classes that stand in for missing ones have no instances in those versions.
 """
 
 import inspect
+from importlib.metadata import version
 
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
@@ -32,4 +33,7 @@ except ImportError:  # before peft 0.21
 # The argument and the output of a model that is its cache; "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
 
-__all__ = ["CACHE", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
+# peft before 0.22 looks for the cache under its older name, and an adapter that reads or fills it goes on without one.
+PEFT_LOSES_CACHE = CACHE == "cache" and tuple(map(int, version("peft").split(".")[:2])) < (0, 22)
+
+__all__ = ["CACHE", "PEFT_LOSES_CACHE", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
