@@ -8,7 +8,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fuzz_models import (
     tokenizer,
 )
 from fuzz_oracle import NO_TOKEN, BeamOracle, Force, Oracle, PlainRule, Position
-from fuzz_parts import CRITERIA, PROCESSORS
+from fuzz_parts import CRITERIA, PROCESSORS, Watch
 from fuzz_results import Result, check_statistics, check_trace, difference, same
 from fuzz_sessions import WARPERS, Call, Session
 from transformers import Cache, DynamicCache, GenerationConfig, StoppingCriteriaList
@@ -524,6 +524,7 @@ class Run:
         endless = replace(call, eos=(), criteria=(), settings=settings)  # which no other text ends before the error
         for plain in (call, endless):
             before, after = ([PROCESSORS[name]() for name in names] for names in (call.before, call.after))
+            torch.manual_seed(call.seed)
             try:
                 self.base.generate(**self._arguments(plain, prompts), logits_processor=[*before, *after])
             except type(error):
@@ -531,7 +532,19 @@ class Run:
                 return
             except Exception:
                 pass
+        if call.after and self._processors_leave_nothing(type(error), call, prompts):
+            self.account.add(invalid_calls="the processors behind KAD left no token")
+            return
         raise AssertionError(f"{type(error).__name__}: {error}") from error
+
+    def _processors_leave_nothing(self, kind: type[Exception], call: Call, prompts: list[list[int]]) -> bool:
+        """Whether a call ends with the same error again, behind processors of the user's that ban what KAD left."""
+        behind_kad, behind_all = Watch(), Watch()
+        names = {**PROCESSORS, "behind KAD": lambda: behind_kad, "behind all": lambda: behind_all}
+        watched = replace(call, after=("behind KAD", *call.after, "behind all"))
+        with patch.dict(PROCESSORS, names), suppress(kind):
+            self._generate(self._new_processor(), watched, self._arguments(call, prompts))
+        return behind_all.has_seen_none and not behind_kad.has_seen_none
 
 
 @contextmanager

@@ -58,6 +58,17 @@ class Double(LogitsProcessor):
         return scores.double() * 1.1
 
 
+class Watch(LogitsProcessor):
+    """Notes whether it was given a text for which no token is left."""
+
+    def __init__(self) -> None:
+        self.has_seen_none = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.has_seen_none |= bool((scores == -torch.inf).all(dim=-1).any())
+        return scores
+
+
 class Odd(StoppingCriteria):
     """Ends a text with a token that leaves 3 when divided by 7."""
 
