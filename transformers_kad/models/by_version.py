@@ -8,10 +8,15 @@ import inspect
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
+# Model types that say of themselves that they take prepared masks, and do not.
+TAKING_NO_MASKS: frozenset[str] = frozenset()
+
 try:
     from transformers.cache_utils import BaseQuantizedLayer
 except ImportError:  # before transformers 5.21
     from transformers.cache_utils import QuantizedLayer as BaseQuantizedLayer
+
+    TAKING_NO_MASKS = frozenset({"bloom"})
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -32,4 +37,4 @@ except ImportError:  # before peft 0.21
 # The argument and the output of a model that is its cache; "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).parameters else "past_key_values"
 
-__all__ = ["CACHE", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
+__all__ = ["CACHE", "TAKING_NO_MASKS", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
