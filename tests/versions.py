@@ -10,6 +10,16 @@ from packaging.version import Version
 TRANSFORMERS, PEFT = Version(version("transformers")), Version(version("peft"))
 
 
+# Model families that are newer than docs/architectures.md and do not work yet.
+NOT_YET = {"dory": "reads the cache in a way of its own, and raises an error where drafts are verified"}
+
+
+def skip_if_not_yet(family: str) -> None:
+    """Skip tests of a new family that is known not to work."""
+    if family in NOT_YET:
+        pytest.skip(f"{family}, new in transformers 5.24, {NOT_YET[family]}")
+
+
 def skip_if_chunks_are_wrong() -> None:
     """Skip tests that read prompts with images or token types in chunks, where `generate` itself does so wrongly."""
     if Version("5.23") > TRANSFORMERS:
