@@ -8,7 +8,7 @@ import inspect
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
-# Model types that say of themselves that they take prepared masks, and do not.
+# Model types that say of themselves that they take prepared masks and static caches, and do not.
 TAKING_NO_MASKS: frozenset[str] = frozenset()
 
 try:
