@@ -8,6 +8,7 @@ from test_batches import padded
 from test_cached_model import random_ids
 from tiny_families import tiny_family
 from tiny_models import tiny_model
+from versions import skip_if_bloom_is_not_static
 
 from transformers_kad import DualDeferral, ImplicitReward, KADLogitsProcessor
 from transformers_kad.models.by_version import CACHE
@@ -109,6 +110,7 @@ def test_what_cannot_be_compiled_is_refused(uncompiled, base, proxy):
 
 def test_a_model_with_masks_of_its_own_takes_one_sequence(uncompiled, proxy):
     base = tiny_family("bloom")
+    skip_if_bloom_is_not_static()
     kad = KADLogitsProcessor(proxy, compile=True)
     settings = {"logits_processor": [kad], "assistant_model": proxy, **GREEDY}
     row = {name: value[1:2] for name, value in padded(2).items()}

@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 from transformers.masking_utils import create_masks_for_generate
 
-from .by_version import CACHE
+from .by_version import CACHE, TAKING_NO_MASKS
 
 # Implementations of attention that take a mask with an entry for each query and key. Others make something else of a
 # mask of columns, and look at its values to do so.
@@ -48,6 +48,8 @@ def prepare_masks(model: Any, inputs: dict[str, Any], cache: object) -> None:
 
 def takes_prepared_masks(model: Any) -> bool:
     """Whether a model is made to take masks with an entry for each query and key, or a dictionary of them."""
+    if model.config.model_type in TAKING_NO_MASKS:
+        return False
     implementation = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
     return bool(getattr(model, "_can_compile_fullgraph", False)) and implementation in TAKING_PREPARED_MASKS
 

@@ -9,10 +9,15 @@ from importlib.metadata import version
 from transformers import Cache
 from transformers.masking_utils import create_masks_for_generate
 
+# Model types that say of themselves that they take prepared masks and static caches, and do not.
+TAKING_NO_MASKS: frozenset[str] = frozenset()
+
 try:
     from transformers.cache_utils import BaseQuantizedLayer
 except ImportError:  # before transformers 5.21
     from transformers.cache_utils import QuantizedLayer as BaseQuantizedLayer
+
+    TAKING_NO_MASKS = frozenset({"bloom"})
 
 try:
     from transformers.cache_utils import DummyLayer
@@ -36,4 +41,4 @@ CACHE = "cache" if "cache" in inspect.signature(create_masks_for_generate).param
 # peft before 0.22 looks for the cache under its older name, and an adapter that reads or fills it goes on without one.
 PEFT_LOSES_CACHE = CACHE == "cache" and tuple(map(int, version("peft").split(".")[:2])) < (0, 22)
 
-__all__ = ["CACHE", "PEFT_LOSES_CACHE", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]
+__all__ = ["CACHE", "PEFT_LOSES_CACHE", "TAKING_NO_MASKS", "BaseQuantizedLayer", "DummyLayer", "ShadowCache"]

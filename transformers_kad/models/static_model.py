@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..utils.transfers import send
 from .activated_lora import invocation_tokens
 from .adapters import VALUES_BY_ROW, adapter_configs, injected, model_below
-from .by_version import CACHE
+from .by_version import CACHE, TAKING_NO_MASKS
 from .cached_forwards import in_mode_of_cache
 from .cached_model import CachedModel
 from .compiled_steps import CompiledSteps
@@ -135,7 +135,9 @@ class StaticCacheModel(CachedModel):
             )
         takes_masks = self._forward_rows.takes_masks
         # By this attribute transformers says that a model makes masks for static caches.
-        is_static = takes_masks or getattr(model_below(self.model), "_can_compile_fullgraph", False)
+        below = model_below(self.model)
+        is_static = takes_masks or getattr(below, "_can_compile_fullgraph", False)
+        is_static = is_static and below.config.model_type not in TAKING_NO_MASKS
         if CACHE not in self.accepted_inputs or not is_static or not has_attention_only(self.model):
             raise ValueError(
                 "`compile=True` needs attention in all layers, full or within sliding windows, that a static cache "
