@@ -280,9 +280,10 @@ def is_contradictory(settings: dict[str, Any]) -> bool:
 def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bool) -> Call:
     """A call with so many rows, for a processor that is lazy or not."""
     continues = not first and draw(st.booleans())
-    path = draw(st.sampled_from(["drafts"] * 4 + ["loop", "attached", "argument", "tokens"])) if not lazy else "tokens"
+    paths = ["drafts"] * 3 + ["loop", "attached", "argument", "tokens", "tokens"]
+    path = draw(st.sampled_from(paths)) if not lazy else "tokens"
     do_sample = lazy or draw(st.booleans())
-    beams = draw(st.sampled_from([2, 3])) if path == "tokens" and not do_sample and draw(st.booleans()) else 1
+    beams = draw(st.sampled_from([1, 2, 3])) if path == "tokens" and not do_sample else 1
     settings: dict[str, Any] = {"top_k": 0} if do_sample else {}
     if do_sample and not lazy:
         settings |= draw(some_of(WARPERS, 2))
@@ -298,7 +299,7 @@ def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bo
         }
     attached = path in ("attached", "argument")
     criteria = draw(st.sampled_from(["", "", "odd", "counted", "own eos"])) if beams == 1 else ""
-    changes = ["", "", "weights", "load", "reset", *["adapter"] * adapted]
+    changes = ["", "", "weights", "load", "reset", *["adapter", "adapter"] * adapted]
     return Call(
         prompts=draw(some_texts(rows, 6)),
         continues=continues,
