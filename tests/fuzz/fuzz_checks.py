@@ -147,7 +147,8 @@ class Run:
                 for parameter in self.proxy.parameters():
                     parameter.mul_(1.1)
         elif call.change == "load":
-            self.proxy.load_state_dict({name: value * 0.9 for name, value in self.proxy.state_dict().items()})
+            smaller = {name: value * 0.9 for name, value in self.proxy.named_parameters()}  # no buffers
+            self.proxy.load_state_dict({**self.proxy.state_dict(), **smaller})
         elif call.change == "adapter":
             self.proxy.set_adapter("second")
         elif call.change == "reset":
