@@ -421,7 +421,10 @@ class Run:
                 faults = self._faults(call, result, kad, row, at, token, position)
                 if faults and self._is_undecided(position):
                     self.account.add(positions="undecided")
-                    return  # what follows depends on it where the rule has a memory
+                    if self.rule.name == "paced":  # what follows depends on it, in the next call as well
+                        held = kad.state.remembered
+                        self.remembered = [(text.ids, text.prompt_length, text.states.tolist()) for text in held]
+                    return
                 assert not faults, f"row {row}, token {at} ({token}): {'; '.join(faults)}"
                 self.account.add(positions="compared")
 
