@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from fuzz_models import (
+    FORGETTING_IN_PROMPTS,
     IN_FLOAT32_INSIDE,
     PADDING,
     WITHOUT_GIVEN_CACHE,
@@ -222,6 +223,8 @@ class Run:
         if self.session.base in WITHOUT_GIVEN_CACHE:
             return None
         is_held = isinstance(self.cache, Cache) and call.continues
+        if self.session.base in FORGETTING_IN_PROMPTS and not self.is_speculative(call):
+            is_held = False
         self.account.add(cache="held" if is_held else "new")
         return self.cache if is_held else DynamicCache(config=self.base.config.get_text_config(decoder=True))
 

@@ -31,6 +31,8 @@ NOT_IN_FLOAT64 = (
 )  # their experts are multiplied in at most float32
 IN_FLOAT32_INSIDE = ("falcon_h1", "mamba2")  # whatever the dtype of their weights is
 WITHOUT_GIVEN_CACHE = ("mamba", "mamba2", "minimax")  # they take no `DynamicCache` from outside
+# In transformers' own loop, a prompt behind a cache of theirs forgets the states, even without KAD.
+FORGETTING_IN_PROMPTS = ("jamba",)
 # Linear layers that an adapter is put on.
 ADAPTED = {
     "llama": ["q_proj", "v_proj"],
