@@ -362,7 +362,7 @@ class Run:
             assert held <= columns, f"the {cached.role} has {held} tokens in its cache, and the text {columns}"
         cache = getattr(result.output, "past_key_values", None)
         if isinstance(cache, Cache) and len(result.ids) == 1 and not may_be_recurrent(cache):
-            assert cache.get_seq_length() <= result.ids.shape[1]
+            assert cache.get_seq_length() <= result.inputs.shape[1] + new
 
     def _first_states(self, prompts: list[list[int]]) -> list[float | None]:
         """Of each prompt the state of a rule with a memory, which goes on from the text that shares most with it."""
