@@ -21,10 +21,10 @@ from typing import Any
 
 import reference
 import torch
-import transformers
 from tiny_families import NOT_SURVEYED, VOCABULARY, has_windows, tiny_family
 from transformers import LogitsProcessor, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from versions import TRANSFORMERS, pins
 
 import transformers_kad
 from transformers_kad import DualDeferral, KADLogitsProcessor
@@ -41,10 +41,7 @@ PAD = 0
 BEAMS = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 12}
 
 # Other versions of transformers have other families, and own texts that differ in other places.
-_CONSTRAINTS = (PAGE.parents[1] / "constraints.txt").read_text(encoding="utf-8")
-_PINNED = re.search(r"^transformers==(\d+\.\d+)\.", _CONSTRAINTS, re.MULTILINE)
-assert _PINNED is not None
-IS_VERSION_OF_PAGE = transformers.__version__.startswith(f"{_PINNED[1]}.")
+IS_VERSION_OF_PAGE = TRANSFORMERS.release[:2] == pins("constraints.txt")["transformers"].release[:2]
 
 OWN_CHECKS = ("alone", "batch", "beams")
 EQUAL, DIFFERS, OWN_DIFFER = "equal", "differs", "own texts differ"

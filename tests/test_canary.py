@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from packaging.version import Version
 from transformers import GenerationMixin, LogitsProcessor, PreTrainedModel, cache_utils
 from transformers.generation import PromptLookupCandidateGenerator
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
+from versions import IS_5_24, LIST_MODELS
 
 PACKAGE = Path(__file__).parents[1] / "transformers_kad"
 LIBRARIES = ("transformers", "torch", "peft", "accelerate")
@@ -128,10 +128,7 @@ def _with_hook(add_hook: Any) -> Any:
 
 
 _CACHES = "transformers.cache_utils."
-# Names that changed in transformers 5.24.
-IS_5_24 = Version(version("transformers")) >= Version("5.24")
 CACHE = "cache" if IS_5_24 else "past_key_values"
-LIST_MODELS = "list_models" if IS_5_24 else "get_gen_models"
 
 ATTRIBUTES = (
     Attributes("transformers.PreTrainedModel", "_can_compile_fullgraph", "models/attention_masks.py"),

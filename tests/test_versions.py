@@ -1,32 +1,24 @@
 """The supported versions: pyproject.toml, the constraints and the table of docs/index.md say the same of them."""
 
-import re
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pages import tables_in, text_of
+from versions import pins
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = ("transformers", "torch", "peft")
-
-
-def pins(name: str) -> dict[str, Version]:
-    """The versions that a file of constraints pins, by package."""
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
-    return {key: Version(pin) for key, _, pin in (line.partition("==") for line in lines if "==" in line)}
 
 
 def table() -> dict[str, tuple[Version, Version]]:
     """The lowest and the highest version of each package in the table of the page."""
-    page = (ROOT / "docs/index.md").read_text(encoding="utf-8").partition("## Supported versions")[2]
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
-    return {package: (Version(lowest), Version(highest)) for package, lowest, highest in rows}
+    rows = [row for rows in tables_in(text_of("docs/index.md")) for row in rows if "lowest" in row]
+    return {row["package"]: (Version(row["lowest"]), Version(row["highest"])) for row in rows}
 
 
 def requirements() -> dict[str, Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads(text_of("pyproject.toml"))["project"]
     return {found.name: found for found in map(Requirement, project["dependencies"])}
 
 

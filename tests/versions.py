@@ -1,4 +1,7 @@
-"""Faults and limits of supported versions of transformers, torch and peft, for which tests are skipped."""
+"""The versions of transformers, torch and peft: what is installed and pinned, and for which of them tests are skipped.
+
+It does not import the library, so that the canary can be run where that fails.
+"""
 
 import inspect
 from importlib.metadata import version
@@ -6,8 +9,17 @@ from importlib.metadata import version
 import pytest
 import torch
 from packaging.version import Version
+from pages import text_of
 
 TRANSFORMERS, PEFT = Version(version("transformers")), Version(version("peft"))
+IS_5_24 = Version("5.24") <= TRANSFORMERS
+LIST_MODELS = "list_models" if IS_5_24 else "get_gen_models"  # of the server's manager of models
+
+
+def pins(name: str) -> dict[str, Version]:
+    """The versions that a file of constraints pins, by package."""
+    lines = text_of(name).splitlines()
+    return {key: Version(pin) for key, _, pin in (line.partition("==") for line in lines if "==" in line)}
 
 
 # Model families that are newer than docs/architectures.md and do not work yet.
@@ -51,7 +63,7 @@ def skip_if_chunks_are_wrong() -> None:
 
 def skip_if_peft_is_behind() -> None:
     """Skip tests of adapters that fill a cache, of which peft must know the name that transformers gives it."""
-    if Version("5.24") <= TRANSFORMERS and Version("0.22") > PEFT:
+    if IS_5_24 and Version("0.22") > PEFT:
         pytest.skip(f"transformers {TRANSFORMERS} asks for peft 0.22, and peft {PEFT} loses the cache")
 
 

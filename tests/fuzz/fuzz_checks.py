@@ -222,9 +222,8 @@ class Run:
         """The cache of the caller's that a call reads its text into."""
         if self.session.base in WITHOUT_GIVEN_CACHE:
             return None
-        is_held = isinstance(self.cache, Cache) and call.continues
-        if self.session.base in FORGETTING_IN_PROMPTS and not self.is_speculative(call):
-            is_held = False
+        forgets = self.session.base in FORGETTING_IN_PROMPTS and not self.is_speculative(call)
+        is_held = isinstance(self.cache, Cache) and call.continues and not forgets
         self.account.add(cache="held" if is_held else "new")
         return self.cache if is_held else DynamicCache(config=self.base.config.get_text_config(decoder=True))
 

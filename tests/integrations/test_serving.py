@@ -12,9 +12,8 @@ import openai
 import pytest
 import torch
 from fastapi.responses import StreamingResponse
-from packaging.version import Version
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
-from versions import TRANSFORMERS
+from versions import LIST_MODELS
 
 from transformers_kad import KADConfig, KADLogitsProcessor, attached_processor
 from transformers_kad.integrations import serving
@@ -339,8 +338,7 @@ def test_what_the_server_rests_on_in_transformers():
     resolve = inspect.getsource(utils.BaseHandler._resolve_model)
     assert "self.model_manager.load_model_and_processor(" in resolve, WHAT_TO_DO + "who loads models"
     assert "self.model_manager.force_model" in resolve, WHAT_TO_DO + "how a server is pinned to its model"
-    listing = "list_models" if Version("5.24") <= TRANSFORMERS else "get_gen_models"
-    for name in ("load_model_and_processor", listing, "shutdown", "process_model_name"):
+    for name in ("load_model_and_processor", LIST_MODELS, "shutdown", "process_model_name"):
         assert hasattr(model_manager.ModelManager, name), WHAT_TO_DO + f"ModelManager has no {name}"
     manager = inspect.getsource(utils.GenerateManager)
     assert "model.generate(**gen_kwargs)" in manager, WHAT_TO_DO + "how a stream is generated"

@@ -46,12 +46,15 @@ def prepare_masks(model: Any, inputs: dict[str, Any], cache: object) -> None:
     )
 
 
+def is_made_for_static_caches(model: Any) -> bool:
+    """Whether a model, below any adapter, makes masks for static caches, as it says to transformers."""
+    return bool(getattr(model, "_can_compile_fullgraph", False)) and model.config.model_type not in TAKING_NO_MASKS
+
+
 def takes_prepared_masks(model: Any) -> bool:
     """Whether a model is made to take masks with an entry for each query and key, or a dictionary of them."""
-    if model.config.model_type in TAKING_NO_MASKS:
-        return False
     implementation = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
-    return bool(getattr(model, "_can_compile_fullgraph", False)) and implementation in TAKING_PREPARED_MASKS
+    return is_made_for_static_caches(model) and implementation in TAKING_PREPARED_MASKS
 
 
 class _Compileable(DynamicCache):

@@ -254,10 +254,9 @@ class CachedForwards:
         if self._reads_one_by_one and start:
             return 1  # none of them is padding, since these caches hold whole texts
         # Layers with states ignore the mask of a single column, and would take padding for a token.
-        may_be_padding = texts.mask is not None
-        if self._reads_one_by_one:
-            return 1 if chunk_size == 1 and not may_be_padding else None
-        return 2 if chunk_size == 1 and may_be_padding else chunk_size
+        least = 1 if texts.mask is None else 2
+        step = None if chunk_size is None else max(chunk_size, least)
+        return None if self._reads_one_by_one and step != 1 else step
 
     def _call(self, texts: PaddedTexts, new: int, logits_to_keep: int) -> torch.Tensor:
         """One forward over the last `new` columns of texts."""

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapters import model_below
-from .attention_masks import TAKING_PREPARED_MASKS
+from .attention_masks import TAKING_PREPARED_MASKS, is_made_for_static_caches
 
 # From the columns of queries (B, n, 1) and of keys (C,): which of them a query attends to, (B, n, C).
 _Attends: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -44,9 +44,8 @@ class ColumnMasks:
             self._attends = list(kinds.values())[-1]
         else:
             self._attends = {name: kinds[name] for name in sorted(set(types) & set(kinds))}
-        # Without `layer_types` some models know no window, whatever their configuration says. By this attribute
-        # transformers says that a model has masks for static caches.
-        known = len(kinds) == 1 or bool(getattr(below, "_can_compile_fullgraph", False))
+        # Without `layer_types` some models know no window, whatever their configuration says.
+        known = len(kinds) == 1 or is_made_for_static_caches(below)
         known = known if types is None else set(types) <= set(kinds)
         self._are_known = known and bool(getattr(below, "_supports_attention_backend", False))
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ..utils.transfers import send
 from .activated_lora import invocation_tokens
 from .adapters import VALUES_BY_ROW, adapter_configs, injected, model_below
-from .by_version import CACHE, TAKING_NO_MASKS
+from .attention_masks import is_made_for_static_caches
+from .by_version import CACHE
 from .cached_forwards import in_mode_of_cache
 from .cached_model import CachedModel
 from .compiled_steps import CompiledSteps
@@ -134,10 +135,7 @@ class StaticCacheModel(CachedModel):
                 f"{describe(self.model)} are offloaded: leave out `compile`."
             )
         takes_masks = self._forward_rows.takes_masks
-        # By this attribute transformers says that a model makes masks for static caches.
-        below = model_below(self.model)
-        is_static = takes_masks or getattr(below, "_can_compile_fullgraph", False)
-        is_static = is_static and below.config.model_type not in TAKING_NO_MASKS
+        is_static = takes_masks or is_made_for_static_caches(model_below(self.model))
         if CACHE not in self.accepted_inputs or not is_static or not has_attention_only(self.model):
             raise ValueError(
                 "`compile=True` needs attention in all layers, full or within sliding windows, that a static cache "

@@ -13,6 +13,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from ...models.by_version import CACHE
+from ...models.cache_rollback import counts_tokens
 from ...models.cached_model import CachedModel
 from ...models.offloading import execution_device
 from ...models.static_model import StaticCacheModel
@@ -93,10 +94,7 @@ def _filled_cache(kwargs: Mapping[str, Any]) -> Cache | None:
     cache = kwargs.get(CACHE, kwargs.get("cache_params"))
     if not isinstance(cache, Cache):
         return None
-    try:
-        is_filled = int(cache.get_seq_length()) > 0
-    except ValueError:  # all layers are recurrent, and count no tokens
-        is_filled = cache.has_previous_state()
+    is_filled = int(cache.get_seq_length()) > 0 if counts_tokens(cache) else cache.has_previous_state()
     return cache if is_filled else None
 
 
