@@ -453,7 +453,10 @@ class Run:
         """What is wrong with a token, as far as can be told from its position."""
         faults, settings, close = [], dict(call.settings), 20 * self.tolerance
         final = position.final
-        if not call.do_sample:
+        if final.max() == -math.inf and not call.do_sample:  # token by token, transformers emits what argmax finds
+            if self.is_speculative(call):
+                faults.append("the processors behind KAD had left no token")
+        elif not call.do_sample:
             gap = float(final.max() - final[token])
             if not gap <= close:
                 faults.append(f"{int(final.argmax())} is likelier than it by {gap:.3g} nats")

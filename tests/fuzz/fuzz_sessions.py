@@ -110,7 +110,7 @@ class Session(_ShortRepr):
     kind: str = field(default="", repr=False, compare=False)
 
 
-LIMITS = (5, 12, 9, 8, 7, 6, 5, 4, 4, 3, 2, 1)
+LIMITS = (8, 12, 11, 10, 9, 7, 6, 5, 3, 2, 1)
 TOKENS = st.integers(1, VOCABULARY - 1)
 PROBABILITIES = st.one_of(
     st.sampled_from([0.0, 1.0, 0.5, 0.9]),
@@ -139,7 +139,7 @@ LAZY_RULES = ("dual", "primal", "exact", "nudging", "paced")
 OWN_PROCESSORS = ("bias", "counted bias", "in place", "finite bans", "double")
 LIBRARY_PROCESSORS = ("normalized", "penalty", "no repeats", "only some", "prefix")
 PROCESSORS = st.lists(
-    st.sampled_from([*LIBRARY_PROCESSORS, *OWN_PROCESSORS, "counted bias", "counted bias"]),
+    st.sampled_from([*LIBRARY_PROCESSORS, *OWN_PROCESSORS, *["counted bias"] * 7]),
     min_size=1,
     max_size=2,
 ).map(tuple)
@@ -280,7 +280,7 @@ def is_contradictory(settings: dict[str, Any]) -> bool:
 def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bool) -> Call:
     """A call with so many rows, for a processor that is lazy or not."""
     continues = not first and draw(st.booleans())
-    paths = ["drafts"] * 3 + ["loop", "attached", "argument", "tokens", "tokens"]
+    paths = ["drafts"] * 5 + ["loop", "attached", "argument", "tokens", "tokens"]
     path = draw(st.sampled_from(paths)) if not lazy else "tokens"
     do_sample = lazy or draw(st.booleans())
     beams = draw(st.sampled_from([1, 2, 3])) if path == "tokens" and not do_sample else 1
@@ -310,8 +310,8 @@ def one_call(draw: st.DrawFn, rows: int, *, lazy: bool, first: bool, adapted: bo
         returned=draw(st.integers(1, 2)) if do_sample and not continues and draw(one_in(4)) else 1,
         limit=draw(st.sampled_from(LIMITS)),
         eos=eos,
-        before=draw(PROCESSORS) if draw(one_in(3)) else (),
-        after=draw(PROCESSORS) if draw(one_in(3)) and not attached and not lazy else (),
+        before=draw(PROCESSORS) if draw(one_in(2)) else (),
+        after=draw(PROCESSORS) if draw(one_in(2)) and not attached and not lazy else (),
         criteria=(criteria,) if criteria else (),
         settings=tuple(settings.items()),
         as_config=draw(one_in(4)) and not is_contradictory(settings),
