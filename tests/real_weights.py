@@ -32,6 +32,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from run_command import run_command
+
 from transformers_kad import KADConfig, KADLogitsProcessor
 from transformers_kad.integrations.loading.messages import silence_libraries
 from transformers_kad.integrations.loading.prompts import encode
@@ -146,17 +148,9 @@ class Run:
             CheckFailed: it ended with another status than 0, printed a traceback, or took too long.
         """
         try:
-            done = subprocess.run(
-                self.command(*words),
-                cwd=self.folder,
-                env=self.environment,
-                capture_output=True,
-                text=True,
-                timeout=60 * MINUTES,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise CheckFailed(f"{log}: not done after {MINUTES} minutes.") from error
+            done = run_command(self.command(*words), seconds=60 * MINUTES, cwd=self.folder, env=self.environment)
+        except AssertionError as error:
+            raise CheckFailed(f"{log}: {error}") from error
         (self.folder / f"{log}.log").write_text(f"{done.stdout}\n--- standard error ---\n{done.stderr}")
         check(done.returncode == 0, f"{log}: status {done.returncode}: {done.stderr[-2000:]}")
         check("Traceback" not in done.stderr, f"{log}: a traceback on standard error: {done.stderr[-2000:]}")

@@ -15,7 +15,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -25,6 +24,7 @@ import test_proxy_kinds
 import yaml
 from lm_eval._cli import HarnessCLI
 from pages import ROOT, tables_in, text_of
+from run_command import run_command
 from sybil import Document
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser
@@ -296,9 +296,7 @@ def test_align_generate_and_look(clone):
     for python, *words in (align, generate):
         assert python == "python"
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        run = subprocess.run(
-            [sys.executable, *words], capture_output=True, text=True, env=environment, check=False, timeout=600
-        )
+        run = run_command([sys.executable, *words], env=environment, seconds=500)
         assert run.returncode == 0, run.stderr
         outputs.append(run.stdout)
     assert re.search(r"We get 34 \+ 28 = 62\. The answer is 62\.", outputs[1])

@@ -7,11 +7,11 @@ uses neither this library nor a cache.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from run_command import run_command
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="examples run in forks of a process")
@@ -211,15 +211,7 @@ for name, (kind, program) in json.load(sys.stdin).items():
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, object]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", PARENT],
-        input=json.dumps(examples()),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        check=False,
-    )
+    run = run_command([sys.executable, "-c", PARENT], standard_input=json.dumps(examples()), cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
     return {name: json.loads(outcome) for name, outcome in map(json.loads, run.stdout.splitlines())}
 

@@ -1,7 +1,6 @@
 """What tests/real_weights.py computes without any weights: parts of the set, verdicts, close calls, the report."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from real_weights import (
     split_rows,
     stated_number,
 )
+from run_command import run_command
 
 from transformers_kad import DualDeferral
 from transformers_kad.recipes.resumable import JsonLinesStore
@@ -176,12 +176,6 @@ def test_a_command_that_fails_fails_its_step(tmp_path):
 
 @pytest.mark.slow
 def test_help_explains_the_command():
-    run = subprocess.run(
-        [sys.executable, ROOT / "tests" / "real_weights.py", "--help"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    run = run_command([sys.executable, ROOT / "tests" / "real_weights.py", "--help"])
     assert (run.returncode, run.stderr) == (0, "")
     assert "    python tests/real_weights.py --output FOLDER" in run.stdout

@@ -5,12 +5,12 @@ All recipes: tests/recipes/scripts/test_every_recipe.py.
 
 import logging
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from run_command import run_command
 
 from transformers_kad._torchao import known_messages_dropped
 
@@ -24,9 +24,7 @@ COMMANDS = {
 
 def python(*words):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, env=environment, check=False, timeout=120
-    )
+    return run_command([sys.executable, *words], env=environment)
 
 
 @pytest.mark.slow

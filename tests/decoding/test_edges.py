@@ -2,12 +2,12 @@
 
 import itertools
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_command import run_command
 from test_batches import padded
 from test_forward_inputs import make
 from tiny_models import tiny_model
@@ -215,9 +215,7 @@ def test_a_default_device_that_is_not_that_of_the_models():
     Without beams, whose own code in transformers does not work there.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(
-        [sys.executable, "-c", DEFAULT_DEVICE], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
-    )
+    run = run_command([sys.executable, "-c", DEFAULT_DEVICE], cwd=ROOT, env=environment)
     assert run.stdout == "same texts\n", run.stderr[-3000:]
 
 

@@ -6,7 +6,6 @@ p-value below THRESHOLD is found with a probability of at most FALSE_ALARM over 
 
 import json
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -16,12 +15,11 @@ import exact_law
 import parallel_calls
 import pytest
 from parallel_calls import LAW, PATHS, PROMPT, Models, models_of_law
+from run_command import run_command
 
 FALSE_ALARM = 1e-6
 P_VALUES = 2
 THRESHOLD = FALSE_ALARM / P_VALUES
-
-SECONDS = 240  # after which a deadlock is a failure, on a machine that has other things to do
 
 DIFFERENT = "RuntimeError: Rank 1 of the processes that share a model has decided otherwise"
 
@@ -32,17 +30,8 @@ def launch(kind: str, folder: Path) -> list[dict[str, Any]]:
     command = ["--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]  # any free port
     command += [parallel_calls.__file__, str(folder), kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    try:
-        subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", *command],
-            env=environment,
-            timeout=SECONDS,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except subprocess.CalledProcessError as error:
-        pytest.fail(f"the processes failed:\n{error.stderr[-4000:]}")
+    run = run_command([sys.executable, "-m", "torch.distributed.run", *command], env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
     seen = [json.loads((folder / f"{kind}_{rank}.json").read_text()) for rank in (0, 1)]
     assert [of_rank["world_size"] for of_rank in seen] == [2, 2]
     return seen

@@ -7,7 +7,6 @@ import math
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 import tomllib
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+from run_command import run_command
 from transformers import AutoTokenizer, GenerationConfig, set_seed
 
 from transformers_kad import KADConfig, KADLogitsProcessor, make_rule
@@ -660,9 +660,7 @@ def run(tmp_path, *words, launcher=()):
     command += ["--include_path", str(TASKS), "--apply_chat_template", "--device", "cpu", "--log_samples", "--limit"]
     command += ["7", "--output_path", str(tmp_path / "results.json"), *words]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **own}, check=False, cwd=tmp_path, timeout=500
-    )
+    done = run_command(command, env={**os.environ, **own}, cwd=tmp_path, seconds=500)
     assert done.returncode == 0, done.stderr
     assert "FutureWarning" not in done.stderr  # nothing that the person at the terminal can do something about
     (results,) = tmp_path.glob("results_*.json")

@@ -11,7 +11,6 @@ import itertools
 import random
 import re
 import struct
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_traces import ATTACKS, Page, Strings, page_of, record, trace_of
 from peft import PeftModel
+from run_command import run_command
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -381,9 +381,9 @@ def run_chromium(page, *arguments, fragment="", budget=2000):
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [chromium, *(f"--{flag}" for flag in quiet.split()), f"--user-data-dir={profile}"]
         command += [f"--virtual-time-budget={budget}", *arguments, page.as_uri() + fragment]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr.decode("utf-8", "replace")[-2000:]
-    return done.stdout.decode("utf-8")
+        done = run_command(command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def loaded(folder, source, fragment=""):

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import subprocess
 import sys
 import threading
 
 import pytest
+from run_command import run_command
 
 from transformers_kad.recipes.evaluation import math_verifier
 from transformers_kad.recipes.evaluation.answers import answers_match
@@ -78,7 +78,5 @@ def test_without_math_verify_the_error_names_the_extra(monkeypatch):
 
 def test_the_process_loads_no_models():
     loaded = "import sys, runpy; runpy.run_path(sys.argv[1]); print('torch' in sys.modules)"
-    out = subprocess.run(
-        [sys.executable, "-P", "-c", loaded, math_verifier.__file__], capture_output=True, text=True, check=True
-    )
-    assert out.stdout == "False\n"
+    out = run_command([sys.executable, "-P", "-c", loaded, math_verifier.__file__])
+    assert out.stdout == "False\n", out.stderr

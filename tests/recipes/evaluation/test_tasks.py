@@ -6,7 +6,6 @@ A new task is one declaration in `TASKS`, one row here, and a folder of fixtures
 import json
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from run_command import run_command
 
 from transformers_kad.recipes import word_problems
 from transformers_kad.recipes.evaluation.answer_text import REASON
@@ -509,8 +509,8 @@ def test_tasks_are_declared_without_the_extra():
         "import sys; sys.modules.update(datasets=None, math_verify=None); "
         "from transformers_kad.recipes.evaluation.tasks import TASKS; print(len(TASKS))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout == f"{len(TASKS)}\n"
+    out = run_command([sys.executable, "-c", code])
+    assert out.stdout == f"{len(TASKS)}\n", out.stderr
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import align_dpo
 import pytest
 import torch
 from alignment import BASE, PROXY, REFERENCE, align, logits, preferences, weights, write_lines
+from run_command import run_command
 from transformers import AutoTokenizer, Trainer
 
 from transformers_kad import KADConfig
@@ -159,21 +159,13 @@ def test_a_copied_file_works_on_messages_from_the_command_line(tmp_path):
         for row in preferences(20)
     ]
     command = ["--proxy", PROXY, "--base", BASE, "--data", write_lines(tmp_path / "rows.jsonl", rows)]
-    subprocess.run(
-        [
-            sys.executable,
-            shutil.copy(align_dpo.__file__, tmp_path),
-            *command,
-            "--output_dir",
-            "out",
-            "--max_steps",
-            "1",
-        ],
+    script = shutil.copy(align_dpo.__file__, tmp_path)
+    run = run_command(
+        [sys.executable, script, *command, "--output_dir", "out", "--max_steps", "1"],
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        check=True,
     )
+    assert run.returncode == 0, run.stderr
     load_model(tmp_path / "out")
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from alignment import BASE, PROXY, REFERENCE, align, chats, logits, weights, wri
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import LocalTokenNotFoundError
 from peft import PeftModel
+from run_command import run_command
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoTokenizer, Trainer
@@ -539,16 +539,16 @@ def elsewhere(tmp_path):
 @pytest.mark.slow
 def test_a_copied_file_works_with_relative_folders(elsewhere, tmp_path):
     folder, command = elsewhere
-    run = subprocess.run(
-        [*command, "--max_steps", "2"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
+    run = run_command([*command, "--max_steps", "2"], cwd=folder, env=ENVIRONMENT)
+    assert run.returncode == 0, run.stderr
     out = folder / "out" / "proxy"
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "../../models/small"
     assert isinstance(load_model(out, merge=False), PeftModel)  # from the folder of these tests
     for path in out.iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()
     lines = run.stdout.split("To use it:\n\n")[1]
-    subprocess.run([sys.executable, "-c", lines], cwd=folder, env=ENVIRONMENT, capture_output=True, check=True)
+    used = run_command([sys.executable, "-c", lines], cwd=folder, env=ENVIRONMENT)
+    assert used.returncode == 0, used.stderr
     assert "it/s" not in run.stderr  # no progress bar without a terminal
     assert [line.split(",")[0] for line in run.stderr.splitlines() if " steps " in line] == [
         "1 of 2 steps (50%)",
@@ -560,14 +560,8 @@ def test_a_copied_file_works_with_relative_folders(elsewhere, tmp_path):
 def test_two_processes_train_one_adapter(elsewhere, base_model, data):
     folder, command = elsewhere
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]]
-    run = subprocess.run(
-        [*launch, "--batch_size", "8", "--max_steps", "6", "--eval_steps", "2"],
-        cwd=folder,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    learning = ["--batch_size", "8", "--max_steps", "6", "--eval_steps", "2"]
+    run = run_command([*launch, *learning], cwd=folder, env=ENVIRONMENT)
     assert run.returncode == 0, run.stderr[-3000:]
     out = folder / "out" / "proxy"
     record = json.loads((out / "training.json").read_text())
@@ -606,7 +600,7 @@ def test_several_processes_report_an_error_once(elsewhere):
     folder, command = elsewhere
     (folder / "chats.jsonl").write_text("oops\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command[1:]]
-    run = subprocess.run(launch, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    run = run_command(launch, cwd=folder, env=ENVIRONMENT)
     assert run.returncode != 0
     assert run.stderr.count("error: chats.jsonl is not a JSON Lines file") == 1
     assert not (folder / "out").exists()

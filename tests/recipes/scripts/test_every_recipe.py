@@ -4,7 +4,6 @@ import ast
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from run_command import run_command
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -89,15 +89,8 @@ def run_copy(recipe, folder, *arguments):
     """Run a copy of the script in a folder of its own, with nothing of this repository on the path."""
     copy = shutil.copy(recipe, folder / "script.py")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, str(copy), *arguments],
-        cwd=folder,
-        env=environment | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return run_command([sys.executable, str(copy), *arguments], cwd=folder, env=environment)
 
 
 @pytest.mark.slow

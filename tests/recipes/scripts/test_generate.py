@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from run_command import run_command
 from test_vocabulary import TOKENIZERS
 from tiny_models import tiny_model
 from transformers import AutoTokenizer
@@ -685,13 +686,9 @@ def test_two_processes_divide_the_lines_and_leave_the_file_of_one(tmp_path, prom
     divided.write_text(expected[0])
     Path(f"{divided}.part1").write_text(expected[3] + expected[5][:20])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    run = subprocess.run(
+    run = run_command(
         [*launcher, str(SCRIPT), *MODELS, *sampling, "--output", str(divided)],
         env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
     )
     assert run.returncode == 1, run.stderr
     assert divided.read_text() == whole.read_text()

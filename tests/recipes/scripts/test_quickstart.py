@@ -3,12 +3,12 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import quickstart
+from run_command import run_command
 from transformers import AutoTokenizer
 
 from transformers_kad import KADTrace, TokenRecord
@@ -26,15 +26,12 @@ def session():
 
 @pytest.mark.slow
 def test_the_script_runs_offline_without_arguments_but_a_size():
-    run = subprocess.run(
+    run = run_command(
         [sys.executable, str(SCRIPT), "--problems", "8"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=True,
         env={"HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONIOENCODING": "utf-8"},
         cwd="/",
     )
+    assert run.returncode == 0, run.stderr
     out = run.stdout
     assert "\033" not in out  # plain when not a terminal
     assert re.search(r"^ base: .*\[\d+ tokens", out, re.MULTILINE)
@@ -88,9 +85,8 @@ def test_any_pair_by_folder(tmp_path, capsys):
 def test_the_script_runs_as_a_single_file_copied_elsewhere(tmp_path):
     shutil.copy(SCRIPT, tmp_path / "run.py")
     arguments = ["--base", str(PAIR_DIR / "base"), "--proxy", str(PAIR_DIR / "proxy"), "--max_new_tokens", "5"]
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), *arguments], capture_output=True, text=True, check=True
-    )
+    run = run_command([sys.executable, str(tmp_path / "run.py"), *arguments])
+    assert run.returncode == 0, run.stderr
     assert "Why is the sky blue?" in run.stdout
 
 

@@ -17,6 +17,7 @@ import run_eval
 import sweep
 import tune
 from command_lines import error_of
+from run_command import run_command
 
 from transformers_kad import KADConfig
 from transformers_kad.integrations.loading.models import load_tokenizer
@@ -48,14 +49,7 @@ def command(output, *arguments, processes=1):
 
 
 def run(output, *arguments, processes=1):
-    finished = subprocess.run(
-        command(output, *arguments, processes=processes),
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        check=False,
-        timeout=120,
-    )
+    finished = run_command(command(output, *arguments, processes=processes), env=ENVIRONMENT)
     assert finished.returncode == 0, finished.stderr
     return finished
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import train_tiny_pair as recipe
 from peft import PeftModel
+from run_command import run_command
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from transformers_kad.models.by_version import CACHE
@@ -231,7 +231,8 @@ def smoke(tmp_path_factory):
     copy = shutil.copy(SCRIPT, out.parent)
     command = [sys.executable, str(copy), "--smoke", "--seed", "5", "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    run = run_command(command, env=environment)
+    assert run.returncode == 0, run.stderr
     return out
 
 

@@ -2,10 +2,10 @@
 
 import importlib.util
 import runpy
-import subprocess
 import sys
 
 import pytest
+from run_command import run_command
 
 import transformers_kad.recipes.training
 
@@ -23,5 +23,5 @@ def test_the_rest_of_the_package_does_without():
     loading = "transformers_kad.integrations.loading"
     modules = f"transformers_kad, {loading}.models, {loading}.prompts, transformers_kad.recipes.word_problems"
     code = f"import sys\n{hidden}\nimport {modules}\nprint(transformers_kad.DualDeferral())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    run = run_command([sys.executable, "-c", code])
     assert run.stdout == "DualDeferral(threshold=0.4)\n", run.stderr
