@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import psutil
 
-SECONDS = 300  # after which a command has hung, on a machine that has other things to do
+SECONDS = 600  # after which a command has hung, on a machine that has other things to do
 
 
 def run_command(

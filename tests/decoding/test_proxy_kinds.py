@@ -29,7 +29,8 @@ THRESHOLD = FALSE_ALARM / P_VALUES
 SIZE = 4  # the base's vocabulary
 LENGTH = 3
 PROMPT = (1, 2, 3, 1)
-SAMPLES = {"token by token": 10_000, "speculative": 300}
+SAMPLES = {"token by token": 10_000, "speculative": 1_000}
+ROWS = 100  # of a call that decodes speculatively; `test_distribution.py` has those of one row
 
 
 def spelling_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
@@ -169,8 +170,8 @@ def sample(path: str, kad: KADLogitsProcessor, base: PreTrainedModel | PeftModel
     if path == "token by token":
         ids = base.generate(input_ids=prompt, num_return_sequences=samples, **settings)
     else:
-        calls = (base.generate(input_ids=prompt, assistant_model=kad.proxy, **settings) for _ in range(samples))
-        ids = torch.cat(list(calls))
+        settings |= {"assistant_model": kad.proxy, "num_return_sequences": ROWS}
+        ids = torch.cat([base.generate(input_ids=prompt, **settings) for _ in range(samples // ROWS)])
     return [tuple(row) for row in ids[:, len(PROMPT) :].tolist()]
 
 

@@ -4,7 +4,8 @@
 
 The sessions are run in chunks, each with a seed of its own, so that the same arguments run the same sessions. What is
 done is in the output file, and a run with the same file goes on with the chunks that are missing. A failure ends its
-chunk; its smallest session is in the file, as an expression that `fuzz_checks.check` takes.
+chunk, which is run again by the next run; its smallest session is in the file, as an expression that
+`fuzz_checks.check` takes.
 """
 
 import argparse
@@ -83,14 +84,14 @@ def run_chunk(kind: str, examples: int, number: int) -> dict[str, Any]:
     return {"counts": dict(account.counts), "refusals": dict(account.refusals), "failure": failure}
 
 
-def summary(chunks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The counts of all chunks together."""
-    counts, refusals = Counter[str](), Counter[str]()
-    for chunk in chunks.values():
-        counts.update(chunk["counts"])
-        refusals.update(chunk["refusals"])
-    failures = {name: chunk["failure"] for name, chunk in chunks.items() if chunk["failure"]}
-    return {"counts": dict(sorted(counts.items())), "refusals": dict(refusals.most_common()), "failures": failures}
+def add_chunk(result: dict[str, Any], name: str, chunk: dict[str, Any]) -> None:
+    """Add what was seen in a chunk to what was seen in others."""
+    if chunk["failure"]:
+        result["failures"][name] = chunk["failure"]
+        return
+    result["chunks"].append(name)
+    for part in ("counts", "refusals"):
+        result[part] = dict(sorted((Counter(result[part]) + Counter(chunk[part])).items()))
 
 
 def main() -> int:
@@ -101,26 +102,28 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="number of processes")
     parser.add_argument("--output", type=Path, default=Path("fuzz.json"), help="file of the counts and failures")
     arguments = parser.parse_args()
-    chunks = json.loads(arguments.output.read_text())["chunks"] if arguments.output.exists() else {}
+    result: dict[str, Any] = {"chunks": [], "counts": {}, "refusals": {}}
+    if arguments.output.exists():
+        result = json.loads(arguments.output.read_text())
+    result["failures"] = {}
     kinds, missing = list(FAMILIES), {}
     for number in range(-(-arguments.examples // CHUNK)):
         kind, chosen = kinds[number % len(kinds)], arguments.seed + number
         name = f"{kind} {chosen}"
-        if name not in chunks:
+        if name not in result["chunks"]:
             missing[name] = kind, min(CHUNK, arguments.examples - CHUNK * number), chosen
     with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(run_chunk, *chunk): name for name, chunk in missing.items()}
         for future in as_completed(running):
-            chunks[running[future]] = future.result()
-            result = {**summary(chunks), "chunks": chunks}
+            add_chunk(result, running[future], future.result())
             partial = arguments.output.with_suffix(".partial")
-            partial.write_text(json.dumps(result, indent=1))
+            partial.write_text(json.dumps(result, indent=1) + "\n")
             partial.replace(arguments.output)
             done = result["counts"].get("sessions: all", 0)
             print(f"{done} sessions, {len(result['failures'])} failures", flush=True)
-    for failure in summary(chunks)["failures"].values():
+    for failure in result["failures"].values():
         print(failure["session"], failure["error"], sep="\n", flush=True)
-    return 1 if summary(chunks)["failures"] else 0
+    return 1 if result["failures"] else 0
 
 
 if __name__ == "__main__":
