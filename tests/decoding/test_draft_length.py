@@ -168,7 +168,7 @@ def test_the_distribution_does_not_change(monkeypatch, rows):
     torch.manual_seed(3)
     arguments = setting.arguments(kad) | COMMON
     texts = []
-    for _ in range(600 if rows == 1 else 20):
+    for _ in range(300 if rows == 1 else 20):
         sequences = chosen.base.generate(
             torch.tensor([PROMPT]), assistant_model=kad.proxy, max_new_tokens=5, num_return_sequences=rows, **arguments
         )
