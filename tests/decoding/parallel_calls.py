@@ -246,7 +246,7 @@ def streamed(calls: Calls) -> dict[str, Any]:
         def decode(self, ids: list[int], **kwargs: Any) -> str:
             return " ".join(map(str, ids))
 
-    iterated = TextIteratorStreamer(Digits(), skip_prompt=True, timeout=10)
+    iterated = TextIteratorStreamer(Digits(), skip_prompt=True, timeout=60)
     thread = threading.Thread(target=calls, args=("speculative", prompts(1)), kwargs={"streamer": iterated, **GREEDY})
     thread.start()
     text = "".join(iterated)

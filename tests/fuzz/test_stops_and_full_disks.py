@@ -22,6 +22,7 @@ import pytest
 import run_eval
 import tune
 from recipes_without_models import Echo, EchoDecoder
+from run_command import SECONDS
 
 from transformers_kad.recipes import resumable
 from transformers_kad.recipes.evaluation import session
@@ -128,7 +129,7 @@ def start(recipe, folder):
 
 
 def wait(process):
-    process.join(timeout=60)
+    process.join(timeout=SECONDS)
     if process.is_alive():
         process.kill()
         pytest.fail("The run has hung.")
@@ -294,7 +295,7 @@ def test_a_terminated_process_that_was_not_disturbed_by_another(name, tmp_path, 
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + SECONDS
         while recipe.written(tmp_path / "stopped") == 0:
             assert process.poll() is None, "the run ended before it could be stopped"
             assert time.monotonic() < deadline
@@ -305,7 +306,7 @@ def test_a_terminated_process_that_was_not_disturbed_by_another(name, tmp_path, 
         assert "Another run is writing to" in capsys.readouterr().err
         process.terminate()
         os.kill(process.pid, signal.SIGCONT)
-        assert process.wait(timeout=60) == -signal.SIGTERM
+        assert process.wait(timeout=SECONDS) == -signal.SIGTERM
     finally:
         process.kill()
     assert main(command) == 0

@@ -14,6 +14,7 @@ import pytest
 import run_eval
 import torch
 from command_lines import error_of
+from run_command import SECONDS
 
 from transformers_kad import DualDeferral, KADConfig
 from transformers_kad.integrations.loading import load_model, load_tokenizer
@@ -307,13 +308,13 @@ def test_a_killed_check_is_continued_with_the_same_figures(tmp_path):
     texts = output / "texts.jsonl"
     run = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while not texts.exists() or texts.read_bytes().count(b"\n") < 3:
             assert run.poll() is None and time.monotonic() < deadline, "the check ended before it could be stopped"
             time.sleep(0.01)
     finally:
         run.kill()
-        run.wait(timeout=30)
+        run.wait(timeout=SECONDS)
     assert not (output / "check.json").exists()
     done = texts.read_bytes()
     assert check_pair.main(command[2:]) == 0

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from run_command import SECONDS
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 NOTEBOOK = RECIPES / "kad_tour.ipynb"
@@ -24,7 +25,9 @@ def run(folder):
     """The notebook after a run in a folder that has the tiny pair, as the folder of the recipes has it."""
     (folder / "tiny_pair").symlink_to(RECIPES / "tiny_pair")
     notebook = read()
-    client = NotebookClient(notebook, timeout=120, startup_timeout=120, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=SECONDS, startup_timeout=SECONDS, resources={"metadata": {"path": str(folder)}}
+    )
     return client.execute()
 
 

@@ -17,7 +17,7 @@ import run_eval
 import sweep
 import tune
 from command_lines import error_of
-from run_command import run_command
+from run_command import SECONDS, run_command
 
 from transformers_kad import KADConfig
 from transformers_kad.integrations.loading.models import load_tokenizer
@@ -94,7 +94,7 @@ def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, t
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as started:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + SECONDS
         while sum(len(path.read_bytes().splitlines()) for path in tmp_path.glob("results.*.jsonl")) < 100:
             assert started.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
@@ -130,7 +130,7 @@ def start_nodes(port, *outputs, arguments):
 def finish(nodes):
     """What the nodes wrote to standard error, and their exit statuses."""
     try:
-        errors = [node.communicate(timeout=120)[1] for node in nodes]
+        errors = [node.communicate(timeout=SECONDS)[1] for node in nodes]
     finally:
         for node in nodes:
             kill(node)
@@ -156,7 +156,7 @@ def test_a_killed_node_ends_the_run_which_the_same_command_goes_on_with(tmp_path
     arguments = ("--method", "kad-dual", "--limit", "80", "--num_samples", "2", "--batch_size", "8")
     output = tmp_path / "nodes"
     nodes = start_nodes(free_port(), output, output, arguments=arguments)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + SECONDS
     while not (output / "results.1.jsonl").exists():
         assert all(node.poll() is None for node in nodes), "the run ended before it could be killed"
         assert time.monotonic() < deadline

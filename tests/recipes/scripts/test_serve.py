@@ -13,6 +13,7 @@ import openai
 import pytest
 import serve
 from command_lines import error_of
+from run_command import SECONDS
 
 from transformers_kad import KADConfig
 from transformers_kad.integrations.serving import build_app
@@ -90,7 +91,7 @@ def test_a_copy_of_the_script_serves_until_it_is_interrupted(tmp_path):
             assert re.fullmatch(r"We get .* The answer is \d+\.", answer.choices[0].message.content)
             assert answer.usage.kad["accepted_tokens"]
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=SECONDS)
             assert process.returncode in (0, 130, -signal.SIGINT)
         finally:
             process.kill()
