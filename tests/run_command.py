@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from tempfile import TemporaryFile
@@ -23,8 +24,8 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """The status of a command, and what it wrote.
 
-    Unlike `subprocess.run`, it ends the processes that the command has started as well, which would otherwise hold the
-    pipes open for as long as they hang, and shows the Python stack of each.
+    Unlike `subprocess.run`, it ends the processes that the command has started as well, for which it would wait
+    without end otherwise, and shows the Python stack of each.
 
     Raises:
         AssertionError: the command has not ended in time.
@@ -49,11 +50,16 @@ def abort(pid: int) -> None:
     """End a process and all that it has started; each writes its Python stack, if `PYTHONFAULTHANDLER` is set."""
     command = psutil.Process(pid)
     processes = [*command.children(recursive=True), command]
+    for process in processes:  # so that only one of them writes at a time
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGABRT)
-    for process in psutil.wait_procs(processes, timeout=10)[1]:
-        with suppress(psutil.NoSuchProcess):
+            process.resume()
+            deadline = time.monotonic() + 10
+            while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+                time.sleep(0.05)
             process.kill()
     command.wait()
 

@@ -28,6 +28,7 @@ def test_a_named_device_is_taken_without_a_word(capsys):
 
 
 def test_every_quantization_has_its_configuration():
+    pytest.importorskip("torchao.quantization")
     made = {name: quantization_config(name) for name in QUANTIZATIONS}
     assert isinstance(made.pop("torchao-int8"), TorchAoConfig)
     assert {name: (type(c), c.load_in_8bit, c.load_in_4bit) for name, c in made.items()} == {
@@ -38,6 +39,7 @@ def test_every_quantization_has_its_configuration():
 
 
 def test_torchao_does_not_change_the_precision_of_other_models():
+    pytest.importorskip("torchao.quantization")
     before = torch.get_float32_matmul_precision()
     assert quantization_config("torchao-int8").quant_type.set_inductor_config is False
     assert torch.get_float32_matmul_precision() == before
