@@ -99,8 +99,7 @@ def test_killed_in_the_middle_it_goes_on_and_leaves_the_same_file(undisturbed, t
             assert started.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        for process in (*psutil.Process(started.pid).children(recursive=True), started):
-            process.kill()
+        kill(started)
     parts = sorted(tmp_path.glob("results.*.jsonl"))
     assert len(parts) == processes
     with parts[0].open("ab") as file:  # torn in the middle of a line
