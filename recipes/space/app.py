@@ -165,18 +165,13 @@ def build(pairs: LoadedPairs) -> gr.Blocks:
                         with gr.Column(min_width=260):
                             gr.Markdown(f"### {title}")
                             texts.append(gr.HTML(in_boxes()[1], elem_id=name, apply_default_css=False))
-        rule.change(
-            lambda chosen: [gr.Group(visible=name == chosen) for name in RULES],
-            rule,
-            groups,
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        at_once = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        rule.change(lambda chosen: [gr.Group(visible=name == chosen) for name in RULES], rule, groups, **at_once)
         inputs = [prompt, base, proxy, rule, temperature, seed, length, *components]
-        start.click(
+        # While the texts grow, Gradio would drop a second click without a word, so the button is off until they end.
+        start.click(lambda: gr.Button(interactive=False), None, start, **at_once).then(
             page.generate, inputs, texts, show_progress="minimal", show_progress_on=texts[0], api_visibility="private"
-        )
+        ).then(lambda: gr.Button(interactive=True), None, start, **at_once)
         stop.click(page.stop, queue=False, api_visibility="private")
         blocks.unload(page.stop)
     return blocks

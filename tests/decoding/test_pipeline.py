@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_command import SECONDS
 from transformers import AsyncTextIteratorStreamer, TextIteratorStreamer, TextStreamer, pipeline
 
 from transformers_kad import DualDeferral, KADLogitsProcessor, attach
@@ -82,7 +83,7 @@ def test_pipelines_and_chat_loops_know_nothing_of_an_attached_processor(tokenize
     assert len(kad.statistics.sequences) == 3
     (alone,) = generator(CHATS[0], max_new_tokens=40, do_sample=False, kad=False)
     assert alone["generated_text"][-1]["content"] != expected[0]
-    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=SECONDS)
     thread = threading.Thread(
         target=base.generate,
         kwargs={**encode(tokenizer, [PROBLEMS[0].question]), "streamer": pieces, "max_length": 99},
@@ -113,7 +114,7 @@ def test_streamers_give_the_text_piece_by_piece(models, tokenizer, speculative, 
         thread.start()
         return thread
 
-    streamer = TextIteratorStreamer(tokenizer, timeout=60, **kwargs)
+    streamer = TextIteratorStreamer(tokenizer, timeout=SECONDS, **kwargs)
     thread = in_thread(streamer)
     pieces = list(streamer)
     thread.join()
@@ -121,7 +122,7 @@ def test_streamers_give_the_text_piece_by_piece(models, tokenizer, speculative, 
     assert len(pieces) > 5
 
     async def collect():
-        streamer = AsyncTextIteratorStreamer(tokenizer, timeout=60, **kwargs)
+        streamer = AsyncTextIteratorStreamer(tokenizer, timeout=SECONDS, **kwargs)
         thread = in_thread(streamer)
         pieces = [piece async for piece in streamer]
         thread.join()

@@ -7,6 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
+from run_command import SECONDS
 from tiny_models import tiny_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
@@ -227,7 +228,7 @@ def test_a_streamer_in_a_thread(base, proxy):
 
     kad = KADLogitsProcessor(proxy, DualDeferral(0.8))
     expected = new_tokens(base.generate(PROMPT, logits_processor=[kad], **GREEDY))
-    streamer = TextIteratorStreamer(Identity(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(Identity(), skip_prompt=True, timeout=SECONDS)
     arguments = {"logits_processor": [kad], "assistant_model": proxy, "streamer": streamer, **GREEDY}
     thread = Thread(target=base.generate, args=(PROMPT,), kwargs=arguments)
     thread.start()

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 from architectures import LONGROPE
+from run_command import SECONDS
 from scipy.stats import chisquare
 from tiny_families import tiny_family
 from tiny_models import tiny_model
@@ -56,7 +57,7 @@ def decoded(base, kad, new=NEW, config=None, **parameters):
         ]
         outputs = {}
         while len(outputs) < len(ids):
-            output = manager.get_result(timeout=30)
+            output = manager.get_result(timeout=SECONDS)
             assert output is not None
             outputs[output.request_id] = output
     assert not any(output.error for output in outputs.values())
@@ -113,7 +114,7 @@ def test_one_forward_of_the_proxy_reads_all_running_requests(base, proxy, count)
     for prompt in prompts(count):  # before it starts, so that all of them join in the first step
         manager.add_request(prompt, max_new_tokens=12)
     manager.start()
-    outputs = [manager.get_result(timeout=30) for _ in range(count)]
+    outputs = [manager.get_result(timeout=SECONDS) for _ in range(count)]
     manager.stop()
     assert [len(output.generated_tokens) for output in outputs] == [12] * count
     (texts,) = manager.logit_processor.logits_processor[0]._models
@@ -124,13 +125,13 @@ def test_a_request_that_is_cancelled_leaves_the_others_alone(base, proxy):
     kad = KADLogitsProcessor(proxy, DualDeferral(0.5))
     with continuous_batching(base, kad, continuous_batching_config=small()) as manager:
         long = manager.add_request(prompts()[7], max_new_tokens=400, streaming=True)
-        assert manager.get_result(timeout=30).request_id == long  # it runs
+        assert manager.get_result(timeout=SECONDS).request_id == long  # it runs
         manager.cancel_request(long)
         for prompt in prompts()[:3]:
             manager.add_request(prompt, max_new_tokens=9)
         outputs = []
         while len(outputs) < 3:
-            output = manager.get_result(timeout=30)
+            output = manager.get_result(timeout=SECONDS)
             outputs += [output] if output.request_id != long else []
     found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs}
     assert found == {tuple(prompt): expected(base, kad, prompt, 9) for prompt in prompts()[:3]}
@@ -170,7 +171,7 @@ def test_a_bad_parameter_is_refused_and_the_others_go_on(base, proxy, parameters
         with pytest.raises(error, match=message):
             manager.add_request([3, 4], max_new_tokens=4, **parameters)
         manager.add_request([3, 4], max_new_tokens=4, threshold=1)
-        output = manager.get_result(timeout=30)
+        output = manager.get_result(timeout=SECONDS)
     assert output.generated_tokens == expected(base, KADLogitsProcessor(proxy, DualDeferral(1.0)), [3, 4], 4)
 
 
@@ -180,7 +181,7 @@ def test_parameters_of_other_processors(base, proxy):
     sampling = GenerationConfig(do_sample=True, top_k=40)
     with continuous_batching(base, kad, generation_config=sampling, continuous_batching_config=config) as manager:
         manager.add_request([3, 4], max_new_tokens=8, top_k=1)
-        output = manager.get_result(timeout=30)
+        output = manager.get_result(timeout=SECONDS)
         with pytest.raises(
             TypeError, match=r"Unknown parameter of a request: 'temperature'\. Known: threshold, top_k"
         ):
@@ -195,7 +196,7 @@ def test_texts_end_where_the_context_of_the_proxy_does(base):
             manager.add_request([3] * 20)
         for length, wanted in ((15, None), (15, 3), (19, 50)):
             manager.add_request([3] * length, max_new_tokens=wanted)
-        outputs = [manager.get_result(timeout=30) for _ in range(3)]
+        outputs = [manager.get_result(timeout=SECONDS) for _ in range(3)]
     found = {output.request_id: output.generated_tokens for output in outputs}
     assert not any(output.error for output in outputs)
     assert [len(found[f"req_{number}"]) for number in range(3)] == [5, 3, 1]

@@ -12,6 +12,7 @@ import openai
 import pytest
 import torch
 from fastapi.responses import StreamingResponse
+from run_command import SECONDS
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, utils
 from versions import LIST_MODELS
 
@@ -36,7 +37,7 @@ def start(**settings):
 @pytest.fixture(scope="module")
 def client():
     running = start()
-    yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=60)
+    yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=SECONDS)
     running.stop()
 
 

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from run_command import SECONDS
 
 from transformers_kad.recipes.resumable import JsonLinesPart, JsonLinesStore
 
@@ -189,7 +190,7 @@ def test_a_pipe_gets_every_record(tmp_path):
     with JsonLinesStore(pipe, SETTINGS) as store:
         store.append({"line": 1})
         store.append({"line": 2})
-    reader.join(timeout=10)
+    reader.join(timeout=SECONDS)
     assert got == ['{"line": 1}\n{"line": 2}\n']
     assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
 

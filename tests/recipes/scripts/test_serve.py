@@ -84,7 +84,7 @@ def test_a_copy_of_the_script_serves_until_it_is_interrupted(tmp_path):
                     break
             assert found, "".join(lines)
             assert "Rule: DualDeferral(threshold=0.6)" in "".join(lines)
-            client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=60)
+            client = openai.OpenAI(base_url=f"{found[1]}/v1", api_key="none", max_retries=0, timeout=SECONDS)
             answer = client.chat.completions.create(
                 model="base", messages=[{"role": "user", "content": QUESTION}], temperature=0
             )

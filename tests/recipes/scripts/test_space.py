@@ -23,13 +23,15 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from packaging.version import Version
 from playwright.sync_api import expect, sync_playwright
+from run_command import SECONDS
 
 from transformers_kad import __version__
 from transformers_kad.recipes.playground.pairs import LoadedPairs, PairNames, pairs_from_environment
 
 SPACE = Path(__file__).resolve().parents[3] / "recipes" / "space"
 PAIR = SPACE.parent / "tiny_pair"
-TIMEOUT = 20_000  # milliseconds that a browser waits for what it is asked to expect
+TIMEOUT = 120_000  # milliseconds that a browser waits
+expect.set_options(timeout=TIMEOUT)
 DESKTOP = {"viewport": {"width": 1200, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
 MIA = "Mia has 83 apples. She gives 47 to Jon. How many apples does Mia have now?"
@@ -64,7 +66,7 @@ def served(pairs):
 def running_browser():
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu"], timeout=60_000
+            executable_path=chromium_path(), args=["--no-sandbox", "--disable-gpu"], timeout=TIMEOUT
         )
         yield browser
         browser.close()
@@ -77,7 +79,7 @@ def visiting(browser, url, **settings):
     context.set_default_timeout(TIMEOUT)
     page = context.new_page()
     page.goto(url)
-    expect(page.locator("#generate")).to_be_visible(timeout=TIMEOUT)
+    expect(page.locator("#generate")).to_be_visible()
     try:
         yield page
     finally:
@@ -159,7 +161,7 @@ def totals_of(page):
 
 def wait_for_end(page):
     """Wait until the last of the three texts, that of the proxy, has ended."""
-    expect(page.locator("#proxy-alone .text")).to_contain_text("<|end|>", timeout=TIMEOUT)
+    expect(page.locator("#proxy-alone .text")).to_contain_text("<|end|>")
 
 
 @pytest.mark.slow
@@ -179,7 +181,7 @@ def test_a_text_is_shown_beside_those_of_both_models_and_a_slider_changes_it(bro
 
         set_slider(page, "dual-threshold", 0.01)
         ask(page)
-        expect(page.locator("#guided .text")).to_contain_text("- 53 - 26 = 27", timeout=TIMEOUT)
+        expect(page.locator("#guided .text")).to_contain_text("- 53 - 26 = 27")
         wait_for_end(page)
         second = totals_of(page)
         assert second["tokens"] == "64"
@@ -202,7 +204,7 @@ def test_the_sliders_are_those_of_the_rule(browser, url):
         page.locator("#rule input").click()
         page.get_by_role("option", name="implicit_reward", exact=True).click()
         ask(page)
-        expect(page.locator("#guided .legend")).not_to_contain_text("shade", timeout=TIMEOUT)
+        expect(page.locator("#guided .legend")).not_to_contain_text("shade")
         wait_for_end(page)
         assert cascade["mean deferral mass"] != totals_of(page)["mean deferral mass"] == "–"
 
@@ -214,10 +216,11 @@ def test_text_and_chart_grow_and_stop_ends_them(browser, url, forwards):
         forwards.seconds = 0.3
         ask(page, MIA)
         chart = page.locator("#guided .plot")
-        expect(chart).to_be_visible(timeout=TIMEOUT)
+        expect(chart).to_be_visible()
         lengths = [chart.get_attribute("viewBox")]
-        expect(chart).not_to_have_attribute("viewBox", lengths[0], timeout=TIMEOUT)
+        expect(chart).not_to_have_attribute("viewBox", lengths[0])
         lengths.append(chart.get_attribute("viewBox"))
+        expect(page.locator("#generate")).to_be_disabled()
         page.locator("#stop").click()
         before, after = (int(length.split()[2]) for length in lengths)
         assert 0 < before < after < 64
@@ -226,7 +229,7 @@ def test_text_and_chart_grow_and_stop_ends_them(browser, url, forwards):
         assert page.locator("#base-alone .text").count() == 0
         forwards.seconds = 0.0
         ask(page)  # the next text is whole
-        expect(page.locator("#guided .totals dd").first).to_have_text("64", timeout=TIMEOUT)
+        expect(page.locator("#guided .totals dd").first).to_have_text("64")
 
 
 @pytest.mark.slow
@@ -236,7 +239,7 @@ def test_a_visitor_who_leaves_ends_their_text(browser, url, forwards):
         page.get_by_label("number input for Maximum of new tokens").fill("400")
         set_slider(page, "dual-threshold", 0.01)
         ask(page, MIA)
-        expect(page.locator("#guided .plot")).to_be_visible(timeout=TIMEOUT)
+        expect(page.locator("#guided .plot")).to_be_visible()
     forwards.wait_for_end()
     assert forwards.count < 200
 
@@ -247,7 +250,7 @@ def test_two_visitors_at_once_get_their_own_texts(browser, url, forwards):
         set_slider(other, "dual-threshold", 0.6)
         ask(one, MIA)
         ask(other, ADA)
-        expect(other.locator("#guided")).to_contain_text(re.compile(r"queue: \d/\d"), timeout=TIMEOUT)
+        expect(other.locator("#guided")).to_contain_text(re.compile(r"queue: \d/\d"))
         wait_for_end(one)
         wait_for_end(other)
         assert text_of(one) == "We get 83 - 47 = 36. The answer is 36.<|end|>"
@@ -267,12 +270,12 @@ def test_markup_in_a_prompt_and_in_a_text_stays_text(browser, url, pairs, monkey
     with visiting(browser, url) as page:
         ask(page, f"{ATTACK} {MIA}")
         for box in ("base-alone", "proxy-alone"):
-            expect(page.locator(f"#{box} .text")).to_contain_text(ATTACK, timeout=TIMEOUT)
+            expect(page.locator(f"#{box} .text")).to_contain_text(ATTACK)
         expect(page.locator("#guided .text")).to_contain_text(ATTACK)
         page.locator("button", has_text="Models").click()
         page.locator("#base textarea").fill(f"./{ATTACK}")
         ask(page)
-        expect(page.locator("#guided [role=alert]")).to_contain_text("<img src=x onerror=", timeout=TIMEOUT)
+        expect(page.locator("#guided [role=alert]")).to_contain_text("<img src=x onerror=")
         assert page.locator("#guided script, #guided img, #base-alone img, #proxy-alone img").count() == 0
         assert "pwned" not in page.title()
 
@@ -292,7 +295,7 @@ def test_what_is_wrong_is_said_on_the_page_and_the_next_text_is_right(browser, u
         ):
             name.fill(base)
             ask(page, prompt)
-            expect(page.locator("#guided [role=alert]")).to_contain_text(message, timeout=TIMEOUT)
+            expect(page.locator("#guided [role=alert]")).to_contain_text(message)
         ask(page, MIA)
         wait_for_end(page)
         expect(page.locator("#guided [role=alert]")).to_have_count(0)
@@ -392,7 +395,7 @@ def test_the_script_serves_the_page_with_the_pair_of_the_repository(tmp_path):
         config = json.loads(read_when_ready(f"http://127.0.0.1:{port}/config", server, tmp_path / "log"))
     finally:
         server.terminate()
-        server.wait(timeout=20)
+        server.wait(timeout=SECONDS)
     values = [component["props"].get("value") for component in config["components"]]
     assert {str(PAIR / "base"), str(PAIR / "proxy")} <= {value for value in values if isinstance(value, str)}
     assert config["analytics_enabled"] is False
@@ -408,11 +411,10 @@ def test_a_folder_of_its_own_has_no_pair_and_opens_the_fields_for_one(tmp_path):
 
 
 def read_when_ready(address, server, log):
-    for _ in range(200):
-        if server.poll() is not None:
-            break
+    end = time.monotonic() + SECONDS
+    while server.poll() is None and time.monotonic() < end:
         with contextlib.suppress(OSError):
-            return urllib.request.urlopen(address, timeout=10).read().decode()
+            return urllib.request.urlopen(address, timeout=SECONDS).read().decode()
         time.sleep(0.2)
     raise AssertionError(log.read_text())
 
