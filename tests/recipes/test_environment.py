@@ -3,14 +3,15 @@
 import importlib.metadata
 
 import torch
+from packaging.version import Version
 
 from transformers_kad.recipes.environment import describe_environment
 
 
 def test_versions_are_those_that_are_installed():
     found = describe_environment()
-    for name in ("torch", "transformers", "peft"):
-        assert found[name] == importlib.metadata.version(name)
+    for name in ("torch", "transformers", "peft"):  # a wheel of torch may name its CUDA in one of the two alone
+        assert Version(found[name]).public == Version(importlib.metadata.version(name)).public
     assert found["transformers_kad"] == importlib.metadata.version("transformers-kad")
 
 
