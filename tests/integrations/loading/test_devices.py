@@ -1,5 +1,7 @@
 """Devices and quantization: what their names stand for."""
 
+import sys
+
 import pytest
 import torch
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -36,6 +38,14 @@ def test_every_quantization_has_its_configuration():
         "bitsandbytes-4bit": (BitsAndBytesConfig, False, True),
     }
     assert quantization_config(None) is None
+
+
+def test_without_torchao_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(
+        ImportError, match=r"'torchao-int8' needs torchao: pip install -e \"\.\[quantization\]\" \(.*torchao"
+    ):
+        quantization_config("torchao-int8")
 
 
 def test_torchao_does_not_change_the_precision_of_other_models():

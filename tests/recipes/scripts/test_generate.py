@@ -221,6 +221,7 @@ def generate_arguments(*words):
 
 @pytest.mark.slow
 def test_a_quantized_base(capsys):
+    pytest.importorskip("torchao.quantization")
     plain = answer(capsys)
     generator = generate.Generator(*generate_arguments("--quantization", "torchao-int8"))
     weight = generator.pair.base.model.layers[0].mlp.up_proj.weight

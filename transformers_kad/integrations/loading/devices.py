@@ -27,7 +27,11 @@ def _tell_once(device: str) -> None:
 
 
 def quantization_config(name: str | None) -> Any:
-    """The quantization configuration for `from_pretrained`, by a name from :data:`QUANTIZATIONS`; None for None."""
+    """The quantization configuration for `from_pretrained`, by a name from :data:`QUANTIZATIONS`; None for None.
+
+    Raises:
+        ImportError: torchao is not installed, or does not run with this version of torch.
+    """
     if name is None:
         return None
     library, _, kind = name.partition("-")
@@ -35,7 +39,12 @@ def quantization_config(name: str | None) -> Any:
         from transformers import BitsAndBytesConfig  # noqa: PLC0415
 
         return BitsAndBytesConfig(load_in_8bit=kind == "8bit", load_in_4bit=kind == "4bit")
-    from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            f'Quantization {name!r} needs torchao: pip install -e ".[quantization]" ({error}).'
+        ) from error
     from transformers import TorchAoConfig  # noqa: PLC0415
 
     # torchao's compiler settings would also lower the precision of all other models in float32.
