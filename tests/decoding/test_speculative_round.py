@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import EtaLogitsWarper
 
 from transformers_kad import Ensemble
 from transformers_kad.decoding.candidate_generator import Draft
@@ -31,13 +32,15 @@ def certain(ids):
     return torch.nn.functional.one_hot(torch.tensor(ids), VOCABULARY).float() * 60
 
 
-def make_round(base, proxy, drafted, wanted, *, processors=(), in_step=False, base_logits=None, by_block=False):
+def make_round(
+    base, proxy, drafted, wanted, *, processors=(), after=(), in_step=False, base_logits=None, by_block=False
+):
     """A round of two rows whose r is the base's p, greedy, or by blocks from distributions that leave no doubt."""
     models = ProxyModels(proxy, None, without_adapter=False)
     verification = "block" if by_block else "token"
     decoding = DecodingSettings(Ensemble(1.0), verification=verification)
     call = OpenCall(decoding, models, lambda ids: (ids, None))
-    settings = RoundSettings(base, call, processors, (), 2, do_sample=by_block, with_chances=True)
+    settings = RoundSettings(base, call, processors, after, 2, do_sample=by_block, with_chances=True)
     assert settings.verification == verification
     logits = certain(drafted)
     draft = Draft(torch.tensor(drafted), logits.softmax(-1), torch.tensor([len(row) for row in drafted]), logits)
@@ -81,12 +84,18 @@ def test_rows_in_step_end_where_the_first_of_them_ends(base, proxy, by_block):
     assert run(round_)[0] == {0: [1, 2], 1: [3, 0]}
 
 
+# An `EtaLogitsWarper` raises where one row of scores is no distribution.
+ETA = [EtaLogitsWarper(1e-4)]
+PLACES = pytest.mark.parametrize("eta", [{}, {"processors": ETA}, {"after": ETA}], ids=["no eta", "before", "behind"])
+
+
+@PLACES
 @pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base, proxy, at, by_block):
+def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base, proxy, at, by_block, eta):
     logits = certain([[1, 2, 5], [3, 0, 0]])
     logits[1, at] = torch.nan
-    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block)
+    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block, **eta)
     if at == 2:  # the draft was refused before
         assert run(round_)[0] == {0: [1, 2, 5], 1: [3, 0]}
     else:
@@ -94,11 +103,12 @@ def test_a_position_without_a_distribution_is_an_error_if_a_row_comes_there(base
             run(round_)
 
 
+@PLACES
 @pytest.mark.parametrize("by_block", [False, True])
-def test_a_fault_behind_the_end_of_a_text_is_none(base, proxy, by_block):
+def test_a_fault_behind_the_end_of_a_text_is_none(base, proxy, by_block, eta):
     logits = certain([[1, 2, 5], [3, 4, 0]])
     logits[1, 1] = torch.nan
-    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block)
+    round_ = make_round(base, proxy, [[1, 2], [3, 4]], None, base_logits=logits, by_block=by_block, **eta)
     assert run(round_, ends=(1,))[0] == {0: [1, 2, 5], 1: [3]}
 
 

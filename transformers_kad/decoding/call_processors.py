@@ -7,6 +7,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation import logits_process as theirs
 
+from ..models.model_errors import is_unusable
 from ..utils.transfers import send
 
 # Functions of the scores alone, so that all positions of all rows are one call.
@@ -96,7 +97,7 @@ class CallProcessors:
         for of_rows in self._of_rows:
             if type(of_rows[0]) in _OF_SCORES:
                 flat = scores.flatten(0, 1)
-                scores = of_rows[0](flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
+                scores = _process(of_rows[0], flat.new_empty(len(flat), 0, dtype=torch.long), flat).view_as(scores)
                 continue
             processed = list(scores)
             for place in going_on:
@@ -116,8 +117,21 @@ class CallProcessors:
         rows = send(texts.rows, scores.device)
         of_all[rows] = scores[:, 0]
         for processor in self._of_rows:
-            of_all = processor[0](ids, of_all)
+            of_all = _process(processor[0], ids, of_all)
         return of_all[rows][:, None]
+
+
+def _process(processor: LogitsProcessor, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Process scores `(B, V)`, some of which nobody will read.
+
+    An `EtaLogitsWarper` raises where a row has no likeliest token. Such rows stay as they are: they are an error of a
+    call only where a text comes to them.
+    """
+    if type(processor) is theirs.EtaLogitsWarper:
+        unusable = is_unusable(scores)[:, None]
+        return scores.where(unusable, processor(input_ids, scores.masked_fill(unusable, 0.0)))
+    processed: torch.Tensor = processor(input_ids, scores)
+    return processed
 
 
 def must_go_in_step(processors: Sequence[LogitsProcessor], rows: int) -> bool:
