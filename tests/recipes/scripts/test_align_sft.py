@@ -168,7 +168,7 @@ def test_the_loss_is_on_the_answers_only(run):
 @pytest.mark.slow
 def test_every_default_of_trl_that_would_change_the_result_is_set(run):
     settings = run[1].args
-    assert (settings.bf16, settings.fp16, settings.activation_checkpointing) == (False, False, False)
+    assert (settings.bf16, settings.fp16, getattr(settings, trainers.CHECKPOINTING)) == (False, False, False)
     assert (settings.max_length, settings.packing, settings.weight_decay) == (None, False, 0.0)
     assert (settings.lr_scheduler_type, settings.report_to, settings.use_cpu) == ("cosine", [], True)
 

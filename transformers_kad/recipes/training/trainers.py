@@ -1,5 +1,6 @@
 """The trainers of TRL: their settings from the arguments of a recipe, their progress reports, and the training."""
 
+import inspect
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -28,6 +30,13 @@ from .arguments import AlignmentArguments, log
 from .checks import Pair
 from .data import Examples
 from .output import CHECKPOINTS, settings_of, write_record
+
+# Computing activations again instead of keeping them; older versions of transformers have the second name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in inspect.signature(TrainingArguments).parameters
+)
 
 
 def sft_trainer(arguments: AlignmentArguments, pair: Pair, examples: Examples) -> SFTTrainer:
@@ -82,8 +91,8 @@ def training_settings(arguments: AlignmentArguments, evaluation: datasets.Datase
         "disable_tqdm": not sys.stderr.isatty(),
         # By default TRL computes in bfloat16 and recomputes activations on the CPU as well.
         "bf16": has_bfloat16(arguments) and arguments.dtype != "float32",
-        "activation_checkpointing": arguments.gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        CHECKPOINTING: arguments.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
         "ddp_find_unused_parameters": False,
         "use_cpu": on_cpu(arguments),
         "seed": arguments.seed,
