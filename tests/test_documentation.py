@@ -488,6 +488,23 @@ def test_the_messages_that_are_explained_exist():
 # --- Files for people who take part -----------------------------------------------------------------------------
 
 
+# What `python tests/...py` starts, as the file itself says it.
+OWN_COMMANDS = {
+    str(path.relative_to(ROOT)): match
+    for path in sorted((ROOT / "tests").rglob("*.py"))
+    if (match := re.search(rf"(\w+=\S+ )?python {path.relative_to(ROOT)}", path.read_text(encoding="utf-8")))
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", OWN_COMMANDS)
+def test_scripts_of_the_tests_find_what_they_import(script):
+    environment = dict([OWN_COMMANDS[script][1].strip().split("=")]) if OWN_COMMANDS[script][1] else {}
+    program = f"import runpy, sys; sys.path[0] = {str((ROOT / script).parent)!r}; runpy.run_path({script!r})"
+    run = run_command([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": "", **environment})
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_hooks_run_what_ci_runs():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     entries = {hook["entry"] for repo in config["repos"] for hook in repo["hooks"]}

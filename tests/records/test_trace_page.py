@@ -1,6 +1,7 @@
 """The page of a trace: what it says, that it reads right, that nothing in it runs or is fetched, and how it looks.
 
-`python tests/records/test_trace_page.py recipes/results/trace.png` takes the picture that the README shows.
+`PYTHONPATH=tests python tests/records/test_trace_page.py recipes/results/trace.png` takes the picture that
+the README shows.
 """
 
 import base64

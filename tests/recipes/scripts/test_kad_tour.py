@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, and prints what it shows where it is read without being run.
 
-`python tests/recipes/scripts/test_kad_tour.py recipes/kad_tour.ipynb` runs it and keeps what it prints.
+`PYTHONPATH=tests python tests/recipes/scripts/test_kad_tour.py recipes/kad_tour.ipynb` runs it and keeps what
+it prints.
 """
 
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.version import Version
 from run_command import SECONDS
+from versions import PEFT
 
 RECIPES = Path(__file__).resolve().parents[3] / "recipes"
 NOTEBOOK = RECIPES / "kad_tour.ipynb"
@@ -43,7 +46,10 @@ def test_the_notebook_prints_what_is_kept_in_it(tmp_path, monkeypatch):
     assert [printed(cell) for cell in done.cells] == [printed(cell) for cell in read().cells]
     outputs = [output for cell in done.cells for output in cell.get("outputs", ())]
     complaints = [output.text for output in outputs if output.get("name") == "stderr"]
-    assert [text for text in complaints if "TqdmWarning" not in text] == []  # tqdm asks for the widgets of notebooks
+    known = ["TqdmWarning"]  # tqdm asks for the widgets of notebooks
+    if Version("0.21") > PEFT:
+        known.append("Unexpected keyword arguments ['kasa_config']")  # the adapter was saved by a later peft
+    assert [text for text in complaints if not any(message in text for message in known)] == []
     (shown,) = done.cells[-1].outputs
     assert "<iframe" in shown["data"]["text/html"]
     assert "<html" in (tmp_path / "trace.html").read_text()

@@ -1,6 +1,7 @@
 """The Space: the page in a browser, as two visitors, on a phone and in the dark, and the folder as the Hub takes it.
 
-`python tests/recipes/scripts/test_space.py recipes/results/playground` takes the pictures of the documentation.
+`PYTHONPATH=tests python tests/recipes/scripts/test_space.py recipes/results/playground` takes the pictures of
+the documentation.
 """
 
 import contextlib
