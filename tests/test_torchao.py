@@ -38,7 +38,8 @@ def test_a_command_prints_nothing_of_torchao(command):
 @pytest.mark.slow
 def test_who_imports_torchao_sees_what_it_says():
     plain, beside = python("-c", "import torchao"), python("-c", "import torchao, transformers_kad")
-    assert "Failed to load" in plain.stderr  # or the library has nothing to keep quiet any more
+    # Else the library has nothing to keep quiet any more. torch 2.14 can load all parts of torchao.
+    assert "Failed to load" in plain.stderr or "register_constant" in plain.stderr
     assert len(beside.stderr.splitlines()) >= len(plain.stderr.splitlines())
 
 
