@@ -488,20 +488,20 @@ def test_the_messages_that_are_explained_exist():
 # --- Files for people who take part -----------------------------------------------------------------------------
 
 
-# What `python tests/...py` starts, as the file itself says it.
+# The scripts that `python tests/...py` starts, as they say it themselves, and the `PYTHONPATH` that they name.
 OWN_COMMANDS = {
-    str(path.relative_to(ROOT)): match
-    for path in sorted((ROOT / "tests").rglob("*.py"))
-    if (match := re.search(rf"(\w+=\S+ )?python {path.relative_to(ROOT)}", path.read_text(encoding="utf-8")))
+    script: match[1] or ""
+    for script in (str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("*.py")))
+    if (match := re.search(rf"(?:PYTHONPATH=(\S+) )?python {script}", text_of(script)))
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", OWN_COMMANDS)
 def test_scripts_of_the_tests_find_what_they_import(script):
-    environment = dict([OWN_COMMANDS[script][1].strip().split("=")]) if OWN_COMMANDS[script][1] else {}
     program = f"import runpy, sys; sys.path[0] = {str((ROOT / script).parent)!r}; runpy.run_path({script!r})"
-    run = run_command([sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "PYTHONPATH": "", **environment})
+    environment = os.environ | {"PYTHONPATH": OWN_COMMANDS[script]}
+    run = run_command([sys.executable, "-c", program], cwd=ROOT, env=environment)
     assert run.returncode == 0, run.stderr
 
 

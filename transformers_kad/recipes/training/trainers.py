@@ -32,11 +32,8 @@ from .data import Examples
 from .output import CHECKPOINTS, settings_of, write_record
 
 # Computing activations again instead of keeping them; older versions of transformers have the second name.
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in inspect.signature(TrainingArguments).parameters
-)
+_HAS_NEW_NAME = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+CHECKPOINTING = "activation_checkpointing" if _HAS_NEW_NAME else "gradient_checkpointing"
 
 
 def sft_trainer(arguments: AlignmentArguments, pair: Pair, examples: Examples) -> SFTTrainer:
