@@ -1,6 +1,7 @@
 """The tests, folders and counts that `tests/README.md` names are there, and a page that is wrong is found."""
 
 import ast
+import json
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -111,6 +112,20 @@ def wrong_counts(text: str) -> list[str]:
     return [row["what"] for row in rows if int(row["number"].replace(",", "")) != value_of(row["constant"])]
 
 
+def counts_of_the_long_fuzz() -> list[str]:
+    """Sessions, calls, refused calls, compared tokens and undecided ones of the fuzz that is run by hand."""
+    counts = json.loads((TESTS / "fuzz" / "fuzz_100000.json").read_text(encoding="utf-8"))["counts"]
+    names = ("sessions: all", "calls: all", "calls_refused: all", "positions: compared", "positions: undecided")
+    return [f"{counts[name]:,}" for name in names]
+
+
+def missing_counts_of_the_long_fuzz(text: str) -> list[str]:
+    """Counts of the fuzz that is run by hand which the paragraph that names its file does not have."""
+    [paragraph] = [paragraph for paragraph in text.split("\n\n") if "`fuzz/fuzz_100000.json`" in paragraph]
+    numbers = re.findall(r"\d+(?:,\d+)*", paragraph)
+    return [count for count in counts_of_the_long_fuzz() if count not in numbers]
+
+
 # --- The page, and pages that are wrong -----------------------------------------------------------------------------
 
 CHECKS = [
@@ -119,6 +134,7 @@ CHECKS = [
     missing_files,
     unmapped_places,
     wrong_counts,
+    missing_counts_of_the_long_fuzz,
 ]
 
 
@@ -153,6 +169,7 @@ def test_the_page_has_all_its_tables() -> None:
         (wrong_counts, "| 11 |", "| 12 |", "faults planted"),
         (wrong_counts, "| 1,000 |", "| 3,000 |", "random sessions in CI"),
         (wrong_counts, "test_soak.py::CALLS", "test_soak.py::MORE", "calls on one processor"),
+        *((missing_counts_of_the_long_fuzz, f" {count} ", " 7 ", count) for count in counts_of_the_long_fuzz()),
     ],
 )
 def test_a_page_that_is_wrong_is_found(check: Callable[[str], list[str]], old: str, new: str, found: str) -> None:

@@ -17,8 +17,9 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -72,6 +73,16 @@ def fuzz(kind: str, examples: int, number: int, phases: Sequence[Phase] = tuple(
     return account
 
 
+def end_with_the_script() -> None:
+    """End this worker as soon as the script has ended, which may have been killed."""
+
+    def wait() -> None:
+        parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def run_chunk(kind: str, examples: int, number: int) -> dict[str, Any]:
     """What was seen in a chunk, as JSON has it."""
     torch.set_num_threads(1)
@@ -112,7 +123,7 @@ def main() -> int:
         name = f"{kind} {chosen}"
         if name not in result["chunks"]:
             missing[name] = kind, min(CHUNK, arguments.examples - CHUNK * number), chosen
-    with ProcessPoolExecutor(arguments.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn"), end_with_the_script) as pool:
         running = {pool.submit(run_chunk, *chunk): name for name, chunk in missing.items()}
         for future in as_completed(running):
             add_chunk(result, running[future], future.result())
