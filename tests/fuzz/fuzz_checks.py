@@ -210,6 +210,8 @@ class Run:
         check_trace(kad, result)
         self._check_caches(kad, result)
         self.cache = getattr(output, "past_key_values", None) if len(ids) == 1 else None
+        if self._forgets_in_prompts(call) and "prefill_chunk_size" in dict(call.settings):
+            self.cache = None  # each chunk but the first was read behind a filled cache
         self.account.add(calls="all")
         if call.beams > 1:
             self._check_beams(call, result)
@@ -222,10 +224,13 @@ class Run:
         """The cache of the caller's that a call reads its text into."""
         if self.session.base in WITHOUT_GIVEN_CACHE:
             return None
-        forgets = self.session.base in FORGETTING_IN_PROMPTS and not self.is_speculative(call)
-        is_held = isinstance(self.cache, Cache) and call.continues and not forgets
+        is_held = isinstance(self.cache, Cache) and call.continues and not self._forgets_in_prompts(call)
         self.account.add(cache="held" if is_held else "new")
         return self.cache if is_held else DynamicCache(config=self.base.config.get_text_config(decoder=True))
+
+    def _forgets_in_prompts(self, call: Call) -> bool:
+        """Whether the base forgets its states where a call reads a prompt behind a filled cache."""
+        return self.session.base in FORGETTING_IN_PROMPTS and not self.is_speculative(call)
 
     def is_speculative(self, call: Call) -> bool:
         """Whether a call is decoded with drafts."""
