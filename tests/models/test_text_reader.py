@@ -116,6 +116,14 @@ def test_a_temperature_takes_no_row_out_of_the_numbers(dtype, temperature):
     assert tempered(torch.tensor(rows, dtype=dtype), temperature).double().softmax(-1).tolist() == want
 
 
+@pytest.mark.parametrize("offset", [-1e4, -1e3, 1e4])
+def test_a_temperature_keeps_the_differences_between_tokens_far_from_zero(offset):
+    """Where all other tokens are banned with -inf, all that are left may have the same finite ban."""
+    logits = offset + torch.tensor([0.7178, 0.5508, -0.0693, -1.4160, -torch.inf])
+    want = (logits.double() / 0.6).softmax(-1)
+    torch.testing.assert_close(tempered(logits, 0.6).double().softmax(-1), want, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("row", [[-torch.inf, -torch.inf], [torch.inf, 0.0], [torch.nan, 0.0]])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_a_temperature_hides_no_unusable_row(row, temperature):

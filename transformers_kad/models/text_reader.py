@@ -9,6 +9,8 @@ from .cached_model import CachedModel
 from .padding import PaddedTexts
 from .vocabulary import VocabularyAlignment, align_vocabulary
 
+_FAR = 100.0  # from 0: few models have logits beyond it, where float32 rounds by 4e-6 and more
+
 
 class TextReader:
     """Follows texts that grow by different numbers of tokens, and answers in the base's vocabulary.
@@ -174,12 +176,12 @@ class TextReader:
 def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Logits `(..., V)` divided by a temperature; themselves at 1.
 
-    The likeliest tokens of a row may lie near the smallest number of the dtype, where other processors have banned all
-    others with it and the last ones with -inf. Divided by less than 1 they would overflow, so such rows are shifted
-    to 0 before, which does not change their softmax.
+    The likeliest tokens of a row may lie far from 0, where other processors have banned some tokens with -inf and all
+    others with -1e4 or the smallest number of the dtype. A division would lose the differences between them to
+    rounding, or overflow, so such rows are shifted to 0 before, which does not change their softmax.
     """
     if temperature == 1:
         return logits
     best = logits.amax(-1, keepdim=True)
-    overflows = best.isfinite() & (best.abs() > torch.finfo(logits.dtype).max * min(temperature, 1) / 2)
-    return (logits - best.where(overflows, 0)) / temperature
+    is_far = best.isfinite() & (best.abs() > _FAR)
+    return (logits - best.where(is_far, 0)) / temperature
