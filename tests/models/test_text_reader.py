@@ -124,6 +124,13 @@ def test_a_temperature_keeps_the_differences_between_tokens_far_from_zero(offset
     torch.testing.assert_close(tempered(logits, 0.6).double().softmax(-1), want, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "temperature"), [(torch.float16, 1e-4), (torch.bfloat16, 1e-37), (torch.float32, 1e-37)]
+)
+def test_a_tiny_temperature_leaves_the_likeliest_token(dtype, temperature):
+    assert tempered(torch.tensor([50.0, 49.0], dtype=dtype), temperature).double().softmax(-1).tolist() == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("row", [[-torch.inf, -torch.inf], [torch.inf, 0.0], [torch.nan, 0.0]])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_a_temperature_hides_no_unusable_row(row, temperature):

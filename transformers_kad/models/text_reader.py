@@ -183,5 +183,6 @@ def tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     if temperature == 1:
         return logits
     best = logits.amax(-1, keepdim=True)
-    is_far = best.isfinite() & (best.abs() > _FAR)
+    farthest = min(_FAR, torch.finfo(logits.dtype).max * min(temperature, 1) / 2)
+    is_far = best.isfinite() & (best.abs() > farthest)
     return (logits - best.where(is_far, 0)) / temperature
