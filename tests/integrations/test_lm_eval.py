@@ -157,6 +157,14 @@ def test_log_likelihoods_at_another_component_temperature():
     assert values[0][0] != pytest.approx(score(shared_lm(), pairs()[:1])[0][0], rel=1e-3)
 
 
+def test_log_likelihoods_at_a_tiny_component_temperature():
+    first_tokens = [(context, continuation[:1]) for context, continuation in pairs()]
+    values = score(kad_lm(component_temperature=1e-38), first_tokens)
+    rule = make_rule("dual", **RULES["dual"])
+    assert_same(values, [direct(rule, *pair, temperature=1e-4) for pair in first_tokens])
+    assert {value for value, _ in values} == {0.0, -math.inf}
+
+
 def test_log_likelihoods_of_texts():
     lm = shared_lm()
     texts = [("Mia has", " 34 apples."), ("", "Mia has"), (prompts(lm)[0], "We get")]

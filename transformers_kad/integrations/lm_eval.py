@@ -39,6 +39,7 @@ from ..logits_process import KADLogitsProcessor
 from ..models.cached_model import CachedModel
 from ..models.model_errors import is_unusable, unusable_logits_error
 from ..models.model_settings import context_length
+from ..models.text_reader import tempered
 from ..models.vocabulary import align_vocabulary, check_tokenizers
 from ..rules.base import StatefulRule
 from ..rules.composition import compose_positions
@@ -377,8 +378,9 @@ class KADLM(HFLM):
             if unusable.any():
                 raise unusable_logits_error(cached.role, cached.model, position + int(unusable.int().argmax()), row)
         vocabulary = logits[0].shape[-1]
-        tempered = [align_vocabulary(each, vocabulary) / self.kad.component_temperature for each in logits]
-        composition = compose_positions(self.kad.rule, *(each[None] for each in tempered), state=state)
+        aligned = (align_vocabulary(each, vocabulary) for each in logits)
+        of_models = [tempered(each, self.kad.component_temperature)[None] for each in aligned]
+        composition = compose_positions(self.kad.rule, *of_models, state=state)
         behind = None if composition.next_state is None else composition.next_state[-1:]
         return composition.target_probs.log(), behind
 

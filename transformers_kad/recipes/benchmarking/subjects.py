@@ -15,6 +15,7 @@ from ...integrations.loading.prompts import Prompt, encode
 from ...integrations.loading.reading import NO_CODE, load_architecture
 from ...logits_process import KADLogitsProcessor
 from ...models.offloading import execution_device
+from ...models.text_reader import tempered
 from ...rules.registry import RULES
 from ...utils.sources import check_source
 from ..arguments import ModelArguments
@@ -189,7 +190,8 @@ def threshold_that_defers(base: PreTrainedModel, mass: float, *, tokens: int = 6
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.get_input_embeddings().weight.shape[0], (1, tokens), generator=generator)
     with torch.no_grad():
-        probs = (base(input_ids=ids.to(execution_device(base))).logits[0].float() / temperature).softmax(-1)
+        logits = base(input_ids=ids.to(execution_device(base))).logits[0].float()
+    probs = tempered(logits, temperature).softmax(-1)
     values = probs.flatten().sort().values
     place = int(torch.searchsorted(values.cpu().double().cumsum(0), mass * len(probs)))
     return float(values[min(place, len(values) - 1)])
